@@ -1,0 +1,47 @@
+package shard
+
+import "spindle/codec"
+
+// OpKind says which client RPC an Op is.
+type OpKind uint8
+
+// The unary RPCs that a Core answers.
+const (
+	OpRange OpKind = iota
+	OpPut
+	OpDeleteRange
+	OpTxn
+	OpCompact
+	OpStatus
+	OpAlarm
+	OpMemberList
+	opKinds
+)
+
+// Op is one unary client request on its way through a Core. Ops are pooled by the server: AcquireOp, fill
+// Kind, Msg and Done, hand to Core.Submit, and ReleaseOp after Done has been called and Resp was copied.
+//
+// Ownership: from Submit until Done the Op and its bytes belong to the Core. Msg must stay unchanged for
+// that time (the server copies the message out of the connection's buffer into Op.Msg, whose capacity
+// is reused with the Op).
+type Op struct {
+	Kind OpKind
+	// Msg is the client's protobuf message.
+	Msg []byte
+	// Deadline is the client's deadline in the Core's nanoseconds, 0 for none. (The server also cancels
+	// an Op whose deadline passed, so this only saves work.)
+	Deadline int64
+
+	// Resp is the encoded response message, appended to by the Core, valid when Status is OK.
+	Resp []byte
+	// Status is how it ended.
+	Status codec.Status
+	// Done is called exactly once, on the goroutine that owns the Core, also after Cancel. It may be
+	// called from within Submit.
+	Done func(*Op)
+	// User is the server's (the stream that waits for the answer).
+	User any
+
+	canceled bool
+	core     coreOp // what the Core keeps with a request
+}
