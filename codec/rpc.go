@@ -1,9 +1,7 @@
-package shard
+package codec
 
 import (
 	"time"
-
-	"spindle/codec"
 )
 
 // ClusterID names a cluster that a proxy talks to: a member cluster by its place in the configuration
@@ -41,10 +39,10 @@ var methodPaths = [methodCount]string{
 // MethodPath returns the gRPC :path of m.
 func MethodPath(m Method) string { return methodPaths[m] }
 
-// Transport is how a Core reaches member clusters and the coordinator. The pool of HTTP/2 connections
+// Transport is how the core of a proxy reaches member clusters and the coordinator. The pool of HTTP/2 connections
 // implements it on an event loop, the simulation over modelled clusters.
 //
-// All methods are called on the goroutine that owns the Core, and everything they report is reported on
+// All methods are called on the goroutine that owns the core, and everything they report is reported on
 // that goroutine too, never from within the call itself.
 type Transport interface {
 	// Call sends one unary request. req is read before Call returns, and not kept. c.Complete is called
@@ -60,7 +58,7 @@ type Completion interface {
 	// Complete reports the reply. resp is valid only during the call. st is the gRPC status; sent is
 	// false when it is certain that no byte of the request reached a server (the request then certainly
 	// was not applied).
-	Complete(resp []byte, st codec.Status, sent bool)
+	Complete(resp []byte, st Status, sent bool)
 }
 
 // WatchSink receives what a Watch stream brings.
@@ -69,7 +67,7 @@ type WatchSink interface {
 	OnMessage(msg []byte)
 	// OnEnd reports the end of the stream, exactly once, also when it could not be opened. It is not
 	// called after Close.
-	OnEnd(st codec.Status)
+	OnEnd(st Status)
 }
 
 // WatchHandle steers an open Watch stream.

@@ -1,0 +1,63 @@
+package codec
+
+import "time"
+
+// This file is the contract of a gRPC-over-HTTP/2 connection; see Conn.
+
+// ConnConfig bounds a Conn. Zero fields take the defaults of DefaultConnConfig.
+type ConnConfig struct {
+	MaxConcurrentStreams uint32 // server: advertised and enforced (REFUSED_STREAM beyond)
+	StreamWindow         uint32 // receive window granted per stream, bytes
+	ConnWindow           uint32 // receive window granted per connection, bytes
+	MaxHeaderBytes       int    // decoded size of one header block incl. 32 bytes a field (RFC 7541 4.1)
+	MaxHeaderFields      int    // fields in one header block
+	MaxMessageBytes      int    // largest gRPC message accepted; beyond: ResourceExhausted with grpc-go's text
+	MaxQueuedBytes       int    // bytes of messages that may wait for a window on one connection
+}
+
+// Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.
+type Stream struct {
+	ID uint32
+	// Path is the request's :path (interned: no allocation for known etcd methods).
+	Path string
+	// Timeout is the request's grpc-timeout, 0 for none (server role).
+	Timeout time.Duration
+	// HasLeader says that the metadata had hasleader: true (server role).
+	HasLeader bool
+	// User is the owner's.
+	User any
+
+	stream streamState
+}
+
+// Queued returns the bytes of messages that wait on this stream for a window or for the socket.
+func (s *Stream) Queued() int { return s.stream.queuedBytes() }
+
+// ServerEvents is what happens on a server's Conn. All calls come from within Conn.Feed (or Conn.Close),
+// on the goroutine that calls it. Handlers may call any method of the Conn.
+type ServerEvents interface {
+	// OnRequest reports a new RPC. Requests that are not gRPC were already answered by the Conn.
+	OnRequest(s *Stream)
+	// OnMessage reports one complete message; msg is valid only during the call.
+	OnMessage(s *Stream, msg []byte)
+	// OnHalfClose reports that the client has sent all its messages.
+	OnHalfClose(s *Stream)
+	// OnCancel reports that the stream ended before Finish: reset by the client, or the connection is
+	// gone. The stream must not be used afterwards.
+	OnCancel(s *Stream)
+	// OnDrained reports that the stream's Queued fell to 0 after a Send that had to queue.
+	OnDrained(s *Stream)
+}
+
+// ClientEvents is what happens on a client's Conn.
+type ClientEvents interface {
+	OnMessage(s *Stream, msg []byte)
+	// OnEnd reports how the RPC ended, exactly once a stream, also when the connection dies (Unavailable).
+	// unprocessed is true when the server said that it did not look at the request (REFUSED_STREAM, or
+	// above GOAWAY's last stream), or it was never written.
+	OnEnd(s *Stream, st Status, unprocessed bool)
+	// OnGoAway reports that no further stream can be opened here; open ones finish.
+	OnGoAway()
+	// OnPong reports the answer to Ping.
+	OnPong()
+}

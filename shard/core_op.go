@@ -1,0 +1,4 @@
+package shard
+
+// coreOp is what the Core keeps with a request while it is under way.
+type coreOp struct{}
