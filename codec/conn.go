@@ -12,7 +12,10 @@ type ConnConfig struct {
 	MaxHeaderBytes       int    // decoded size of one header block incl. 32 bytes a field (RFC 7541 4.1)
 	MaxHeaderFields      int    // fields in one header block
 	MaxMessageBytes      int    // largest gRPC message accepted; beyond: ResourceExhausted with grpc-go's text
-	MaxQueuedBytes       int    // bytes of messages that may wait for a window on one connection
+	// MaxQueuedBytes is how many bytes of messages should wait for windows on one connection. Send accepts
+	// what comes all the same: the owner watches Queued and OnDrained. A stream that sends when
+	// hardQueueFactor times as much waits is reset (ENHANCE_YOUR_CALM; ResourceExhausted to a client).
+	MaxQueuedBytes int
 }
 
 // Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.
@@ -31,10 +34,12 @@ type Stream struct {
 }
 
 // Queued returns the bytes of messages that wait on this stream for a window or for the socket.
-func (s *Stream) Queued() int { return s.stream.queuedBytes() }
+func (s *Stream) Queued() int { return s.stream.q.n }
 
-// ServerEvents is what happens on a server's Conn. All calls come from within Conn.Feed (or Conn.Close),
-// on the goroutine that calls it. Handlers may call any method of the Conn.
+// ServerEvents is what happens on a server's Conn. All calls come on the goroutine that owns the Conn, from
+// within Conn.Feed or Conn.Close; OnDrained, and OnCancel of a stream that Send had to give up, also from
+// within Conn.Output. None comes from within Send, Finish, CloseSend, Reset, Hold or SetBlocked. Handlers may
+// call any method of the Conn but Feed, Output and Flushed.
 type ServerEvents interface {
 	// OnRequest reports a new RPC. Requests that are not gRPC were already answered by the Conn.
 	OnRequest(s *Stream)
@@ -42,14 +47,16 @@ type ServerEvents interface {
 	OnMessage(s *Stream, msg []byte)
 	// OnHalfClose reports that the client has sent all its messages.
 	OnHalfClose(s *Stream)
-	// OnCancel reports that the stream ended before Finish: reset by the client, or the connection is
-	// gone. The stream must not be used afterwards.
+	// OnCancel reports that the stream ended before Finish: reset by the client, answered by the Conn
+	// itself (a message too large, say), or the connection is gone. The stream must not be used after
+	// OnCancel has returned. Work that goes on for it is counted by Conn.AddWork.
 	OnCancel(s *Stream)
 	// OnDrained reports that the stream's Queued fell to 0 after a Send that had to queue.
 	OnDrained(s *Stream)
 }
 
-// ClientEvents is what happens on a client's Conn.
+// ClientEvents is what happens on a client's Conn, called as ServerEvents are. The calls come from within
+// Conn.Feed or Conn.Close; OnEnd of a stream that Send had to give up also from within Conn.Output.
 type ClientEvents interface {
 	OnMessage(s *Stream, msg []byte)
 	// OnEnd reports how the RPC ended, exactly once a stream, also when the connection dies (Unavailable).

@@ -82,3 +82,7 @@ func ParseHeader(msg []byte) (h Header, ok bool) {
 	}
 	return h, !it.Bad
 }
+
+// MaxKVHeader is the most that the fields of an mvccpb.KeyValue other than key and value take, with the
+// tags and lengths of all, and of the message itself.
+const MaxKVHeader = 4*11 + 2*6 + 6

@@ -11,8 +11,14 @@ type Range struct {
 	Rev         int64  // the coordinator's revision of the tick
 	Turn        bool   // the holder was rejected twice in a row and asks to be waited for
 	Seen        int64  // when the tick was folded here, ns
-	// Filter says which keys the batch may write; see FilterMayContain.
+	// Filter says which keys the batch may write; see FilterMayContain. Its bytes do not change.
 	Filter []byte
+	// Orphan marks a range of this proxy that no Request got (a lost reply turned up late): nothing will
+	// be written under it, and it stays open until another record passes it.
+	Orphan bool
+	// Merged marks several ranges of several holders in one, of which only the last holder is known: what
+	// a snapshot summed up. It may write anything, and has no Nonce.
+	Merged bool
 }
 
 // Request is a shard's wish for revisions; it travels in the next tick.

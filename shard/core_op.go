@@ -1,4 +1,7 @@
 package shard
 
 // coreOp is what the Core keeps with a request while it is under way.
-type coreOp struct{}
+type coreOp struct {
+	plan Plan
+	w    write
+}

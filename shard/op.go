@@ -1,6 +1,10 @@
 package shard
 
-import "spindle/codec"
+import (
+	"sync"
+
+	"spindle/codec"
+)
 
 // OpKind says which client RPC an Op is.
 type OpKind uint8
@@ -44,4 +48,25 @@ type Op struct {
 
 	canceled bool
 	core     coreOp // what the Core keeps with a request
+}
+
+// maxPooledOp is the size up to which a pooled Op keeps its buffers, in bytes each.
+const maxPooledOp = 64 << 10
+
+var opPool = sync.Pool{New: func() any { return new(Op) }}
+
+// AcquireOp returns an empty Op from the pool. It may be called on any goroutine.
+func AcquireOp() *Op { return opPool.Get().(*Op) }
+
+// ReleaseOp gives op back. Nothing may refer to op any more, neither the Core nor a pending Cancel.
+func ReleaseOp(op *Op) {
+	msg, resp := op.Msg[:0], op.Resp[:0]
+	if cap(msg) > maxPooledOp {
+		msg = nil
+	}
+	if cap(resp) > maxPooledOp {
+		resp = nil
+	}
+	*op = Op{Msg: msg, Resp: resp}
+	opPool.Put(op)
 }

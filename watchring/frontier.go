@@ -23,6 +23,9 @@ func NewFrontier(n int, rev int64) *Frontier {
 	return f
 }
 
+// Shards returns the number of shards.
+func (f *Frontier) Shards() int { return len(f.shards) }
+
 // Get returns the frontier of one shard, or of all of them for All: a revision up to which the ring
 // holds everything that the shard will ever hold.
 func (f *Frontier) Get(shard int) int64 {

@@ -15,7 +15,7 @@ type Event struct {
 	NoPrev int
 }
 
-// Entry is everything that happened at one revision on its shard.
+// Entry is everything that happened at one revision on its shard. It is immutable once published.
 type Entry struct {
 	Rev    int64
 	Shard  int // index of the shard in the map
@@ -24,17 +24,24 @@ type Entry struct {
 	Size int
 }
 
-// Ring holds the entries of the latest revisions. Slot Rev mod size holds the entry of Rev, or an older
-// one if Rev had no event, or a newer one if the reader has been lapped.
+// Ring holds the entries of the latest revisions. The slot of a revision holds its entry, or an older
+// one (or none) if the revision had no event, or a newer one if the reader has been lapped.
 //
-// Publish and Advance may be called by one goroutine per shard at the same time, Load by any. No call
-// blocks or takes a lock.
+// Publish may be called by one goroutine per shard at the same time, Load and the other readers by any;
+// RaiseTail, Trim and Jump by any one at a time beside them. No call blocks or takes a lock.
 type Ring struct {
 	mask  int64
 	slots []atomic.Pointer[Entry]
 	tail  atomic.Int64 // events of revisions <= tail may be gone
 	bytes atomic.Int64 // sum of Size of the entries held
 	limit int64
+	jumps atomic.Pointer[[]jump] // in order; nil as long as there was none
+}
+
+// jump says that revisions above from, up to to, hold no event and take no slots.
+type jump struct {
+	from, to int64
+	skipped  int64 // revisions without a slot, in this jump and all before it
 }
 
 // NewRing makes a ring of size slots (rounded up to a power of two) that drops its oldest entries when
@@ -58,35 +65,144 @@ func (r *Ring) Tail() int64 { return r.tail.Load() }
 // Bytes returns what the entries held are charged with.
 func (r *Ring) Bytes() int64 { return r.bytes.Load() }
 
-// RaiseTail drops everything up to rev (a compaction, a jump).
+// place returns where rev stands in the line of slots, which is rev itself less the revisions that
+// jumps have left out. Revisions inside a jump stand where the jump begins.
+func (r *Ring) place(rev int64) int64 {
+	js := r.jumps.Load()
+	if js == nil {
+		return rev
+	}
+	for i := len(*js) - 1; i >= 0; i-- {
+		j := &(*js)[i]
+		if rev > j.to {
+			return rev - j.skipped
+		}
+		if rev > j.from {
+			return j.to - j.skipped
+		}
+	}
+	return rev - (*js)[0].before()
+}
+
+// before returns the revisions that jumps before j have left out.
+func (j *jump) before() int64 { return j.skipped - (j.to - j.from) }
+
+// revAt is the inverse of place; for the place of a jump it returns the revision before it.
+func (r *Ring) revAt(place int64) int64 {
+	js := r.jumps.Load()
+	if js == nil {
+		return place
+	}
+	for i := len(*js) - 1; i >= 0; i-- {
+		if j := &(*js)[i]; place > j.to-j.skipped {
+			return place + j.skipped
+		}
+	}
+	return place + (*js)[0].before()
+}
+
+// Jump records that no revision above from, up to to, has or will have an event (the jump of a rebuild):
+// such revisions take no slots, so that readers and entries before the jump are not lapped by it. It must
+// happen before an entry above from is published, and before any frontier passes from. Jumps are made
+// in order of revision.
+func (r *Ring) Jump(from, to int64) {
+	if to <= from {
+		return
+	}
+	var next []jump
+	var skipped int64
+	if js := r.jumps.Load(); js != nil {
+		old := *js
+		skipped = old[len(old)-1].skipped
+		// Jumps that lie behind the tail as a whole count by their sum alone.
+		for len(old) > 1 && old[1].to <= r.tail.Load() {
+			old = old[1:]
+		}
+		next = append(next, old...)
+	}
+	next = append(next, jump{from: from, to: to, skipped: skipped + to - from})
+	r.jumps.Store(&next)
+}
+
+// jumpOf returns the jump that rev lies in, nil if it lies in none.
+func (r *Ring) jumpOf(rev int64) *jump {
+	js := r.jumps.Load()
+	if js == nil {
+		return nil
+	}
+	for i := len(*js) - 1; i >= 0; i-- {
+		if j := &(*js)[i]; rev > j.from {
+			if rev <= j.to {
+				return j
+			}
+			return nil
+		}
+	}
+	return nil
+}
+
+// Skip returns the last revision of the jump that rev lies in, or rev itself when it lies in none.
+func (r *Ring) Skip(rev int64) int64 {
+	if j := r.jumpOf(rev); j != nil {
+		return j.to
+	}
+	return rev
+}
+
+// RaiseTail drops everything up to rev (a compaction, a new start). Readers that still need it are
+// lapped.
 func (r *Ring) RaiseTail(rev int64) {
 	for {
 		t := r.tail.Load()
-		if rev <= t || r.tail.CompareAndSwap(t, rev) {
+		if rev <= t {
 			return
 		}
+		if !r.tail.CompareAndSwap(t, rev) {
+			continue
+		}
+		last := r.place(rev)
+		for p := max(r.place(t), last-r.Size()) + 1; p <= last; p++ {
+			r.drop(p, rev)
+		}
+		return
 	}
 }
 
-// Publish puts e into its slot. It must happen before the shard's frontier passes e.Rev. An entry older
-// than the one in the slot (the writer has been lapped by another shard's) is dropped: such a revision
-// is at or below the tail by then.
+// drop empties the slot at place p of an entry that is not above rev.
+func (r *Ring) drop(p, rev int64) {
+	slot := &r.slots[p&r.mask]
+	if old := slot.Load(); old != nil && old.Rev <= rev && slot.CompareAndSwap(old, nil) {
+		r.bytes.Add(-int64(old.Size))
+	}
+}
+
+// Publish puts e into its slot. It must happen before the shard's frontier passes e.Rev. An entry at or
+// below the tail is dropped (the writer has been lapped by another shard's). Publish pushes the tail:
+// what lies a whole ring below e is gone, so a writer must not run further ahead of the frontier
+// than the ring is long, less what it wants to keep for readers.
 func (r *Ring) Publish(e *Entry) {
-	r.RaiseTail(e.Rev - r.Size())
-	slot := &r.slots[e.Rev&r.mask]
+	p := r.place(e.Rev)
+	r.RaiseTail(r.revAt(p - r.Size()))
+	slot := &r.slots[p&r.mask]
 	for {
 		old := slot.Load()
-		if old != nil && old.Rev >= e.Rev {
+		if old != nil && old.Rev >= e.Rev || r.tail.Load() >= e.Rev {
 			return
 		}
-		if slot.CompareAndSwap(old, e) {
-			d := int64(e.Size)
-			if old != nil {
-				d -= int64(old.Size)
-			}
-			r.bytes.Add(d)
-			return
+		if !slot.CompareAndSwap(old, e) {
+			continue
 		}
+		d := int64(e.Size)
+		if old != nil {
+			d -= int64(old.Size)
+		}
+		r.bytes.Add(d)
+		// The tail may have passed e after the check: whoever raised it may have looked at the slot
+		// before e was in it, and the entry would stay charged until the slot is used again.
+		if r.tail.Load() >= e.Rev {
+			r.drop(p, e.Rev)
+		}
+		return
 	}
 }
 
@@ -98,20 +214,19 @@ func (r *Ring) Trim(upTo int64) {
 		if t >= upTo {
 			return
 		}
-		if !r.tail.CompareAndSwap(t, t+1) {
+		next := min(r.Skip(t+1), upTo)
+		if !r.tail.CompareAndSwap(t, next) {
 			continue
 		}
-		slot := &r.slots[(t+1)&r.mask]
-		if old := slot.Load(); old != nil && old.Rev <= t+1 && slot.CompareAndSwap(old, nil) {
-			r.bytes.Add(-int64(old.Size))
-		}
+		r.drop(r.place(next), next)
 	}
 }
 
 // Load returns the entry of rev, or nil if rev had no event. lapped is true when rev's events may have
 // been dropped; the caller must not go on. The caller must know that the frontier is at or above rev.
 func (r *Ring) Load(rev int64) (e *Entry, lapped bool) {
-	e = r.slots[rev&r.mask].Load()
+	e = r.slots[r.place(rev)&r.mask].Load()
+	// The tail is read after the slot: whoever empties or reuses a slot raises the tail first.
 	if r.tail.Load() >= rev {
 		return nil, true
 	}
@@ -119,7 +234,8 @@ func (r *Ring) Load(rev int64) (e *Entry, lapped bool) {
 		return nil, false
 	}
 	if e.Rev > rev {
-		return nil, true
+		// Inside a jump the slot may hold what lies behind it.
+		return nil, r.jumpOf(rev) == nil
 	}
 	return e, false
 }

@@ -1,0 +1,110 @@
+package codec
+
+import (
+	"math/bits"
+	"sync"
+)
+
+// Buffers that a connection needs for a while: half a frame, half a message, messages that wait for a
+// window. They come from pools shared by all connections, so that an idle connection holds none.
+
+const (
+	minBufferBits = 9  // 512 bytes
+	maxBufferBits = 20 // 1 MiB; larger ones are left to the garbage collector
+	// queueBlock is the largest block of a queue; a message of 8 MiB takes many, and none is ever copied
+	// to a larger one.
+	queueBlock = 64 << 10
+)
+
+// buffer is a pooled byte slice, and a link of a queue.
+type buffer struct {
+	b    []byte
+	off  int // queue: bytes at the start that are already taken
+	next *buffer
+}
+
+var bufferPools [maxBufferBits - minBufferBits + 1]sync.Pool
+
+// getBuffer returns an empty buffer with capacity for at least n bytes.
+func getBuffer(n int) *buffer {
+	class := 0
+	if n > 1<<minBufferBits {
+		class = bits.Len(uint(n-1)) - minBufferBits
+	}
+	if class >= len(bufferPools) {
+		return &buffer{b: make([]byte, 0, n)}
+	}
+	if x := bufferPools[class].Get(); x != nil {
+		return x.(*buffer)
+	}
+	return &buffer{b: make([]byte, 0, 1<<(class+minBufferBits))}
+}
+
+// putBuffer gives b back; its bytes must not be used afterwards. nil is a no-op.
+func putBuffer(b *buffer) {
+	if b == nil {
+		return
+	}
+	class := bits.Len(uint(cap(b.b))) - 1 - minBufferBits
+	if class < 0 || class >= len(bufferPools) {
+		return
+	}
+	b.b, b.off, b.next = b.b[:0], 0, nil
+	bufferPools[class].Put(b)
+}
+
+// queue holds the framed gRPC messages of one stream that wait, in blocks. The zero value is empty.
+type queue struct {
+	head, tail *buffer
+	n          int
+}
+
+// push copies p to the end.
+func (q *queue) push(p []byte) {
+	q.n += len(p)
+	for len(p) > 0 {
+		if q.tail == nil || len(q.tail.b) == cap(q.tail.b) {
+			b := getBuffer(min(len(p), queueBlock))
+			if q.tail == nil {
+				q.head = b
+			} else {
+				q.tail.next = b
+			}
+			q.tail = b
+		}
+		t := q.tail
+		k := min(len(p), cap(t.b)-len(t.b))
+		t.b = append(t.b, p[:k]...)
+		p = p[k:]
+	}
+}
+
+// popAppend moves the first n bytes (n <= q.n) to the end of dst.
+func (q *queue) popAppend(dst []byte, n int) []byte {
+	q.n -= n
+	for n > 0 {
+		h := q.head
+		k := min(n, len(h.b)-h.off)
+		dst = append(dst, h.b[h.off:h.off+k]...)
+		h.off += k
+		n -= k
+		if h.off == len(h.b) {
+			q.head = h.next
+			if q.head == nil {
+				q.tail = nil
+			}
+			putBuffer(h)
+		}
+	}
+	return dst
+}
+
+// drop forgets everything.
+func (q *queue) drop() {
+	for h := q.head; h != nil; {
+		next := h.next
+		putBuffer(h)
+		h = next
+	}
+	*q = queue{}
+}

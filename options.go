@@ -1,0 +1,399 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"sigs.k8s.io/yaml"
+)
+
+// envPrefix is what the name of an option in the environment begins with: --data-dir is
+// SPINDLE_DATA_DIR.
+const envPrefix = "SPINDLE_"
+
+// option is one thing that can be set. The table below is the only place that knows of it: flags,
+// environment, configuration file, defaults and --help all come from there.
+type option struct {
+	group string
+	name  string // of the flag, and of the key in the file
+	arg   string // what stands for the value in --help
+	def   string
+	help  string // one or two sentences
+	// repeat says that the option may be given several times (in the environment: separated by spaces).
+	repeat bool
+	set    func(c *Config, v string) error
+}
+
+const (
+	groupClients = "Clients"
+	groupMembers = "Member clusters"
+	groupLocal   = "Embedded members (when no --shard is given)"
+	groupTuning  = "Tuning"
+	groupRest    = "Operation"
+)
+
+var options = []option{
+	{groupClients, "listen-client-urls", "URL[,URL...]", "http://127.0.0.1:2379",
+		"Where the etcd API is served.", false, urlList(func(c *Config) *[]string { return &c.ListenClientURLs })},
+	{groupClients, "advertise-client-urls", "URL[,URL...]", "",
+		"What clients are told to use. Default: what --listen-client-urls says.", false,
+		urlList(func(c *Config) *[]string { return &c.AdvertiseClientURLs })},
+
+	{groupMembers, "shard", "NAME=URL[,URL...]", "",
+		"A member cluster: its name and the client URLs of its nodes.", true, setShard},
+	{groupMembers, "coordinator", "URL[,URL...]", "",
+		"The small etcd cluster that hands out revisions.", false,
+		urlList(func(c *Config) *[]string { return &c.Coordinator })},
+	{groupMembers, "shard-max-txn-ops", "N", "128",
+		"What the members were started with as --max-txn-ops. 1024 is recommended.", false,
+		integer(func(c *Config) *int { return &c.ShardMaxTxnOps })},
+	{groupMembers, "shard-max-request-bytes", "BYTES", "1572864",
+		"What the members were started with as --max-request-bytes. 1638400 is recommended.", false,
+		integer(func(c *Config) *int { return &c.ShardMaxRequestBytes })},
+
+	{groupLocal, "data-dir", "DIR", "./spindle.data",
+		"Where they keep their data.", false, func(c *Config, v string) error { c.DataDir = v; return nil }},
+	{groupLocal, "embedded-shards", "N", "3",
+		"How many single-node member clusters to run in this process. Fixed by the first start.", false,
+		integer(func(c *Config) *int { return &c.EmbeddedShards })},
+
+	{groupTuning, "reorder-window", "DURATION", "250ms",
+		"How long another proxy's revisions may stay open before this one closes them.", false,
+		duration(func(c *Config) *time.Duration { return &c.ReorderWindow })},
+	{groupTuning, "shard-timeout", "DURATION", "5s",
+		"How long a request waits for a member cluster before the client is told that it timed out.", false,
+		duration(func(c *Config) *time.Duration { return &c.ShardTimeout })},
+	{groupTuning, "watch-progress-notify-interval", "DURATION", "10m",
+		"How often an idle watch that asked for it is told how far it has got.", false,
+		duration(func(c *Config) *time.Duration { return &c.WatchProgressNotifyInterval })},
+	{groupTuning, "ring-size", "N", "65536",
+		"How many revisions are kept in memory for watches.", false,
+		integer(func(c *Config) *int { return &c.RingSize })},
+	{groupTuning, "loops", "N", "0",
+		"Event loops that serve clients. 0: half the cores, at least one.", false,
+		integer(func(c *Config) *int { return &c.Loops })},
+
+	{groupRest, "listen-metrics-urls", "URL[,URL...]", "http://127.0.0.1:2381",
+		"Where /metrics, /health, /livez, /readyz and /version are served. Empty: nowhere.", false,
+		urlList(func(c *Config) *[]string { return &c.ListenMetricsURLs })},
+	{groupRest, "log-level", "LEVEL", "info",
+		"debug, info, warn or error.", false, setLogLevel},
+}
+
+func findOption(name string) *option {
+	for i := range options {
+		if options[i].name == name {
+			return &options[i]
+		}
+	}
+	return nil
+}
+
+// errHelp and errVersion are what parse returns when only that was asked for.
+var (
+	errHelp    = errors.New("help")
+	errVersion = errors.New("version")
+)
+
+// parse makes the Config: flags win over the environment, that over the file, that over defaults.
+func parse(args []string, environ []string) (*Config, error) {
+	flags, err := parseFlags(args)
+	if err != nil {
+		return nil, err
+	}
+	env := parseEnv(environ)
+	file := map[string][]string{}
+	fileName := last(flags["config"])
+	if fileName == "" {
+		fileName = last(env["config"])
+	}
+	if fileName != "" {
+		if file, err = readFile(fileName); err != nil {
+			return nil, err
+		}
+	}
+	c := &Config{given: map[string]string{}}
+	for _, o := range options {
+		var values []string
+		from := ""
+		switch {
+		case flags[o.name] != nil:
+			values, from = flags[o.name], "flag"
+		case env[o.name] != nil:
+			values, from = env[o.name], envName(o.name)
+		case file[o.name] != nil:
+			values, from = file[o.name], fileName
+		case o.def != "":
+			values = []string{o.def}
+		}
+		if from != "" {
+			c.given[o.name] = from
+		}
+		if !o.repeat && len(values) > 1 {
+			return nil, fmt.Errorf("--%s is given twice: give it once", o.name)
+		}
+		for _, v := range values {
+			if err := o.set(c, v); err != nil {
+				where := "--" + o.name
+				if from != "" && from != "flag" {
+					where = o.name + " in " + from
+				}
+				return nil, fmt.Errorf("%s: %w", where, err)
+			}
+		}
+	}
+	return c, c.Validate()
+}
+
+func last(v []string) string {
+	if len(v) == 0 {
+		return ""
+	}
+	return v[len(v)-1]
+}
+
+// parseFlags understands --name value, --name=value and both with one dash, as etcd does.
+func parseFlags(args []string) (map[string][]string, error) {
+	out := map[string][]string{}
+	for len(args) > 0 {
+		arg := args[0]
+		args = args[1:]
+		name, ok := strings.CutPrefix(arg, "-")
+		if !ok || name == "" || name == "-" {
+			return nil, fmt.Errorf("%q is not a flag: Spindle takes flags only, see --help", arg)
+		}
+		name, _ = strings.CutPrefix(name, "-")
+		name, value, hasValue := strings.Cut(name, "=")
+		switch name {
+		case "help", "h":
+			return nil, errHelp
+		case "version":
+			return nil, errVersion
+		}
+		if name != "config" && findOption(name) == nil {
+			if near := nearest(name); near != "" {
+				return nil, fmt.Errorf("there is no flag --%s: did you mean --%s? (--help lists all)", name, near)
+			}
+			return nil, fmt.Errorf("there is no flag --%s: --help lists all", name)
+		}
+		if !hasValue {
+			if len(args) == 0 {
+				return nil, fmt.Errorf("--%s needs a value: --help says which", name)
+			}
+			value, args = args[0], args[1:]
+		}
+		out[name] = append(out[name], value)
+	}
+	return out, nil
+}
+
+func envName(name string) string {
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+}
+
+// parseEnv takes the variables that are options. Others that begin with SPINDLE_ are left alone: for a
+// Service named spindle, Kubernetes sets a dozen of them (SPINDLE_SERVICE_HOST, ...). An empty variable
+// counts as not set.
+func parseEnv(environ []string) map[string][]string {
+	vars := map[string]string{}
+	for _, kv := range environ {
+		if k, v, ok := strings.Cut(kv, "="); ok && v != "" && strings.HasPrefix(k, envPrefix) {
+			vars[k] = v
+		}
+	}
+	out := map[string][]string{}
+	if v := vars[envName("config")]; v != "" {
+		out["config"] = []string{v}
+	}
+	for _, o := range options {
+		switch v := vars[envName(o.name)]; {
+		case v == "":
+		case o.repeat:
+			out[o.name] = strings.Fields(v)
+		default:
+			out[o.name] = []string{v}
+		}
+	}
+	return out
+}
+
+// readFile reads a YAML file with the flags' names as keys. A list may stand for several URLs, and for
+// an option that may be repeated.
+func readFile(name string) (map[string][]string, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("--config: there is no file %s", name)
+		}
+		return nil, fmt.Errorf("--config: %w", err)
+	}
+	js, err := yaml.YAMLToJSONStrict(b)
+	if err != nil {
+		return nil, fmt.Errorf("--config: %s is not good YAML: %s", name, oneLine(err))
+	}
+	var m map[string]any
+	dec := json.NewDecoder(strings.NewReader(string(js)))
+	dec.UseNumber()
+	if err := dec.Decode(&m); err != nil {
+		return nil, fmt.Errorf("--config: %s must be lines of \"name: value\", with the flags' names", name)
+	}
+	out := map[string][]string{}
+	for _, key := range sortedKeys(m) {
+		o := findOption(key)
+		if o == nil {
+			if near := nearest(key); near != "" {
+				return nil, fmt.Errorf("--config: %s: there is no option %q: did you mean %q?", name, key, near)
+			}
+			return nil, fmt.Errorf("--config: %s: there is no option %q: the names are the flags', see --help", name, key)
+		}
+		values, err := fileValues(m[key])
+		if err != nil {
+			return nil, fmt.Errorf("--config: %s: %s: %w", name, key, err)
+		}
+		if !o.repeat && len(values) > 1 {
+			values = []string{strings.Join(values, ",")}
+		}
+		out[key] = values
+	}
+	return out, nil
+}
+
+func fileValues(v any) ([]string, error) {
+	switch v := v.(type) {
+	case nil:
+		return nil, errors.New("it has no value: give one, or leave the line out")
+	case string:
+		return []string{v}, nil
+	case json.Number:
+		return []string{v.String()}, nil
+	case []any:
+		var out []string
+		for _, e := range v {
+			s, ok := e.(string)
+			if !ok {
+				return nil, errors.New("a list here holds strings only")
+			}
+			out = append(out, s)
+		}
+		return out, nil
+	default:
+		return nil, errors.New("give a string, a number or a list of strings")
+	}
+}
+
+func sortedKeys(m map[string]any) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	sort.Strings(keys)
+	return keys
+}
+
+func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
+
+func urlList(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for u := range strings.SplitSeq(v, ",") {
+			if u = strings.TrimSuffix(strings.TrimSpace(u), "/"); u != "" {
+				*field(c) = append(*field(c), u)
+			}
+		}
+		return nil
+	}
+}
+
+func setShard(c *Config, v string) error {
+	name, urls, ok := strings.Cut(v, "=")
+	s := ShardConfig{Name: strings.TrimSpace(name)}
+	for u := range strings.SplitSeq(urls, ",") {
+		if u = strings.TrimSuffix(strings.TrimSpace(u), "/"); u != "" {
+			s.URLs = append(s.URLs, u)
+		}
+	}
+	if !ok || len(s.URLs) == 0 {
+		return fmt.Errorf("%q: write NAME=URL[,URL...], as in a=http://10.0.0.1:2379,http://10.0.0.2:2379", v)
+	}
+	c.Shards = append(c.Shards, s)
+	return nil
+}
+
+func setLogLevel(c *Config, v string) error {
+	switch strings.ToLower(v) {
+	case "debug":
+		c.LogLevel = slog.LevelDebug
+	case "info":
+		c.LogLevel = slog.LevelInfo
+	case "warn", "warning":
+		c.LogLevel = slog.LevelWarn
+	case "error":
+		c.LogLevel = slog.LevelError
+	default:
+		return fmt.Errorf("%q: say debug, info, warn or error", v)
+	}
+	return nil
+}
+
+func integer(field func(*Config) *int) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		n, err := strconv.Atoi(v)
+		if err != nil {
+			return fmt.Errorf("%q is not a whole number", v)
+		}
+		*field(c) = n
+		return nil
+	}
+}
+
+func duration(field func(*Config) *time.Duration) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		d, err := time.ParseDuration(v)
+		if err != nil {
+			return fmt.Errorf("%q is not a duration: write a number with a unit, as in 250ms, 5s or 10m", v)
+		}
+		*field(c) = d
+		return nil
+	}
+}
+
+// nearest returns the option whose name is at most a third of its letters away from name, or "".
+func nearest(name string) string {
+	best, dist := "", 0
+	for _, o := range options {
+		d := editDistance(name, o.name)
+		if d <= len(o.name)/3 && (best == "" || d < dist) {
+			best, dist = o.name, d
+		}
+	}
+	return best
+}
+
+func editDistance(a, b string) int {
+	if len(a) > 64 {
+		return len(a)
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		prev := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := prev
+			if a[i] != b[j] {
+				cost = 1 + min(prev, row[j], row[j+1])
+			}
+			prev, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"strings"
+
+	"spindle/server/node"
+	"spindle/shard/embedded"
+)
+
+// run serves until ctx ends (nil) or something cannot go on (one sentence that says what to do).
+func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: cfg.LogLevel}))
+	nc := node.Config{
+		ListenClientURLs:    cfg.ListenClientURLs,
+		AdvertiseClientURLs: advertised(cfg.AdvertiseClientURLs, cfg.ListenClientURLs),
+		ListenMetricsURLs:   cfg.ListenMetricsURLs,
+		Coordinator:         cfg.Coordinator,
+		ShardMaxTxnOps:      cfg.ShardMaxTxnOps, ShardMaxRequestBytes: cfg.ShardMaxRequestBytes,
+		Version:          version,
+		Loops:            cfg.Loops,
+		RingSize:         cfg.RingSize,
+		ReorderWindow:    cfg.ReorderWindow,
+		ShardTimeout:     cfg.ShardTimeout,
+		ProgressInterval: cfg.WatchProgressNotifyInterval,
+		Log:              log,
+	}
+	for _, s := range cfg.Shards {
+		nc.Shards = append(nc.Shards, node.Shard(s))
+	}
+
+	var membersFailed <-chan error
+	where := fmt.Sprintf("%d member clusters", len(cfg.Shards))
+	if cfg.Embedded() {
+		dir, err := filepath.Abs(cfg.DataDir)
+		if err != nil {
+			return fmt.Errorf("--data-dir: %w", err)
+		}
+		members, err := embedded.Start(embedded.Config{Dir: cfg.DataDir, Shards: cfg.EmbeddedShards, Log: log})
+		if err != nil {
+			return err
+		}
+		defer members.Close()
+		membersFailed = members.Failed()
+		for i, u := range members.Shards {
+			nc.Shards = append(nc.Shards, node.Shard{Name: members.Names[i], URLs: []string{u}})
+		}
+		nc.Coordinator = []string{members.Coordinator}
+		nc.ShardMaxTxnOps, nc.ShardMaxRequestBytes = embedded.MaxTxnOps, embedded.MaxRequestBytes
+		where = fmt.Sprintf("%d embedded member clusters, data in %s", cfg.EmbeddedShards, dir)
+	}
+
+	n, err := node.Start(nc)
+	if err != nil {
+		return explain(err)
+	}
+	defer n.Close()
+	for ready := n.Ready(); ; {
+		select {
+		case <-ready:
+			ready = nil
+			announce(log, n, where)
+		case err := <-n.Failed():
+			return err
+		case err := <-membersFailed:
+			return err
+		case <-ctx.Done():
+			log.Info("stopping")
+			return nil
+		}
+	}
+}
+
+// announce is the one line that tells a person what to do next.
+func announce(log *slog.Logger, n *node.Node, where string) {
+	clients := strings.Join(n.ClientURLs(), ",")
+	args := []any{"client", clients, "over", where}
+	if m := n.MetricsURLs(); len(m) > 0 {
+		args = append(args, "metrics", m[0]+"/metrics")
+	}
+	args = append(args, "try", "etcdctl --endpoints "+strings.ReplaceAll(clients, "http://", "")+" put hello world")
+	log.Info("Spindle is ready", args...)
+}
+
+// explain adds what to do to the errors that a person meets first.
+func explain(err error) error {
+	text := strings.TrimPrefix(err.Error(), "spindle: ")
+	if strings.Contains(text, "in use") {
+		text += ": stop that one, or choose another with --listen-client-urls or --listen-metrics-urls"
+	}
+	return errors.New(text)
+}

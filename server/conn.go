@@ -1,0 +1,285 @@
+package server
+
+import (
+	"log/slog"
+
+	"github.com/panjf2000/gnet/v2"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// Limits of one client's connection.
+const (
+	// maxOpsPerConn is how many unary requests of one connection may be with the core. Those that the
+	// client has canceled count until the core lets go of them, so opening and resetting streams as fast
+	// as possible gains nothing. Beyond: ResourceExhausted "etcdserver: too many requests".
+	maxOpsPerConn = 4096
+	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
+	maxOpBytesPerConn = 64 << 20
+	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them;
+	// the same answer to its further requests.
+	maxWaitingReplies = 64 << 20
+	// maxBlockedControl is how many bytes of frames other than DATA may be added to a blocked
+	// connection's buffer: answers to a flood of PING, SETTINGS or the like. It is dropped beyond.
+	maxBlockedControl = 1 << 20
+)
+
+// clientConn is one client's connection: gnet's socket on one side, the codec on the other. What the
+// codec wants to send collects during a turn and is written once, at the turn's end. It belongs to its
+// loop.
+type clientConn struct {
+	loop *Loop
+	eng  *Engine
+	log  *slog.Logger
+	sock gnet.Conn
+	h2   *codec.Conn
+
+	// closed is set in OnClose, which may be called from within any Write. sock must not be touched
+	// afterwards: its descriptor may be another client's.
+	closed bool
+	// ending is set once Feed failed: what is in Output (a GOAWAY) is written, then the socket closed.
+	ending error
+	dirty  bool // on the loop's dirty list
+
+	blocked  bool  // on the loop's blocked list: the socket takes less than we have
+	buffered int   // least OutboundBuffered since it was blocked
+	stalled  int64 // when that was seen, in Loop.now
+	added    int   // bytes written since it was blocked
+
+	ops      int // unary requests with the core, canceled ones included
+	opsBytes int // the size of their messages
+}
+
+var (
+	_ shard.LoopConn     = (*clientConn)(nil)
+	_ codec.ServerEvents = (*clientConn)(nil)
+)
+
+func newClientConn(l *Loop) *clientConn {
+	return &clientConn{loop: l, eng: l.eng, log: l.log}
+}
+
+// OnOpen implements shard.LoopConn.
+func (c *clientConn) OnOpen(sock gnet.Conn) {
+	c.sock = sock
+	c.eng.conns.Add(1)
+	c.loop.conns[c] = struct{}{}
+	connsOpen.Add(1)
+	metricConns.Inc()
+	c.h2 = codec.NewServerConn(c.eng.cfg.Codec, c)
+	c.touch()
+}
+
+// OnTraffic implements shard.LoopConn.
+func (c *clientConn) OnTraffic(sock gnet.Conn) {
+	p, err := sock.Peek(-1)
+	if err != nil || len(p) == 0 {
+		return
+	}
+	metricBytesIn.Add(len(p))
+	if c.ending == nil {
+		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
+		c.ending = c.h2.Feed(p)
+	}
+	_, _ = sock.Discard(len(p))
+	c.touch()
+}
+
+// OnClose implements shard.LoopConn.
+func (c *clientConn) OnClose(sock gnet.Conn, err error) {
+	if c.closed {
+		return
+	}
+	c.closed = true
+	c.eng.conns.Add(-1)
+	delete(c.loop.conns, c)
+	connsOpen.Add(-1)
+	c.unblock()
+	if c.ending != nil {
+		err = c.ending
+	}
+	if c.h2 == nil {
+		return
+	}
+	c.log.Debug("client connection closed", "loop", c.loop.index, "streams", c.h2.Streams(), "reason", err)
+	c.h2.Close()
+}
+
+// touch puts the connection on the list of those that write at the end of the turn.
+func (c *clientConn) touch() {
+	if !c.dirty && !c.closed {
+		c.dirty = true
+		c.loop.dirty = append(c.loop.dirty, c)
+	}
+}
+
+// flush writes what the codec has, piece by piece until the codec has no more or the socket's buffer is
+// over its bound. Every Write may end the connection before it returns, and Output may report events.
+func (c *clientConn) flush() {
+	c.dirty = false
+	for !c.closed {
+		out := c.h2.Output()
+		n := len(out)
+		if n == 0 {
+			break
+		}
+		metricBytesOut.Add(n)
+		_, err := c.sock.Write(out)
+		if c.closed {
+			return
+		}
+		if err != nil {
+			c.end(err)
+			return
+		}
+		c.h2.Flushed()
+		if c.blocked {
+			if c.added += n; c.added > maxBlockedControl {
+				c.drop("client does not read and keeps asking")
+				return
+			}
+		} else if c.sock.OutboundBuffered() > c.eng.cfg.MaxOutbound {
+			c.block()
+		}
+	}
+	if c.ending != nil && !c.closed {
+		c.kill()
+	}
+}
+
+// block holds answers back until the socket takes what it has.
+func (c *clientConn) block() {
+	c.blocked = true
+	c.buffered, c.stalled, c.added = c.sock.OutboundBuffered(), c.loop.now(), 0
+	c.loop.blocked = append(c.loop.blocked, c)
+	connsBlocked.Add(1)
+	c.h2.SetBlocked(true)
+}
+
+// unblock takes the connection off the loop's list; the last one takes its place there.
+func (c *clientConn) unblock() {
+	if !c.blocked {
+		return
+	}
+	c.blocked = false
+	connsBlocked.Add(-1)
+	list := c.loop.blocked
+	for i, other := range list {
+		if other == c {
+			list[i] = list[len(list)-1]
+			list[len(list)-1] = nil
+			c.loop.blocked = list[:len(list)-1]
+			return
+		}
+	}
+}
+
+// retry looks, once a tick, whether a blocked client has read something.
+func (c *clientConn) retry(now int64) {
+	waiting := c.sock.OutboundBuffered()
+	switch {
+	case waiting <= c.eng.cfg.MaxOutbound/2:
+		c.unblock()
+		c.h2.SetBlocked(false)
+		c.touch()
+	case waiting < c.buffered:
+		c.buffered, c.stalled = waiting, now
+	case now-c.stalled >= int64(c.eng.cfg.StallTimeout):
+		c.drop("client does not read")
+	}
+}
+
+func (c *clientConn) drop(why string) {
+	metricConnsDropped.Inc()
+	c.log.Warn("connection dropped: "+why, "client", c.sock.RemoteAddr(), "buffered", c.sock.OutboundBuffered())
+	c.kill()
+}
+
+// end closes the connection for err.
+func (c *clientConn) end(err error) {
+	if c.ending == nil {
+		c.ending = err
+	}
+	c.kill()
+}
+
+// kill closes the socket now; OnClose has been called when it returns.
+func (c *clientConn) kill() {
+	if !c.closed && c.sock != nil {
+		_ = c.loop.el.Close(c.sock)
+	}
+}
+
+// goAway tells all clients of the loop to open no further streams.
+func (l *Loop) goAway() {
+	for c := range l.conns {
+		c.h2.GoAway()
+		c.touch()
+	}
+}
+
+// send queues one message on s.
+func (c *clientConn) send(s *codec.Stream, msg []byte) {
+	c.h2.Send(s, msg)
+	c.touch()
+}
+
+// OnRequest implements codec.ServerEvents.
+func (c *clientConn) OnRequest(s *codec.Stream) {
+	r := c.eng.routes.find(s.Path)
+	streamsOpen.Add(1)
+	switch r.kind {
+	case routeUnary:
+		k := c.loop.newCall()
+		k.open(c, s, r)
+		c.loop.inflight.Add(1)
+	case routeStream:
+		k := new(RPC)
+		k.open(c, s, r)
+		k.handler = r.newStream(c.loop)
+		k.handler.Open(k)
+	default:
+		k := c.loop.newCall()
+		k.open(c, s, r)
+		c.finish(k, c.eng.routes.refuse(r, s.Path))
+	}
+}
+
+// OnMessage implements codec.ServerEvents.
+func (c *clientConn) OnMessage(s *codec.Stream, msg []byte) {
+	k, _ := s.User.(*call)
+	switch {
+	case k == nil: // finished
+	case k.handler != nil:
+		k.handler.Message(msg)
+	case k.op == nil:
+		c.submit(k, msg)
+	}
+}
+
+// OnHalfClose implements codec.ServerEvents.
+func (c *clientConn) OnHalfClose(s *codec.Stream) {
+	k, _ := s.User.(*call)
+	switch {
+	case k == nil:
+	case k.handler != nil:
+		k.handler.HalfClose()
+	case k.op == nil:
+		c.finish(k, statusNoMessage)
+	}
+}
+
+// OnCancel implements codec.ServerEvents.
+func (c *clientConn) OnCancel(s *codec.Stream) {
+	if k, _ := s.User.(*call); k != nil {
+		k.vanish()
+	}
+}
+
+// OnDrained implements codec.ServerEvents.
+func (c *clientConn) OnDrained(s *codec.Stream) {
+	if k, _ := s.User.(*call); k != nil && k.handler != nil {
+		k.handler.Drained()
+	}
+}

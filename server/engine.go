@@ -1,0 +1,443 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// Limits and times of an Engine where Config leaves them 0.
+const (
+	// defaultStallTimeout is how long a client may leave a full socket buffer untouched.
+	defaultStallTimeout = 30 * time.Second
+	// defaultDrainTimeout bounds how long Stop waits for requests that are under way.
+	defaultDrainTimeout = 2 * time.Second
+	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
+	// back. gnet's own buffer has no bound.
+	defaultMaxOutbound = 1 << 20
+	// maxConnsShare is the part of the process's file descriptors that clients may use, in percent. gnet
+	// shuts its whole engine down when accept fails for want of descriptors, so the rest is a reserve for
+	// a burst of accepts, for connections to members and for files.
+	maxConnsShare = 60
+	// startTimeout bounds the search for gnet's loops.
+	startTimeout = 10 * time.Second
+	// drainPoll is how often Stop looks whether the requests under way were answered.
+	drainPoll = 2 * time.Millisecond
+	// keepAlive is the TCP keep-alive time: a client host that vanished is noticed after about twice this.
+	keepAlive = 30 * time.Second
+)
+
+// Core is what the server needs of a *shard.Core. Both methods are called on loop 0 only.
+type Core interface {
+	// Submit takes an op; its Done is called on loop 0, exactly once, perhaps from within Submit.
+	Submit(*shard.Op)
+	// Cancel ends an op that is not done yet; Done is called, perhaps from within Cancel.
+	Cancel(*shard.Op)
+}
+
+// Config is what an Engine is started with. Zero fields take the defaults named above.
+type Config struct {
+	// ListenURLs are where clients connect: http://host:port or unix:///path.
+	ListenURLs []string
+	// Loops is the number of event loops; 0 means 1 below 4 cores, else half the cores.
+	Loops int
+	// Codec bounds a client's connection.
+	Codec codec.ConnConfig
+	// Now is the clock of deadlines, in nanoseconds, never backwards: the Core's.
+	Now func() int64
+	Log *slog.Logger
+
+	MaxConns     int
+	MaxOutbound  int // bytes
+	StallTimeout time.Duration
+	DrainTimeout time.Duration
+	// OnPanic hears of panics in handlers, which are logged and survived. A caller that prefers to stop
+	// the process does it here. It may be called on any loop.
+	OnPanic func(error)
+}
+
+// Engine is the server's side towards clients: listeners, event loops, connections.
+//
+// Life: Start, then SetCore and HandleStream, then SetReady(true), at last Stop. Clients that connect
+// while the engine is not ready are closed at once.
+type Engine struct {
+	cfg   Config
+	log   *slog.Logger
+	now   func() int64
+	addrs []net.Addr
+	loops []*Loop
+	byEL  map[gnet.EventLoop]*Loop // complete before the first client is accepted
+
+	core   Core
+	routes routes
+
+	ready    atomic.Bool
+	draining atomic.Bool
+	conns    atomic.Int64 // open client connections
+	ticks    int64        // OnTick's
+
+	gnet    gnet.Engine // set before booted is closed
+	booted  chan struct{}
+	once    sync.Once     // closes booted
+	done    chan struct{} // closed when gnet has returned
+	err     error         // why, valid after done
+	stopped sync.Once
+}
+
+// Start opens the listeners and starts the loops. The error of a port in use names its URL.
+func Start(cfg Config) (*Engine, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	if cfg.Now == nil {
+		base := time.Now()
+		cfg.Now = func() int64 { return int64(time.Since(base)) + 1 }
+	}
+	if cfg.Loops <= 0 {
+		cfg.Loops = 1
+		if n := runtime.GOMAXPROCS(0); n >= 4 {
+			cfg.Loops = n / 2
+		}
+	}
+	cfg.MaxConns = orDefault(cfg.MaxConns, defaultMaxConns())
+	cfg.MaxOutbound = orDefault(cfg.MaxOutbound, defaultMaxOutbound)
+	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
+	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
+
+	listens, err := parseListens(cfg.ListenURLs)
+	if err != nil {
+		return nil, err
+	}
+	for _, ln := range listens {
+		if err := ln.probe(); err != nil {
+			return nil, err
+		}
+	}
+	e := newEngine(cfg)
+	gnetURLs := make([]string, len(listens))
+	for i, ln := range listens {
+		gnetURLs[i] = ln.network + "://" + ln.address
+	}
+	go func() {
+		err := gnet.Rotate((*handler)(e), gnetURLs,
+			gnet.WithNumEventLoop(cfg.Loops),
+			gnet.WithLoadBalancing(gnet.LeastConnections),
+			gnet.WithReuseAddr(true),
+			gnet.WithTicker(true),
+			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
+			gnet.WithTCPKeepAlive(keepAlive),
+			gnet.WithLogger(gnetLog{cfg.Log}))
+		e.err = err
+		close(e.done)
+	}()
+	if err := e.awaitBoot(); err != nil {
+		return nil, fmt.Errorf("spindle: cannot listen on %v: %w", cfg.ListenURLs, err)
+	}
+	if err := e.findLoops(); err == nil {
+		err = e.findAddrs(listens)
+	}
+	if err != nil {
+		_ = e.Stop(context.Background())
+		return nil, err
+	}
+	return e, nil
+}
+
+func newEngine(cfg Config) *Engine {
+	return &Engine{
+		cfg:    cfg,
+		log:    cfg.Log,
+		now:    cfg.Now,
+		byEL:   make(map[gnet.EventLoop]*Loop),
+		routes: newRoutes(),
+		booted: make(chan struct{}),
+		done:   make(chan struct{}),
+	}
+}
+
+func orDefault[T int | time.Duration](v, def T) T {
+	if v <= 0 {
+		return def
+	}
+	return v
+}
+
+func defaultMaxConns() int {
+	var lim unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &lim); err != nil || lim.Cur > 1<<24 {
+		return 1 << 20
+	}
+	return max(1, int(lim.Cur)*maxConnsShare/100)
+}
+
+func (e *Engine) awaitBoot() error {
+	select {
+	case <-e.booted:
+		return nil
+	case <-e.done:
+		if e.err == nil {
+			return errors.New("the engine stopped at once")
+		}
+		return e.err
+	}
+}
+
+// findLoops learns gnet's loops, which gnet shows only through connections: it enrolls one end of
+// a socket pair after the other. gnet gives each to the loop with the fewest connections, so
+// they come to lie on different loops; clients that connect meanwhile may make it take a few more.
+func (e *Engine) findLoops() error {
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	var peers []*os.File
+	defer func() {
+		for _, f := range peers {
+			_ = f.Close() // the loop sees the end of the anchor and forgets it
+		}
+	}()
+	for len(e.loops) < e.cfg.Loops {
+		near, far, err := socketPair()
+		if err != nil {
+			return fmt.Errorf("spindle: socket pair: %w", err)
+		}
+		peers = append(peers, far)
+		// The context travels to OnOpen as the connection's; an anchor's loop is not known yet.
+		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), anchor{}))
+		if err != nil {
+			_ = near.Close()
+			return fmt.Errorf("spindle: enroll an anchor: %w", err)
+		}
+		select {
+		case r := <-res:
+			if r.Err != nil {
+				return fmt.Errorf("spindle: enroll an anchor: %w", r.Err)
+			}
+			el := r.Conn.EventLoop()
+			if e.byEL[el] == nil {
+				l := newLoop(e, len(e.loops), el)
+				e.byEL[el] = l
+				e.loops = append(e.loops, l)
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("spindle: event loops did not start: %w", ctx.Err())
+		case <-e.done:
+			return fmt.Errorf("spindle: event loops did not start: %w", e.err)
+		}
+	}
+	return nil
+}
+
+func socketPair() (near net.Conn, far *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	f := os.NewFile(uintptr(fds[0]), "anchor")
+	defer f.Close()
+	far = os.NewFile(uintptr(fds[1]), "anchor peer")
+	near, err = net.FileConn(f) // a duplicate of f
+	if err != nil {
+		_ = far.Close()
+		return nil, nil, err
+	}
+	return near, far, nil
+}
+
+// Loops returns the event loops; the first is the core's.
+func (e *Engine) Loops() []*Loop { return e.loops }
+
+// Addrs returns the addresses listened on, in the order of Config.ListenURLs.
+func (e *Engine) Addrs() []net.Addr { return e.addrs }
+
+// SetCore says who answers unary requests. To be called before SetReady(true).
+func (e *Engine) SetCore(c Core) { e.core = c }
+
+// HandleStream says who serves the streaming method path ("/etcdserverpb.Watch/Watch"). To be called
+// before SetReady(true).
+func (e *Engine) HandleStream(path string, f NewStream) { e.routes.stream(path, f) }
+
+// SetReady lets clients in (true) or closes new connections at once (false).
+func (e *Engine) SetReady(ready bool) { e.ready.Store(ready && e.core != nil) }
+
+// Done is closed when the engine has stopped, by Stop or because gnet gave up; Err then says why.
+func (e *Engine) Done() <-chan struct{} { return e.done }
+
+// Err returns why the engine stopped on its own, nil after Stop. Valid after Done.
+func (e *Engine) Err() error {
+	if e.draining.Load() {
+		return nil
+	}
+	if e.err != nil {
+		return e.err
+	}
+	return errors.New("spindle: the event loops stopped, see the log")
+}
+
+// Stop ends the engine: no new connections, GOAWAY to all clients, a short wait for the unary requests
+// under way, then every connection is closed and its streams are canceled. It returns ctx's error when
+// even that takes too long. Further calls wait for the first.
+func (e *Engine) Stop(ctx context.Context) error {
+	e.stopped.Do(func() {
+		e.ready.Store(false)
+		e.draining.Store(true)
+		for _, l := range e.loops {
+			l.Post(l.goAway)
+		}
+		e.awaitIdle(ctx)
+		// Stop's own wait polls twice a second; done is exact.
+		gone, cancel := context.WithCancel(context.Background())
+		cancel()
+		_ = e.gnet.Stop(gone)
+	})
+	select {
+	case <-e.done:
+		for _, l := range e.loops {
+			l.stopped.Store(true)
+		}
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// awaitIdle returns when all unary requests were answered, or it took too long.
+func (e *Engine) awaitIdle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
+	defer cancel()
+	// Requests that were read before the GOAWAY count only once their loop has run: so each loop is
+	// asked on its own goroutine, behind goAway.
+	for _, l := range e.loops {
+		passed := make(chan struct{})
+		l.Post(func() { close(passed) })
+		select {
+		case <-passed:
+		case <-ctx.Done():
+			return
+		case <-e.done:
+			return
+		}
+	}
+	poll := time.NewTicker(drainPoll)
+	defer poll.Stop()
+	for {
+		var n int64
+		for _, l := range e.loops {
+			n += l.inflight.Load()
+		}
+		if n == 0 {
+			return
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			e.log.Warn("stopping with requests under way", "requests", n)
+			return
+		case <-e.done:
+			return
+		}
+	}
+}
+
+// anchor is the context of a connection that only shows its loop.
+type anchor struct{}
+
+// handler receives gnet's events for an Engine.
+type handler Engine
+
+// OnBoot implements gnet.EventHandler. The loops do not exist yet.
+func (h *handler) OnBoot(eng gnet.Engine) gnet.Action {
+	h.gnet = eng
+	return gnet.None
+}
+
+// OnShutdown implements gnet.EventHandler.
+func (h *handler) OnShutdown(gnet.Engine) {}
+
+// OnTick implements gnet.EventHandler. gnet calls it on a goroutine of its own that it starts after all
+// loops are in place, which is what the first call tells.
+func (h *handler) OnTick() (time.Duration, gnet.Action) {
+	h.once.Do(func() { close(h.booted) })
+	if h.ready.Load() || h.draining.Load() {
+		h.ticks++
+		second := h.ticks%int64(time.Second/tickEvery) == 0 && h.conns.Load() > 0
+		for _, l := range h.loops {
+			l.ring(second)
+		}
+	}
+	return tickEvery, gnet.None
+}
+
+// OnOpen implements gnet.EventHandler.
+func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
+	e := (*Engine)(h)
+	switch a := c.Context().(type) {
+	case anchor:
+		return nil, gnet.None
+	case *attachment: // enrolled
+		if !a.event(c, attachmentOpen) {
+			return nil, gnet.Close
+		}
+		return nil, gnet.None
+	}
+	if !e.ready.Load() {
+		return nil, gnet.Close
+	}
+	if n := e.conns.Load(); n >= int64(e.cfg.MaxConns) {
+		metricConnsRefused.Inc()
+		return nil, gnet.Close
+	}
+	l := e.byEL[c.EventLoop()]
+	a := &attachment{loop: l, h: newClientConn(l)}
+	c.SetContext(a)
+	if !a.event(c, attachmentOpen) {
+		return nil, gnet.Close
+	}
+	return nil, gnet.None
+}
+
+// OnTraffic implements gnet.EventHandler.
+func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
+	a, ok := c.Context().(*attachment)
+	if !ok {
+		return gnet.None
+	}
+	if !a.event(c, attachmentTraffic) {
+		return gnet.Close // gnet ignores it for a connection that is closed, and leaves its buffers alone
+	}
+	return gnet.None
+}
+
+// OnClose implements gnet.EventHandler.
+func (h *handler) OnClose(c gnet.Conn, err error) gnet.Action {
+	if a, ok := c.Context().(*attachment); ok {
+		a.close(c, err)
+	}
+	return gnet.None
+}
+
+// gnetLog passes gnet's log on. Its news of every start are for debugging here.
+type gnetLog struct{ log *slog.Logger }
+
+func (g gnetLog) Debugf(format string, args ...any) { g.write(slog.LevelDebug, format, args) }
+func (g gnetLog) Infof(format string, args ...any)  { g.write(slog.LevelDebug, format, args) }
+func (g gnetLog) Warnf(format string, args ...any)  { g.write(slog.LevelWarn, format, args) }
+func (g gnetLog) Errorf(format string, args ...any) { g.write(slog.LevelError, format, args) }
+func (g gnetLog) Fatalf(format string, args ...any) { g.write(slog.LevelError, format, args) }
+
+func (g gnetLog) write(level slog.Level, format string, args []any) {
+	if g.log.Enabled(context.Background(), level) {
+		g.log.Log(context.Background(), level, "gnet: "+fmt.Sprintf(format, args...))
+	}
+}

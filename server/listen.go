@@ -1,0 +1,162 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// probeTimeout bounds the look whether somebody answers on a unix socket.
+const probeTimeout = time.Second
+
+// listen is one place where clients connect.
+type listen struct {
+	url     string // as configured
+	network string // "tcp" or "unix"
+	address string // host:port as gnet wants it, or the socket's path
+}
+
+// parseListens understands the URLs of a configuration; two equal ones are an error.
+func parseListens(urls []string) ([]listen, error) {
+	if len(urls) == 0 {
+		return nil, errors.New("spindle: no listen URL given")
+	}
+	var out []listen
+	seen := make(map[string]string)
+	for _, s := range urls {
+		ln, err := parseListen(s)
+		if err != nil {
+			return nil, err
+		}
+		if first, ok := seen[ln.network+ln.address]; ok {
+			return nil, fmt.Errorf("spindle: listen URLs %s and %s are the same", first, s)
+		}
+		seen[ln.network+ln.address] = s
+		out = append(out, ln)
+	}
+	return out, nil
+}
+
+func parseListen(s string) (listen, error) {
+	bad := func(why string) (listen, error) {
+		return listen{}, fmt.Errorf("spindle: listen URL %q %s", s, why)
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		return bad("is not a URL")
+	}
+	switch u.Scheme {
+	case "http", "tcp":
+		if u.Path != "" && u.Path != "/" {
+			return bad("must not have a path")
+		}
+		host, port, err := net.SplitHostPort(u.Host)
+		if err != nil || port == "" {
+			return bad("needs host:port")
+		}
+		if strings.Contains(host, "%") {
+			return bad("must not have an IPv6 zone")
+		}
+		// Go listens on both protocols for "::", gnet on IPv6 alone; an empty host is both for gnet.
+		if ip := net.ParseIP(host); ip != nil && ip.To4() == nil && ip.IsUnspecified() {
+			host = ""
+		}
+		if host == "" && !hasIPv6() {
+			host = "0.0.0.0"
+		}
+		return listen{s, "tcp", net.JoinHostPort(host, port)}, nil
+	case "unix":
+		if strings.ContainsAny(s, "?#%@") {
+			return bad("has a character that is not supported in a socket's path (? # % @)")
+		}
+		path := u.Host + u.Path
+		if path == "" {
+			return bad("needs a path")
+		}
+		path, err := filepath.Abs(path)
+		if err != nil {
+			return bad("has no absolute path: " + err.Error())
+		}
+		return listen{s, "unix", path}, nil
+	case "https", "unixs":
+		return bad("asks for TLS, which is not built yet")
+	}
+	return bad("needs the scheme http or unix")
+}
+
+func hasIPv6() bool {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	_ = unix.Close(fd)
+	return true
+}
+
+// probe looks whether one can listen here, because gnet's own error does not say where it failed. For a
+// unix socket it also protects what lies at the path: gnet removes it, whatever it is.
+func (ln listen) probe() error {
+	if ln.network == "tcp" {
+		l, err := net.Listen("tcp", ln.address)
+		if err == nil {
+			return l.Close()
+		}
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("spindle: cannot listen on %s: the address is in use by another process", ln.url)
+		}
+		return fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+	}
+	info, err := os.Lstat(ln.address)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+	}
+	if info.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("spindle: cannot listen on %s: the path exists and is not a socket", ln.url)
+	}
+	c, err := net.DialTimeout("unix", ln.address, probeTimeout)
+	if err == nil {
+		_ = c.Close()
+		return fmt.Errorf("spindle: cannot listen on %s: the socket is in use by another process", ln.url)
+	}
+	return nil
+}
+
+// findAddrs asks the kernel where gnet listens, which matters for port 0.
+func (e *Engine) findAddrs(listens []listen) error {
+	for _, ln := range listens {
+		if ln.network == "unix" {
+			e.addrs = append(e.addrs, &net.UnixAddr{Name: ln.address, Net: "unix"})
+			continue
+		}
+		fd, err := e.gnet.DupListener("tcp", ln.address)
+		if err != nil {
+			return fmt.Errorf("spindle: the address of %s: %w", ln.url, err)
+		}
+		sa, err := unix.Getsockname(fd)
+		_ = unix.Close(fd)
+		if err != nil {
+			return fmt.Errorf("spindle: the address of %s: %w", ln.url, err)
+		}
+		switch sa := sa.(type) {
+		case *unix.SockaddrInet4:
+			e.addrs = append(e.addrs, &net.TCPAddr{IP: append(net.IP(nil), sa.Addr[:]...), Port: sa.Port})
+		case *unix.SockaddrInet6:
+			e.addrs = append(e.addrs, &net.TCPAddr{IP: append(net.IP(nil), sa.Addr[:]...), Port: sa.Port})
+		default:
+			return fmt.Errorf("spindle: the address of %s: unexpected %T", ln.url, sa)
+		}
+	}
+	return nil
+}

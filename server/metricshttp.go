@@ -1,0 +1,159 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/VictoriaMetrics/metrics"
+)
+
+// Times of the metrics server. It is not for clients on the far side of the world.
+const (
+	metricsHeaderTimeout = 5 * time.Second
+	metricsWriteTimeout  = 30 * time.Second
+)
+
+// Health is what the metrics server tells about the proxy. It is asked on goroutines of net/http.
+type Health interface {
+	// Ready says whether requests are answered, and why not.
+	Ready() (ready bool, reason string)
+	// EtcdVersion is the version of etcd that clients are shown, "3.6.0" say.
+	EtcdVersion() string
+}
+
+// Metrics is the HTTP server for operators: /metrics, and the health checks and version in etcd's form.
+type Metrics struct {
+	servers []*http.Server
+	addrs   []net.Addr
+}
+
+// StartMetrics serves on urls (http://host:port or unix:///path). version is Spindle's own.
+func StartMetrics(urls []string, h Health, version string, log *slog.Logger) (*Metrics, error) {
+	if log == nil {
+		log = slog.Default()
+	}
+	m := &Metrics{}
+	if len(urls) == 0 {
+		return m, nil
+	}
+	listens, err := parseListens(urls)
+	if err != nil {
+		return nil, err
+	}
+	for _, ln := range listens {
+		if err := ln.probe(); err != nil {
+			_ = m.Close()
+			return nil, err
+		}
+		if ln.network == "unix" {
+			_ = os.Remove(ln.address) // probe found nobody behind it
+		}
+		l, err := net.Listen(ln.network, ln.address)
+		if err != nil {
+			_ = m.Close()
+			return nil, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+		}
+		s := &http.Server{
+			Handler:           metricsMux(h, version),
+			ReadHeaderTimeout: metricsHeaderTimeout,
+			WriteTimeout:      metricsWriteTimeout,
+			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		}
+		m.servers = append(m.servers, s)
+		m.addrs = append(m.addrs, l.Addr())
+		go func() {
+			if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+				log.Error("metrics server stopped", "url", ln.url, "error", err)
+			}
+		}()
+	}
+	return m, nil
+}
+
+// Addrs returns the addresses listened on, in the order of the URLs.
+func (m *Metrics) Addrs() []net.Addr { return m.addrs }
+
+// Close stops the server at once.
+func (m *Metrics) Close() error {
+	var errs []error
+	for _, s := range m.servers {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Shutdown stops the server after the requests under way.
+func (m *Metrics) Shutdown(ctx context.Context) error {
+	var errs []error
+	for _, s := range m.servers {
+		errs = append(errs, s.Shutdown(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// metricsMux answers as etcd's own handlers do (server/etcdserver/api/etcdhttp): /health is JSON with
+// strings for booleans, /readyz and /livez are "ok" or 503 with the reason.
+func metricsMux(h Health, version string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+		metrics.WritePrometheus(w, true)
+	})
+	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
+		ready, reason := h.Ready()
+		status, answer := http.StatusOK, "true"
+		if ready {
+			reason = ""
+		} else {
+			status, answer = http.StatusServiceUnavailable, "false"
+		}
+		writeJSON(w, status, struct {
+			Health string `json:"health"`
+			Reason string `json:"reason"`
+		}{answer, reason})
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if ready, reason := h.Ready(); !ready {
+			http.Error(w, "[-]ready failed: "+reason, http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprint(w, "ok\n")
+	})
+	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok\n") })
+	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
+		etcd := h.EtcdVersion()
+		writeJSON(w, http.StatusOK, struct {
+			Server  string `json:"etcdserver"`
+			Cluster string `json:"etcdcluster"`
+			Spindle string `json:"spindle"`
+		}{etcd, minorVersion(etcd), version})
+	})
+	return mux
+}
+
+// minorVersion turns 3.6.16 into 3.6.0, which is how etcd shows the version of a whole cluster.
+func minorVersion(v string) string {
+	parts := strings.SplitN(v, ".", 3)
+	if len(parts) < 2 {
+		return v
+	}
+	return parts[0] + "." + parts[1] + ".0"
+}
+
+func writeJSON(w http.ResponseWriter, status int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	b, err := json.Marshal(v)
+	if err != nil {
+		return // only strings are marshalled here
+	}
+	_, _ = w.Write(b)
+}

@@ -1,0 +1,44 @@
+package node
+
+import (
+	"log/slog"
+	"time"
+)
+
+// Config describes one proxy. Zero values of what is not said to be needed take the defaults of the
+// packages that they are for.
+type Config struct {
+	// ListenClientURLs are where the etcd API is served, one at least. Port 0 lets the kernel choose.
+	ListenClientURLs []string
+	// AdvertiseClientURLs are what Cluster.MemberList shows; default: what is listened on.
+	AdvertiseClientURLs []string
+	// ListenMetricsURLs are where /metrics and the health checks are served; may be empty.
+	ListenMetricsURLs []string
+
+	// Shards are the member clusters, one at least, Coordinator the endpoints of the coordinator.
+	Shards      []Shard
+	Coordinator []string
+	// ShardMaxTxnOps and ShardMaxRequestBytes are what the members were started with.
+	ShardMaxTxnOps       int
+	ShardMaxRequestBytes int
+
+	// Name of this proxy in Cluster.MemberList; default: the host's.
+	Name string
+	// Version of Spindle, for /version.
+	Version string
+
+	Loops            int           // event loops; 0: half the cores, at least one
+	RingSize         int           // revisions held in memory for watches
+	RingBytes        int64         // and the bytes that their events may take
+	ReorderWindow    time.Duration // see --reorder-window
+	ShardTimeout     time.Duration // see --shard-timeout
+	ProgressInterval time.Duration // see --watch-progress-notify-interval
+
+	Log *slog.Logger
+}
+
+// Shard is one member cluster: its name and the client URLs of its nodes.
+type Shard struct {
+	Name string
+	URLs []string
+}

@@ -1,0 +1,266 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"log/slog"
+	mrand "math/rand/v2"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"spindle/codec"
+	"spindle/revclock"
+	"spindle/server"
+	"spindle/shard"
+)
+
+const (
+	// stopTimeout bounds Close: requests under way get a part of it, sockets the rest.
+	stopTimeout = 10 * time.Second
+	// waitLogEvery is how often a proxy that is not ready says what it is waiting for.
+	waitLogEvery = 5 * time.Second
+)
+
+// Node is a running proxy.
+type Node struct {
+	cfg     Config
+	log     *slog.Logger
+	engine  *server.Engine
+	metrics *server.Metrics
+	begun   time.Time
+
+	status atomic.Pointer[status]
+	ready  chan struct{} // closed when requests are served for the first time
+	failed chan error    // one error at most
+	quit   chan struct{} // closed by Close
+	once   sync.Once
+
+	// Everything following is owned by the first loop.
+
+	pool      *shard.Pool
+	core      *shard.Core
+	stopDrive func()
+	watches   *watches
+	wasReady  bool
+	gaveUp    bool
+}
+
+// status is what is known outside of the first loop.
+type status struct {
+	ready   bool
+	reason  string // why not
+	version string // of the oldest member, once known
+}
+
+// Start opens the listeners and begins to look for the members; Ready tells when clients are served. Its
+// errors are one sentence: a port in use, an endpoint that is none.
+func Start(cfg Config) (*Node, error) {
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	if cfg.Name == "" {
+		cfg.Name, _ = os.Hostname()
+	}
+	pcfg := poolConfig(&cfg)
+	if err := pcfg.Validate(); err != nil {
+		return nil, err
+	}
+	n := &Node{
+		cfg: cfg, log: cfg.Log, begun: time.Now(),
+		ready: make(chan struct{}), failed: make(chan error, 1), quit: make(chan struct{}),
+	}
+	n.status.Store(&status{reason: "starting"})
+	var err error
+	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, (*health)(n), cfg.Version, cfg.Log)
+	if err != nil {
+		return nil, err
+	}
+	n.engine, err = server.Start(server.Config{
+		ListenURLs: cfg.ListenClientURLs,
+		Loops:      cfg.Loops,
+		Now:        n.now,
+		Log:        cfg.Log,
+	})
+	if err != nil {
+		_ = n.metrics.Close()
+		return nil, err
+	}
+	if len(n.cfg.AdvertiseClientURLs) == 0 {
+		n.cfg.AdvertiseClientURLs = n.ClientURLs()
+	}
+	// All in one turn of the loop: the core's hook must stand before the pool's, which the pool adds in
+	// the turn after the one that it is made in.
+	loop := n.engine.Loops()[0]
+	loop.Post(func() { n.wire(loop, pcfg) })
+	go n.attend()
+	return n, nil
+}
+
+func poolConfig(cfg *Config) shard.PoolConfig {
+	p := shard.PoolConfig{
+		Clusters: map[codec.ClusterID][]string{codec.Coordinator: cfg.Coordinator},
+		Names:    map[codec.ClusterID]string{codec.Coordinator: "coordinator"},
+		Log:      cfg.Log,
+	}
+	for i, s := range cfg.Shards {
+		p.Clusters[codec.ClusterID(i)] = s.URLs
+		p.Names[codec.ClusterID(i)] = s.Name
+	}
+	return p
+}
+
+// wire makes pool and core. On the first loop.
+func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
+	n.pool = shard.NewPool(pcfg, loop)
+	names := make([]string, len(n.cfg.Shards))
+	for i, s := range n.cfg.Shards {
+		names[i] = s.Name
+	}
+	n.core = shard.NewCore(shard.CoreConfig{
+		Proxy:                 randomID(),
+		Names:                 names,
+		Now:                   n.now,
+		Rand:                  randomSource(),
+		Log:                   n.log,
+		RingSize:              n.cfg.RingSize,
+		RingBytes:             n.cfg.RingBytes,
+		ReorderWindow:         n.cfg.ReorderWindow,
+		ShardTimeout:          n.cfg.ShardTimeout,
+		MemberMaxTxnOps:       n.cfg.ShardMaxTxnOps,
+		MemberMaxRequestBytes: n.cfg.ShardMaxRequestBytes,
+		MemberName:            n.cfg.Name,
+		ClientURLs:            n.cfg.AdvertiseClientURLs,
+	}, n.pool)
+	n.engine.SetCore(n.core)
+	n.watches = newWatches(n)
+	n.stopDrive = loop.Drive(n.core)
+	loop.OnTurnEnd(n.turnEnd)
+	n.core.Start()
+}
+
+// turnEnd looks whether the core has become ready, or has given up. On the first loop.
+func (n *Node) turnEnd() {
+	ok, why := n.core.Ready()
+	switch {
+	case ok && !n.wasReady:
+		n.wasReady = true
+		n.watches.start()
+		n.engine.SetReady(true)
+		n.status.Store(&status{ready: true})
+		close(n.ready)
+	case ok || n.gaveUp:
+	case n.core.Failed() != "":
+		n.gaveUp = true
+		n.engine.SetReady(false)
+		n.status.Store(&status{reason: why})
+		n.failed <- errors.New(why)
+	case why != n.status.Load().reason:
+		n.status.Store(&status{reason: why})
+	}
+}
+
+// attend says now and then what a proxy that is not ready is waiting for, and hears of an engine that
+// has stopped by itself.
+func (n *Node) attend() {
+	tick := time.NewTicker(waitLogEvery)
+	defer tick.Stop()
+	ready := n.ready
+	for {
+		select {
+		case <-n.quit:
+			return
+		case <-n.engine.Done():
+			select {
+			case <-n.quit:
+			case n.failed <- n.engine.Err():
+			default:
+			}
+			return
+		case <-ready:
+			ready = nil
+			tick.Stop()
+		case <-tick.C:
+			if st := n.status.Load(); !st.ready {
+				n.log.Warn("not ready yet", "why", st.reason)
+			}
+		}
+	}
+}
+
+// now is the clock of everything in this proxy: nanoseconds since its start, never backwards, never 0.
+func (n *Node) now() int64 { return int64(time.Since(n.begun)) + 1 }
+
+// Ready is closed when clients are served.
+func (n *Node) Ready() <-chan struct{} { return n.ready }
+
+// Failed delivers at most one error: the proxy cannot go on and should be stopped.
+func (n *Node) Failed() <-chan error { return n.failed }
+
+// Status says whether clients are served now, and if not, why.
+func (n *Node) Status() (ready bool, reason string) {
+	st := n.status.Load()
+	return st.ready, st.reason
+}
+
+// ClientURLs returns where the etcd API is served, with the ports that the kernel chose.
+func (n *Node) ClientURLs() []string { return urls(n.engine.Addrs()) }
+
+// MetricsURLs returns where the metrics are served.
+func (n *Node) MetricsURLs() []string { return urls(n.metrics.Addrs()) }
+
+func urls(addrs []net.Addr) []string {
+	out := make([]string, len(addrs))
+	for i, a := range addrs {
+		scheme := "http://"
+		if a.Network() == "unix" {
+			scheme = "unix://"
+		}
+		out[i] = scheme + a.String()
+	}
+	return out
+}
+
+// Close stops the proxy. Requests under way get a moment to finish. It may be called more than once.
+func (n *Node) Close() {
+	n.once.Do(func() {
+		close(n.quit)
+		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		// The engine takes no further work and answers what it can, then its loops end, and all sockets
+		// with them.
+		if err := n.engine.Stop(ctx); err != nil {
+			n.log.Error("the event loops did not stop in time", "err", err)
+		} else if n.core != nil {
+			// The loops' goroutines are gone, so this one may touch what was theirs.
+			n.stopDrive()
+			n.core.Close()
+			n.pool.Close()
+		}
+		_ = n.metrics.Close()
+	})
+}
+
+// health is the node as the metrics server sees it.
+type health Node
+
+// Ready implements server.Health.
+func (h *health) Ready() (bool, string) { return (*Node)(h).Status() }
+
+// EtcdVersion implements server.Health.
+func (h *health) EtcdVersion() string { return h.status.Load().version }
+
+func randomID() (id revclock.ID) {
+	rand.Read(id[:])
+	return id
+}
+
+func randomSource() *mrand.Rand {
+	var b [16]byte
+	rand.Read(b[:])
+	return mrand.New(mrand.NewPCG(binary.LittleEndian.Uint64(b[:]), binary.LittleEndian.Uint64(b[8:])))
+}

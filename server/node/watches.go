@@ -1,0 +1,7 @@
+package node
+
+type watches struct{}
+
+func newWatches(n *Node) *watches { return &watches{} }
+
+func (w *watches) start() {}

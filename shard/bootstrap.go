@@ -1,0 +1,418 @@
+package shard
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"strings"
+
+	"spindle/codec"
+	"spindle/revclock"
+	"spindle/watchring"
+)
+
+// bootstrap is a Core's way from nothing to ready:
+//
+//	probe    every member cluster and the coordinator are read; an empty member gets its identity and its
+//	         clock
+//	map      the copy on the shard with the lowest identity is created first and wins; the others are
+//	         copied from it; all must be the same bytes
+//	clock    the coordinator is read after the clocks (DESIGN section 3: the other order takes a busy
+//	         system for a lost one)
+//	streams  each shard's stream begins some way back, so that watchers which were connected to this
+//	         proxy before a restart find their place in the ring
+//
+// Every step is a compare-and-create, so any number of proxies may do this at once. What does not answer
+// is asked again for ever; what does not fit fails the Core with a sentence for the operator.
+type bootstrap struct {
+	c       *Core
+	round   int // of probing; replies of older ones are ignored
+	probes  []probe
+	coord   probe
+	waiting int
+	clocks  []int64 // clock of each shard as probed, by index in the map
+	started bool    // the clock is
+	unread  int     // streams that have not come to the probed clock
+	begun   int     // shards whose stream's start is still looked for
+	tail    int64
+}
+
+// probe is what one cluster answered. It is the Completion of its call.
+type probe struct {
+	b        *bootstrap
+	round    int
+	id       codec.ClusterID
+	name     string
+	answered bool
+	err      string // why not
+	cluster  uint64
+	local    int64
+	identity revclock.ID
+	clock    Record
+	clockAt  int64
+	clockVal []byte
+	mapBytes []byte
+	mapMod   int64
+	compact  int64
+}
+
+func newBootstrap(c *Core) *bootstrap {
+	b := &bootstrap{c: c, probes: make([]probe, len(c.cfg.Names))}
+	return b
+}
+
+// waitingFor says what the start is waiting for.
+func (b *bootstrap) waitingFor() string {
+	var missing []string
+	for i := range b.probes {
+		if p := &b.probes[i]; !p.answered {
+			missing = append(missing, describe(p))
+		}
+	}
+	if !b.coord.answered {
+		missing = append(missing, describe(&b.coord))
+	}
+	switch {
+	case len(missing) > 0:
+		return "waiting for " + strings.Join(missing, ", ")
+	case !b.started:
+		if e := b.c.clock.LastError(); e != "" {
+			return "waiting for the coordinator: " + e
+		}
+		return "waiting for the coordinator"
+	}
+	for _, s := range b.c.shards {
+		if !s.streaming {
+			return "waiting for the watch stream of member cluster " + s.name
+		}
+	}
+	return "starting"
+}
+
+func describe(p *probe) string {
+	if p.err == "" {
+		return p.name
+	}
+	return p.name + " (" + p.err + ")"
+}
+
+func (b *bootstrap) begin() {
+	b.round++
+	b.waiting = len(b.probes) + 1
+	for i := range b.probes {
+		b.probes[i] = probe{b: b, round: b.round, id: codec.ClusterID(i), name: "member cluster " + b.c.cfg.Names[i], err: b.probes[i].err}
+		b.probes[i].send()
+	}
+	b.coord = probe{b: b, round: b.round, id: codec.Coordinator, name: "the coordinator", err: b.coord.err}
+	b.coord.send()
+}
+
+func (p *probe) send() {
+	c := p.b.c
+	var body []byte
+	if p.id == codec.Coordinator {
+		body = codec.AppendString(body, rangeKey, "e")
+		c.tr.Call(p.id, codec.MethodRange, body, c.cfg.ShardTimeout, p)
+		return
+	}
+	// A member with no key at all becomes a shard: it gets an identity, and a clock for the guard to
+	// look at. Any other one shows what it has.
+	var id revclock.ID
+	binary.BigEndian.PutUint64(id[:], c.cfg.Rand.Uint64())
+	binary.BigEndian.PutUint64(id[8:], c.cfg.Rand.Uint64())
+	body = appendCompareInt(body, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
+	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, id))
+	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, revclock.ID{}))
+	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
+		body = appendGet(body, txnFailure, k, 0)
+	}
+	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+}
+
+func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
+	b := p.b
+	c := b.c
+	if p.round != b.round || c.state != stateStarting {
+		return
+	}
+	if st.Code != codec.OK {
+		if p.err == "" {
+			c.log.Warn("does not answer, trying again", "who", p.name, "code", st.Code, "err", st.Msg)
+		}
+		p.err = st.Msg
+		c.after(c.jitter(20*retryDelay), p.sendAgain)
+		return
+	}
+	if p.id == codec.Coordinator {
+		it := codec.Fields{Msg: resp}
+		for it.Next() {
+			if it.Field.Num == 1 {
+				h, _ := codec.ParseHeader(it.Field.Bytes)
+				p.cluster = h.ClusterID
+			}
+		}
+	} else {
+		t, ok := parseTxnReply(resp, nil)
+		if !ok {
+			c.fail(fmt.Errorf("%s does not speak etcd's protocol", p.name))
+			return
+		}
+		if t.succeeded { // it was empty and has its identity now: see what it holds
+			p.send()
+			return
+		}
+		if err := p.read(t); err != nil {
+			c.fail(err)
+			return
+		}
+	}
+	p.answered, p.err = true, ""
+	if b.waiting--; b.waiting == 0 {
+		b.fitMap()
+	}
+}
+
+func (p *probe) sendAgain() {
+	if p.round == p.b.round && p.b.c.state == stateStarting {
+		p.send()
+	}
+}
+
+func (p *probe) read(t txnReply) error {
+	if len(t.resps) != 4 {
+		return fmt.Errorf("%s does not speak etcd's protocol", p.name)
+	}
+	p.cluster, p.local = t.cluster, t.rev
+	id, found := firstKV(t.resps[0])
+	if !found {
+		return fmt.Errorf("%s holds keys that are not Spindle's: give it an empty etcd, or see whether the address is right", p.name)
+	}
+	var ok bool
+	if p.identity, ok = ParseIdentity(id.Value); !ok {
+		return fmt.Errorf("%s has an identity that this version of spindle cannot read: upgrade spindle", p.name)
+	}
+	clock, found := firstKV(t.resps[1])
+	if !found {
+		return fmt.Errorf("%s has lost its clock key: restore the member from a backup", p.name)
+	}
+	p.clockVal = bytes.Clone(clock.Value)
+	if p.clock, ok = ParseRecord(p.clockVal); !ok {
+		return fmt.Errorf("%s has a clock record that this version of spindle cannot read: upgrade spindle", p.name)
+	}
+	p.clockAt = clock.ModRevision
+	if m, found := firstKV(t.resps[2]); found {
+		p.mapBytes, p.mapMod = bytes.Clone(m.Value), m.ModRevision
+	}
+	p.compact = -1
+	if kv, found := firstKV(t.resps[3]); found {
+		if p.compact, ok = ParseCompaction(kv.Value); !ok {
+			return fmt.Errorf("%s has a compaction record that this version of spindle cannot read: upgrade spindle", p.name)
+		}
+	}
+	return nil
+}
+
+// fitMap looks whether all shards have the same map, and creates or copies it where there is none.
+func (b *bootstrap) fitMap() {
+	c := b.c
+	ps := make([]*probe, len(b.probes))
+	for i := range b.probes {
+		ps[i] = &b.probes[i]
+	}
+	slices.SortFunc(ps, func(x, y *probe) int { return bytes.Compare(x.identity[:], y.identity[:]) })
+	for i := 1; i < len(ps); i++ {
+		if ps[i].identity == ps[i-1].identity {
+			c.fail(fmt.Errorf("%s and %s are the same cluster: give each --shard its own", ps[i-1].name, ps[i].name))
+			return
+		}
+	}
+	first := ps[0]
+	if first.mapBytes == nil {
+		for _, p := range ps[1:] {
+			if p.mapBytes != nil {
+				c.fail(fmt.Errorf("%s is not in the partition map that %s holds: remove it from the configuration (shards cannot be added yet)", first.name, p.name))
+				return
+			}
+		}
+		shards := make([]MapShard, len(ps))
+		for i, p := range ps {
+			shards[i] = MapShard{Identity: p.identity, Name: strings.TrimPrefix(p.name, "member cluster ")}
+		}
+		var epoch revclock.ID
+		binary.BigEndian.PutUint64(epoch[:], c.cfg.Rand.Uint64())
+		binary.BigEndian.PutUint64(epoch[8:], c.cfg.Rand.Uint64())
+		b.createMap(first, AppendMap(nil, NewMap(epoch, b.coord.cluster, shards)))
+		return
+	}
+	m, err := ParseMap(first.mapBytes)
+	if err != nil {
+		c.fail(fmt.Errorf("%s: %w", first.name, err))
+		return
+	}
+	if err := b.checkMap(m, ps); err != nil {
+		c.fail(err)
+		return
+	}
+	for _, p := range ps[1:] {
+		if p.mapBytes == nil {
+			b.createMap(p, first.mapBytes)
+			return
+		}
+		if !bytes.Equal(p.mapBytes, first.mapBytes) {
+			c.fail(fmt.Errorf("%s and %s hold different partition maps: they belong to different systems; see whether the --shard addresses are right", first.name, p.name))
+			return
+		}
+	}
+	b.believe(m, ps)
+}
+
+// checkMap compares the map with the configuration. The order in a configuration means nothing.
+func (b *bootstrap) checkMap(m *Map, ps []*probe) error {
+	for _, p := range ps {
+		if !slices.ContainsFunc(m.Shards, func(s MapShard) bool { return s.Identity == p.identity }) {
+			return fmt.Errorf("%s is not in the partition map of this system: remove it from the configuration (shards cannot be added yet)", p.name)
+		}
+	}
+	for _, s := range m.Shards {
+		if !slices.ContainsFunc(ps, func(p *probe) bool { return s.Identity == p.identity }) {
+			return fmt.Errorf("the partition map names a member cluster %q that the configuration does not have: add its --shard", s.Name)
+		}
+	}
+	if m.Coordinator != b.coord.cluster {
+		return fmt.Errorf("the partition map names the coordinator with cluster ID %x, and the configured one is %x: see whether --coordinator is right", m.Coordinator, b.coord.cluster)
+	}
+	return nil
+}
+
+// createMap writes the map to one shard unless another proxy was faster, and looks again.
+func (b *bootstrap) createMap(p *probe, m []byte) {
+	body := appendCompareInt(nil, KeyMap, "", resultEqual, targetMod, cmpMod, 0)
+	body = appendPutOp(body, txnSuccess, KeyMap, m)
+	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+		if b.c.state != stateStarting {
+			return
+		}
+		if st.Code != codec.OK {
+			b.c.after(b.c.jitter(20*retryDelay), b.begin)
+			return
+		}
+		b.begin()
+	}))
+}
+
+// completion makes a Completion of a function, for calls that are rare.
+type completion func(resp []byte, st codec.Status, sent bool)
+
+func (f completion) Complete(resp []byte, st codec.Status, sent bool) { f(resp, st, sent) }
+
+// believe takes the map, and starts the clock.
+func (b *bootstrap) believe(m *Map, ps []*probe) {
+	c := b.c
+	c.m, c.part = m, NewPartition(m)
+	c.shards = make([]*shardState, len(m.Shards))
+	b.clocks = make([]int64, len(m.Shards))
+	fresh := true
+	compact := int64(-1)
+	for i, ms := range m.Shards {
+		p := ps[slices.IndexFunc(ps, func(p *probe) bool { return p.identity == ms.Identity })]
+		c.shards[i] = &shardState{c: c, idx: i, cluster: p.id, name: ms.Name, mapMod: p.mapMod,
+			window: int64(c.cfg.ReorderWindow),
+			rec:    point{p.clock.First, p.clock.Last, p.clockAt}}
+		b.clocks[i] = p.clock.Last
+		fresh = fresh && p.clock.Last == 0
+		compact = max(compact, p.compact)
+	}
+	c.compacted = compact
+	c.hdr = codec.Header{
+		ClusterID: binary.BigEndian.Uint64(m.Shards[0].Identity[:]) | 1,
+		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
+		RaftTerm:  headerTerm,
+	}
+	c.clock.Start(revclock.StartArgs{Epoch: m.Epoch, Fresh: fresh, Clocks: b.clocks, Cluster: m.Coordinator})
+}
+
+// headerTerm is the raft_term that headers carry: a fresh etcd's, and stable, for there is no raft here.
+const headerTerm = 2
+
+// clockStarted opens the streams. Watchers that lost this proxy come back to revisions a little way in
+// the past: the streams begin there.
+func (b *bootstrap) clockStarted() {
+	c := b.c
+	if c.state != stateStarting || b.started {
+		return
+	}
+	b.started = true
+	n := c.clock.Log().N()
+	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
+	b.begun = len(c.shards)
+	for _, s := range c.shards {
+		s.streamStart(b.tail, func(p point, st codec.Status) {
+			if st.Code != codec.OK {
+				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
+				return
+			}
+			s.rec = p
+			b.tail = max(b.tail, p.last)
+			if b.begun--; b.begun == 0 {
+				b.open()
+			}
+		})
+	}
+}
+
+// streamStart finds the record from which the shard's stream continues: the last one at or below rev, or
+// the oldest that there is.
+func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
+	s.locate(rev, func(at located, st codec.Status) {
+		switch {
+		case s.c.state != stateStarting:
+		case st == codec.ErrCompacted:
+			f(at.next, codec.Status{}) // the oldest record that is left
+		case st == codec.ErrTimeout:
+			s.c.after(s.c.jitter(20*retryDelay), func() { s.streamStart(rev, f) })
+		default:
+			f(at.base, st)
+		}
+	})
+}
+
+// open makes the ring and opens every stream.
+func (b *bootstrap) open() {
+	c := b.c
+	c.ring = watchring.NewRing(c.cfg.RingSize, c.cfg.RingBytes, b.tail)
+	c.frontier = watchring.NewFrontier(len(c.shards), b.tail)
+	if c.compacted > 0 {
+		c.frontier.SetCompacted(c.compacted)
+	}
+	b.unread = len(c.shards)
+	for _, s := range c.shards {
+		s.points = append(s.points[:0], s.rec)
+		c.clock.Log().SetClock(s.idx, s.rec.last)
+		s.openStream()
+	}
+	for _, s := range c.shards {
+		b.streamMoved(s)
+	}
+}
+
+// streamMoved is told that a shard's stream has come to a record; the Core is ready once every stream
+// has come to what was there at the start.
+func (b *bootstrap) streamMoved(s *shardState) {
+	c := b.c
+	if c.state != stateStarting || s.streaming || s.rec.last < b.clocks[s.idx] {
+		return
+	}
+	s.streaming = true
+	c.stale = true
+	if b.unread--; b.unread > 0 {
+		return
+	}
+	c.state, c.reason, c.boot = stateReady, "", nil
+	c.log.Info("serving", "shards", len(c.shards), "revision", c.clock.Log().N())
+}
+
+// memberID derives a stable member ID from how the proxy is named and reached.
+func memberID(name string, urls []string) uint64 {
+	return hashString(name+"\x00"+strings.Join(urls, ",")) | 1
+}

@@ -1,0 +1,137 @@
+package shard
+
+import (
+	"spindle/codec"
+	"spindle/watchring"
+)
+
+// publish puts the events of one batch, and what waited for its record, into the ring: decoded once,
+// stamps removed, in the form in which every watcher gets them.
+func (s *shardState) publish(local int64, rec *Record, events [][]byte) {
+	size := 0
+	for _, p := range s.pending {
+		size += len(p.msg) + 2*codec.MaxKVHeader
+	}
+	for _, e := range events {
+		size += len(e) + 2*codec.MaxKVHeader
+	}
+	e := entries{s: s, buf: make([]byte, 0, size)}
+	for _, p := range s.pending {
+		e.add(rec.First, p.msg, rec)
+	}
+	for _, ev := range events {
+		e.add(0, ev, rec)
+	}
+	e.flush()
+}
+
+// entries collects the events of one batch into ring entries. Everything of one batch shares one
+// buffer, so that the garbage collector has one object to look at.
+type entries struct {
+	s   *shardState
+	buf []byte
+	cur *watchring.Entry
+	// late are entries that were begun already: a revision's events need not stand together when
+	// unrecorded events share the first revision of a batch.
+	all []*watchring.Entry
+}
+
+// add takes one event. rev is its revision, or 0 to read it from the stamp or the record.
+func (e *entries) add(rev int64, ev []byte, rec *Record) {
+	s := e.s
+	kv, prev, del := eventKVs(ev)
+	if len(kv.Key) == 0 || kv.Key[0] == 0 {
+		if string(kv.Key) != KeyClock {
+			s.reservedChanged(kv, del)
+		}
+		return
+	}
+	local := kv
+	var st Stamp
+	if del {
+		if rev == 0 {
+			var ok bool
+			if rev, ok = rec.RevOfDelete(kv.Key); !ok {
+				rev = rec.First
+			}
+		}
+	} else {
+		var user []byte
+		var ok bool
+		st, user, ok = ParseStamp(kv.Value)
+		if !ok || st.Rev < rec.First || st.Rev > rec.Last {
+			s.c.stats.Foreign++
+			s.c.log.Warn("a value without a valid stamp was written to a member directly; it is not shown", "shard", s.name)
+			return
+		}
+		rev = st.Rev
+		kv.Value, kv.CreateRevision, kv.ModRevision = user, st.Create, st.Rev
+		kv.Version += st.VersionOffset
+	}
+	en := e.entry(rev)
+	start := len(e.buf)
+	dst := e.buf
+	if del {
+		dst = codec.AppendInt(dst, 1, 1)
+		kv = codec.KV{Key: kv.Key, ModRevision: rev}
+		s.c.creates.Deleted(kv.Key, rev)
+	} else {
+		s.c.creates.Learn(kv.Key, local.CreateRevision, st.Create, st.Rev)
+	}
+	var m int
+	dst, m = codec.BeginMessage(dst, 2)
+	dst = codec.AppendKV(dst, &kv)
+	dst = codec.EndMessage(dst, m)
+	noPrev := len(dst) - start
+	if prev.Key != nil {
+		if pst, user, ok := ParseStamp(prev.Value); ok {
+			prev.Value, prev.CreateRevision, prev.ModRevision = user, pst.Create, pst.Rev
+			prev.Version += pst.VersionOffset
+			dst, m = codec.BeginMessage(dst, 3)
+			dst = codec.AppendKV(dst, &prev)
+			dst = codec.EndMessage(dst, m)
+		}
+	}
+	e.buf = dst
+	body := dst[start:len(dst):len(dst)]
+	en.Events = append(en.Events, watchring.Event{
+		Key: keyOf(body), Delete: del, Create: !del && st.Create == st.Rev, Body: body, NoPrev: noPrev,
+	})
+	en.Size += len(body) + eventOverhead
+}
+
+// eventOverhead is what an event and its share of an entry weigh besides the encoded bytes.
+const eventOverhead = 160
+
+// keyOf returns the key inside an encoded event, so that the event does not hold a second copy of it.
+func keyOf(body []byte) []byte {
+	it := codec.Fields{Msg: body}
+	for it.Next() {
+		if it.Field.Num == 2 {
+			kv, _ := codec.ParseKV(it.Field.Bytes)
+			return kv.Key
+		}
+	}
+	return nil
+}
+
+func (e *entries) entry(rev int64) *watchring.Entry {
+	if e.cur != nil && e.cur.Rev == rev {
+		return e.cur
+	}
+	for _, en := range e.all {
+		if en.Rev == rev {
+			e.cur = en
+			return en
+		}
+	}
+	e.cur = &watchring.Entry{Rev: rev, Shard: e.s.idx}
+	e.all = append(e.all, e.cur)
+	return e.cur
+}
+
+func (e *entries) flush() {
+	for _, en := range e.all {
+		e.s.c.ring.Publish(en)
+	}
+}

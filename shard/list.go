@@ -1,0 +1,371 @@
+package shard
+
+import (
+	"fmt"
+
+	"spindle/codec"
+	"spindle/watchring"
+)
+
+// This file is the road of reads that need a fixed state of one or more shards: lists over all shards,
+// serializable reads, reads at a revision.
+
+// fixedRead reads the same range of several shards and answers them as one. It is the nowWaiter of its
+// now, and part i is the Completion of shard i's call.
+type fixedRead struct {
+	c        *Core
+	op       *Op
+	shards   []*shardState
+	parts    []part
+	waiting  int // calls under way
+	haveNow  bool
+	n        int64
+	a        []int64
+	h        int64 // header revision of the answer, once it is fixed
+	fixed    bool  // the second look: every shard at its local revision
+	latest   bool  // no revision was named: ErrCompacted means "ask again"
+	over     bool
+	deadline int64
+}
+
+// part is one shard's share of a fixedRead.
+type part struct {
+	r     *fixedRead
+	s     *shardState
+	local int64 // 0: the newest
+	resp  []byte
+	reply txnReply
+	err   codec.Status
+}
+
+// submitList reads a range over all shards: first beside now; if no batch was in flight anywhere that
+// is the answer, else each shard is read again at the state that belongs to now.
+func (c *Core) submitList(op *Op) {
+	r := c.newFixedRead(op, c.shards)
+	r.latest = true
+	r.begin()
+}
+
+func (c *Core) newFixedRead(op *Op, shards []*shardState) *fixedRead {
+	r := &fixedRead{c: c, op: op, shards: shards, parts: make([]part, len(shards)), deadline: c.deadline()}
+	for i, s := range shards {
+		r.parts[i] = part{r: r, s: s}
+	}
+	c.at(r.deadline, func() { r.end(codec.ErrTimeout) })
+	return r
+}
+
+// end answers with an error, once.
+func (r *fixedRead) end(st codec.Status) {
+	if r.over {
+		return
+	}
+	r.over = true
+	r.c.finish(r.op, st)
+}
+
+func (r *fixedRead) abandon(st codec.Status) { r.end(st) }
+
+func (r *fixedRead) begin() {
+	r.fixed, r.haveNow, r.waiting = false, false, len(r.parts)
+	r.c.awaitNow(r)
+	for i := range r.parts {
+		r.parts[i].local = 0
+		r.parts[i].send()
+	}
+}
+
+func (p *part) send() {
+	c := p.r.c
+	body := c.scratch[:0]
+	body, m := codec.BeginMessage(body, txnSuccess)
+	body = p.r.op.core.plan.AppendReadOp(body, p.local)
+	body = codec.EndMessage(body, m)
+	body = appendGet(body, txnSuccess, KeyClock, p.local)
+	c.scratch = body
+	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+}
+
+func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
+	r := p.r
+	c := r.c
+	if r.over {
+		return
+	}
+	if r.op.canceled {
+		r.end(statusCanceled)
+		return
+	}
+	if st.Code != codec.OK {
+		switch {
+		case st == codec.ErrCompacted && r.latest:
+			p.err = st // the state that belonged to now is gone: a new now
+		case st == codec.ErrCompacted:
+			r.end(st)
+			return
+		case definite(st) && st != codec.ErrFutureRev:
+			r.end(st)
+			return
+		case c.cfg.Now() >= r.deadline:
+			r.end(codec.ErrTimeout)
+			return
+		default:
+			c.after(c.jitter(retryDelay), func() {
+				if !r.over {
+					p.send()
+				}
+			})
+			return
+		}
+	} else {
+		p.err = codec.Status{}
+		p.resp = append(p.resp[:0], resp...)
+		var ok bool
+		if p.reply, ok = parseTxnReply(p.resp, p.reply.resps); !ok || len(p.reply.resps) != 2 {
+			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+			return
+		}
+	}
+	r.waiting--
+	r.decide()
+}
+
+func (r *fixedRead) nowDone(n int64, a []int64) {
+	if r.over {
+		return
+	}
+	r.n, r.a, r.haveNow = n, append(r.a[:0], a...), true
+	r.decide()
+}
+
+// decide answers when everything is there, or looks a second time.
+func (r *fixedRead) decide() {
+	if r.waiting > 0 || !r.fixed && !r.haveNow {
+		return
+	}
+	for i := range r.parts {
+		if r.parts[i].err.Code != codec.OK {
+			r.begin()
+			return
+		}
+	}
+	if r.fixed {
+		r.answer()
+		return
+	}
+	exact := true
+	for i := range r.parts {
+		p := &r.parts[i]
+		clock, _ := firstKV(p.reply.resps[1])
+		rec, ok := ParseRecord(clock.Value)
+		if !ok {
+			r.end(codec.Status{Code: codec.Internal, Msg: fmt.Sprintf("spindle: member cluster %s shows no clock record", p.s.name)})
+			return
+		}
+		s := p.s
+		settled := p.reply.rev == clock.ModRevision || s.pos >= p.reply.rev && s.lastUnrecorded <= clock.ModRevision
+		if !settled || rec.Last < r.a[s.idx] || rec.Last > r.n {
+			exact = false
+			break
+		}
+	}
+	if exact {
+		r.h = r.n
+		r.answer()
+		return
+	}
+	r.c.stats.Rereads++
+	n := r.n
+	r.c.awaitFrontier(r.set(), n, func() { r.lookAt(n, n) })
+}
+
+// set returns the shard set for the frontier: one shard, or all.
+func (r *fixedRead) set() int {
+	if len(r.shards) == 1 {
+		return r.shards[0].idx
+	}
+	return watchring.All
+}
+
+// lookAt reads every shard at the state that belongs to revision rev, and answers with header h. The
+// frontier must be at rev.
+func (r *fixedRead) lookAt(rev, h int64) {
+	if r.over {
+		return
+	}
+	r.fixed, r.h, r.waiting = true, h, len(r.parts)
+	for i := range r.parts {
+		p := &r.parts[i]
+		p.s.locate(rev, func(at located, st codec.Status) {
+			if r.over {
+				return
+			}
+			if st.Code != codec.OK {
+				if st == codec.ErrCompacted && r.latest {
+					p.err = st
+					r.waiting--
+					r.decide()
+					return
+				}
+				r.end(st)
+				return
+			}
+			if at.inside {
+				p.readInside(rev, at)
+				return
+			}
+			p.local = at.base.local
+			p.send()
+		})
+	}
+}
+
+func (r *fixedRead) answer() {
+	c := r.c
+	hdr := c.hdr
+	hdr.Revision = r.h
+	parts := make([][]byte, len(r.parts))
+	for i := range r.parts {
+		parts[i] = r.parts[i].reply.resps[0]
+	}
+	r.over = true
+	op := r.op
+	op.Resp = op.core.plan.AnswerRange(op.Resp[:0], parts, hdr, nil)
+	c.finish(op, codec.Status{})
+}
+
+// readSet returns the shards on which op's range lies.
+func (c *Core) readSet(op *Op) []*shardState {
+	if shard, one := c.shardOf(&op.core.plan); one {
+		return c.shards[shard : shard+1]
+	}
+	return c.shards
+}
+
+// submitSerializable answers from this proxy's frontier, without the coordinator.
+func (c *Core) submitSerializable(op *Op) {
+	r := c.newFixedRead(op, c.readSet(op))
+	r.latest = true
+	f := c.frontier.Get(r.set())
+	r.serializable(f)
+}
+
+func (r *fixedRead) serializable(f int64) { r.lookAt(f, f) }
+
+// submitHistoryRange answers a Range at a revision: its contents, with the present in the header.
+func (c *Core) submitHistoryRange(op *Op) {
+	rev := op.core.plan.Revision()
+	c.Now(func(n int64, st codec.Status) {
+		switch {
+		case op.canceled:
+			c.finish(op, statusCanceled)
+		case st.Code != codec.OK:
+			c.finish(op, st)
+		case rev > n:
+			c.finish(op, codec.ErrFutureRev)
+		case rev < c.frontier.Compacted():
+			c.finish(op, codec.ErrCompacted)
+		default:
+			if op.core.plan.Empty() {
+				hdr := c.hdr
+				hdr.Revision = n
+				op.Resp = op.core.plan.AnswerRange(op.Resp[:0], nil, hdr, nil)
+				c.finish(op, codec.Status{})
+				return
+			}
+			r := c.newFixedRead(op, c.readSet(op))
+			c.awaitFrontier(r.set(), rev, func() { r.lookAt(rev, n) })
+		}
+	})
+}
+
+// readInside reads the state at a revision inside a batch: what was before the batch, and the batch's
+// own events up to there.
+func (p *part) readInside(rev int64, at located) {
+	in := &insideRead{p: p, rev: rev, at: at, waiting: 2}
+	for k := range in.looks {
+		in.looks[k] = insideLook{in: in, local: at.next.local - int64(1-k)}
+		in.looks[k].send()
+	}
+}
+
+// insideRead holds the two looks of readInside: before the batch, and after it.
+type insideRead struct {
+	p       *part
+	rev     int64
+	at      located
+	waiting int
+	looks   [2]insideLook
+}
+
+type insideLook struct {
+	in    *insideRead
+	local int64
+	resp  []byte
+	reply txnReply
+}
+
+func (l *insideLook) send() {
+	p := l.in.p
+	c := p.r.c
+	body := appendPlainRangeOp(c.scratch[:0], txnSuccess, p.r.op.core.plan.Reads[0], l.local)
+	body = appendGet(body, txnSuccess, KeyClock, l.local)
+	c.scratch = body
+	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, l)
+}
+
+func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
+	in := l.in
+	p := in.p
+	r := p.r
+	c := r.c
+	if r.over {
+		return
+	}
+	if st.Code != codec.OK {
+		switch {
+		case st == codec.ErrCompacted && r.latest:
+			in.waiting = -1
+			p.err = st
+			r.waiting--
+			r.decide()
+		case definite(st) && st != codec.ErrFutureRev:
+			r.end(st)
+		default:
+			c.after(c.jitter(retryDelay), func() {
+				if !r.over && in.waiting > 0 {
+					l.send()
+				}
+			})
+		}
+		return
+	}
+	if in.waiting <= 0 {
+		return
+	}
+	l.resp = append(l.resp[:0], resp...)
+	var ok bool
+	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) != 2 {
+		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+		return
+	}
+	if in.waiting--; in.waiting > 0 {
+		return
+	}
+	before, after := in.looks[0].reply.resps[0], in.looks[1].reply.resps[0]
+	clock, _ := firstKV(in.looks[1].reply.resps[1])
+	rec, ok := ParseRecord(clock.Value)
+	if !ok {
+		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable clock record on member cluster " + p.s.name})
+		return
+	}
+	merged, ok := MergeAtRevision(nil, after, before, in.rev, &rec)
+	if !ok {
+		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: the history of a batch on member cluster " + p.s.name + " does not fit its record"})
+		return
+	}
+	p.err = codec.Status{}
+	p.reply.resps = append(p.reply.resps[:0], merged, nil)
+	r.waiting--
+	r.decide()
+}

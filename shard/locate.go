@@ -1,0 +1,100 @@
+package shard
+
+import (
+	"spindle/codec"
+)
+
+// located says where a revision lies on a shard.
+type located struct {
+	// base is the last record at or below the revision.
+	base point
+	// inside says that the next record's batch began at or below the revision: the state lies within it.
+	inside bool
+	next   point
+}
+
+// locate finds where revision rev lies on the shard: in the index, else by a binary search over the
+// clock key's own history. The shard's frontier must be at rev. ErrCompacted when the member has no
+// history that old.
+func (s *shardState) locate(rev int64, f func(located, codec.Status)) {
+	if s.rec.last <= rev {
+		f(located{base: s.rec}, codec.Status{})
+		return
+	}
+	if base, next, ok := s.localAt(rev); ok {
+		f(located{base: base, next: next, inside: next.local > 0 && next.first <= rev}, codec.Status{})
+		return
+	}
+	hi := s.rec
+	if len(s.points) > 0 {
+		hi = s.points[0]
+	}
+	(&search{s: s, rev: rev, hi: hi, f: f, deadline: s.c.deadline()}).step()
+}
+
+// search looks for the last record at or below rev. Between lo and hi of the shard's local revisions
+// lies the change from "at or below" to "above". It is the Completion of its reads.
+type search struct {
+	s        *shardState
+	rev      int64
+	lo       int64 // newest local revision known to show base, 0 when none is known
+	base     point
+	floor    int64 // local revisions at or below are compacted
+	hi       point // a record above rev
+	mid      int64
+	compact  bool
+	f        func(located, codec.Status)
+	deadline int64
+}
+
+func (q *search) step() {
+	low := max(q.lo, q.floor)
+	if low >= q.hi.local-1 {
+		if q.lo == 0 {
+			q.f(located{next: q.hi}, codec.ErrCompacted)
+			return
+		}
+		q.f(located{base: q.base, next: q.hi, inside: q.hi.first <= q.rev}, codec.Status{})
+		return
+	}
+	q.mid = low + (q.hi.local-low)/2
+	q.send()
+}
+
+func (q *search) send() {
+	c := q.s.c
+	body := codec.AppendString(c.scratch[:0], rangeKey, KeyClock)
+	body = codec.AppendInt(body, rangeRevision, q.mid)
+	c.scratch = body
+	c.tr.Call(q.s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, q)
+}
+
+func (q *search) Complete(resp []byte, st codec.Status, sent bool) {
+	c := q.s.c
+	switch {
+	case st == codec.ErrCompacted:
+		q.floor = q.mid
+		q.step()
+		return
+	case st.Code != codec.OK && c.cfg.Now() >= q.deadline:
+		q.f(located{}, codec.ErrTimeout)
+		return
+	case st.Code != codec.OK:
+		c.after(c.jitter(retryDelay), q.send)
+		return
+	}
+	kv, found := firstKV(resp)
+	rec, ok := ParseRecord(kv.Value)
+	switch {
+	case !found: // before the clock was created
+		q.floor = q.mid
+	case !ok:
+		q.f(located{}, codec.Status{Code: codec.Internal, Msg: "spindle: unreadable clock record on member cluster " + q.s.name})
+		return
+	case rec.Last <= q.rev:
+		q.lo, q.base = q.mid, point{rec.First, rec.Last, kv.ModRevision}
+	default:
+		q.hi = point{rec.First, rec.Last, kv.ModRevision}
+	}
+	q.step()
+}

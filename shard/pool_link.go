@@ -1,0 +1,388 @@
+package shard
+
+import (
+	"errors"
+	"slices"
+
+	"spindle/codec"
+
+	"github.com/panjf2000/gnet/v2"
+)
+
+// Why a link ends, other than by the socket.
+var (
+	errNoSettings  = errors.New("connected, but no HTTP/2 settings came")
+	errPingTimeout = errors.New("no answer to a ping")
+	errNotEnrolled = errors.New("the event loop did not take the socket")
+	errGoAway      = errors.New("closed gracefully by the other side")
+)
+
+// poolLink is one HTTP/2 connection, from Enroll to the end of the socket. Owned by the loop.
+//
+// Its life: enrolled (gc is nil); open; ready, once the server's first bytes were good HTTP/2; possibly
+// draining, after the server's GOAWAY, while its streams finish and its slot has a new link already;
+// dead. A dead link touches neither its gnet.Conn nor its codec.Conn.
+type poolLink struct {
+	pool *Pool
+	ep   *poolEndpoint
+	slot *poolSlot
+	gc   gnet.Conn
+	conn *codec.Conn
+
+	ready    bool
+	draining bool
+	dead     bool
+	lost     codec.Status // what streams get when it dies
+
+	dirty   bool // in Pool.dirty
+	blocked bool // in Pool.blocked
+	feeding bool // within conn.Feed or conn.Output: what ends the link waits in ending
+	writing bool // within gc.Write: so does what OnClose says
+	ending  error
+
+	born     int64 // when it became ready
+	lastRecv int64 // when bytes came last
+	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
+	timer    poolTimer
+}
+
+var (
+	_ LoopConn           = (*poolLink)(nil)
+	_ codec.ClientEvents = (*poolLink)(nil)
+)
+
+func newPoolLink(s *poolSlot) *poolLink {
+	l := &poolLink{pool: s.ep.pool, ep: s.ep, slot: s}
+	l.timer.owner = l
+	return l
+}
+
+// OnOpen implements LoopConn.
+func (l *poolLink) OnOpen(gc gnet.Conn) {
+	if l.dead { // given up while it was enrolled
+		_ = gc.Close()
+		return
+	}
+	l.gc = gc
+	l.conn = codec.NewClientConn(codec.ConnConfig{
+		StreamWindow:    memberStreamWindow,
+		ConnWindow:      memberConnWindow,
+		MaxMessageBytes: maxMemberMessageBytes,
+		MaxQueuedBytes:  maxMemberQueuedBytes,
+	}, l.ep.addr.authority, l)
+	l.touch()
+}
+
+// OnTraffic implements LoopConn.
+func (l *poolLink) OnTraffic(gc gnet.Conn) {
+	if l.dead {
+		_, _ = gc.Discard(-1)
+		return
+	}
+	in, _ := gc.Peek(-1)
+	if len(in) == 0 {
+		return
+	}
+	now := l.pool.timers.now()
+	l.lastRecv, l.pinged = now, 0
+	l.ep.cluster.metrics.received.Add(len(in))
+	err := l.feed(in)
+	_, _ = gc.Discard(-1)
+	if err == nil {
+		err = l.ending
+	}
+	if err != nil {
+		l.shutdown(err)
+		return
+	}
+	if !l.ready && !l.draining {
+		l.becomeReady(now)
+	}
+	l.touch()
+}
+
+func (l *poolLink) feed(in []byte) error {
+	l.feeding = true
+	defer func() { l.feeding = false }() // also when a handler panics: the loop survives that, and closes l
+	return l.conn.Feed(in)
+}
+
+// OnClose implements LoopConn.
+func (l *poolLink) OnClose(gc gnet.Conn, err error) {
+	if l.dead {
+		return
+	}
+	switch {
+	case err == nil && gc == nil:
+		err = errNotEnrolled
+	case err == nil && l.draining:
+		err = errGoAway
+	case err == nil:
+		err = errPoolClosed
+	}
+	l.gc = nil
+	if l.feeding || l.writing {
+		l.ending = err
+		return
+	}
+	l.die(err)
+}
+
+func (l *poolLink) becomeReady(now int64) {
+	l.ready = true
+	l.born = now
+	l.pool.timers.cancel(&l.timer)
+	l.ep.up()
+	l.ep.cluster.linkReady(l.pool, l)
+}
+
+// touch puts l on the list of those that Flush looks at.
+func (l *poolLink) touch() {
+	if !l.dirty && !l.dead {
+		l.dirty = true
+		l.pool.dirty = append(l.pool.dirty, l)
+	}
+}
+
+// opened follows a new stream. Pings run only while there are streams: etcd takes others for an attack. The first
+// stream after a silence has a ping follow at once, since the peer may be gone unnoticed.
+func (l *poolLink) opened() {
+	if l.conn.Streams() == 1 && l.pinged == 0 {
+		l.pool.timers.set(&l.timer, max(l.lastRecv+int64(l.pool.cfg.PingInterval), l.pool.timers.now()))
+	}
+}
+
+// reset abandons a stream.
+func (l *poolLink) reset(s *codec.Stream) {
+	if l.dead {
+		return
+	}
+	l.conn.Reset(s)
+	l.touch() // Flush closes a draining link whose last stream this was
+}
+
+// due is the timer: the server's SETTINGS did not come, or it is time to ping, or a ping was not answered.
+func (l *poolLink) due(now int64) {
+	interval, timeout := int64(l.pool.cfg.PingInterval), int64(l.pool.cfg.PingTimeout)
+	switch {
+	case !l.ready && !l.draining:
+		l.shutdown(errNoSettings)
+	case l.pinged != 0 && now >= l.pinged+timeout:
+		l.ep.cluster.metrics.deadConns.Inc()
+		l.shutdown(errPingTimeout)
+	case l.pinged != 0:
+		l.pool.timers.set(&l.timer, l.pinged+timeout)
+	case l.conn.Streams() == 0:
+		// The next stream sets the timer.
+	case now < l.lastRecv+interval:
+		l.pool.timers.set(&l.timer, l.lastRecv+interval)
+	default:
+		l.conn.Ping()
+		l.pinged = now
+		l.pool.timers.set(&l.timer, now+timeout)
+		l.touch()
+	}
+}
+
+// flush writes what the codec has to send. That is one write, unless it is more than the codec gives at a time.
+// Beyond the high-water mark of gnet's buffer (which has no bound of its own) the codec holds back DATA;
+// Pool.blockTimer looks when to go on.
+func (l *poolLink) flush() {
+	if l.dead || l.gc == nil || l.feeding || l.writing {
+		return // within a handler, OnTraffic puts l on the list again
+	}
+	for {
+		out := l.output()
+		if l.ending != nil {
+			l.shutdown(l.ending)
+			return
+		}
+		if len(out) == 0 {
+			break
+		}
+		if err := l.write(out); err != nil {
+			l.shutdown(err)
+			return
+		}
+		if blocked := l.gc.OutboundBuffered() > outboundHighWater; blocked && !l.blocked {
+			l.blocked = true
+			l.conn.SetBlocked(true)
+			p := l.pool
+			if p.blocked = append(p.blocked, l); len(p.blocked) == 1 {
+				p.timers.set(&p.blockTimer, p.timers.now()+int64(blockedTick))
+			}
+		}
+	}
+	if l.draining && l.conn.Streams() == 0 {
+		l.shutdown(errGoAway)
+	}
+}
+
+// output asks the codec for what is to be written; handlers may run within.
+func (l *poolLink) output() []byte {
+	l.feeding = true
+	defer func() { l.feeding = false }()
+	return l.conn.Output()
+}
+
+// write writes out. When it fails, OnClose was called from within; what the socket took is unknown then, so none
+// of it counts as unsent.
+func (l *poolLink) write(out []byte) error {
+	l.ep.cluster.metrics.sent.Add(len(out))
+	l.writing = true
+	_, err := l.gc.Write(out)
+	l.writing = false
+	l.conn.Flushed()
+	if l.ending != nil {
+		return l.ending
+	}
+	return err
+}
+
+// shutdown ends l from this side (the socket may be gone already): what the codec still has to say is written, the
+// socket closed, every stream ended. Within a handler of the codec it waits for the handler's end.
+func (l *poolLink) shutdown(err error) {
+	if l.dead {
+		return
+	}
+	if l.feeding || l.writing {
+		l.ending = err
+		return
+	}
+	if l.gc != nil {
+		if err == errPoolClosed || err == errGoAway {
+			l.conn.GoAway()
+		}
+		if out := l.output(); len(out) > 0 {
+			_ = l.write(out) // the link ends in any case
+		}
+		if l.gc != nil { // OnClose, from within Write, takes it away
+			_ = l.gc.Close()
+		}
+	}
+	l.die(err)
+}
+
+// die takes l out of everything and ends its streams.
+func (l *poolLink) die(err error) {
+	p := l.pool
+	l.dead = true
+	l.gc = nil
+	p.timers.cancel(&l.timer)
+	if i := slices.Index(p.links, l); i >= 0 {
+		p.links = slices.Delete(p.links, i, i+1)
+	}
+	l.lost = codec.Status{Code: codec.Unavailable, Msg: l.ep.cluster.label + ": connection to " + l.ep.url + " lost: " + briefError(err)}
+	wasReady := l.ready
+	l.retire()
+	if l.slot.link == l {
+		l.slot.link = nil
+		if wasReady && p.timers.now()-l.born >= int64(backoffResetAge) {
+			l.slot.attempts = 0
+		}
+		l.slot.retry(err)
+	}
+	if !l.draining {
+		l.ep.cluster.linkGone(p, l)
+	}
+	if l.conn != nil {
+		l.conn.Close()
+	}
+}
+
+// retire takes l from the links that may take streams, if it was among them.
+func (l *poolLink) retire() {
+	if l.ready {
+		l.ready = false
+		l.ep.left()
+	}
+}
+
+// OnMessage implements codec.ClientEvents.
+func (l *poolLink) OnMessage(s *codec.Stream, msg []byte) {
+	switch u := s.User.(type) {
+	case *poolCall:
+		u.onMessage(msg)
+	case *poolWatch:
+		u.onMessage(msg)
+	}
+}
+
+// OnEnd implements codec.ClientEvents.
+func (l *poolLink) OnEnd(s *codec.Stream, st codec.Status, unprocessed bool) {
+	if l.dead {
+		st = l.lost
+	}
+	switch u := s.User.(type) {
+	case *poolCall:
+		// A call that its timeout took off this (dead) link may have been reused since.
+		if u.stream == s && u.link == l {
+			u.onEnd(st, !unprocessed)
+		}
+	case *poolWatch:
+		if u.stream == s && u.link == l {
+			u.onEnd(st)
+		}
+	}
+}
+
+// OnGoAway implements codec.ClientEvents: l takes no new streams, its slot dials at once for another link.
+func (l *poolLink) OnGoAway() {
+	if l.dead || l.draining {
+		return
+	}
+	l.draining = true
+	wasReady := l.ready
+	l.retire()
+	l.ep.cluster.linkGone(l.pool, l)
+	if l.slot.link == l {
+		l.slot.link = nil
+		if wasReady && l.pool.timers.now()-l.born >= int64(backoffResetAge) {
+			l.slot.attempts = 0
+		}
+		l.slot.retry(nil)
+	}
+	l.touch()
+}
+
+// OnPong implements codec.ClientEvents. Any bytes are a sign of life; there is nothing to add.
+func (l *poolLink) OnPong() {}
+
+// tickTimer is the Pool as owner of tickTimer.
+type tickTimer Pool
+
+// due gives the codec its second.
+func (t *tickTimer) due(now int64) {
+	p := (*Pool)(t)
+	for _, l := range p.links {
+		if l.conn != nil {
+			l.conn.Tick()
+		}
+	}
+	if len(p.links) > 0 {
+		p.timers.set(&p.tick, now+int64(codecTick))
+	}
+}
+
+// blockedTimer is the Pool as owner of blockTimer.
+type blockedTimer Pool
+
+// due resumes the links whose socket has taken enough.
+func (t *blockedTimer) due(now int64) {
+	p := (*Pool)(t)
+	p.blocked = slices.DeleteFunc(p.blocked, func(l *poolLink) bool {
+		if l.dead {
+			return true
+		}
+		if l.gc == nil || l.gc.OutboundBuffered() > outboundLowWater {
+			return false
+		}
+		l.blocked = false
+		l.conn.SetBlocked(false)
+		l.touch()
+		return true
+	})
+	if len(p.blocked) > 0 {
+		p.timers.set(&p.blockTimer, now+int64(blockedTick))
+	}
+}

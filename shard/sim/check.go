@@ -1,0 +1,420 @@
+package sim
+
+import (
+	"fmt"
+	"sort"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
+	"spindle/watchring"
+)
+
+// This file compares everything that clients and watchers were told with what really happened: promises 1
+// to 5 of the design.
+
+// check judges a run that has ended.
+func (r *Run) check() error {
+	h, err := readHistory(r.net.Members)
+	if err != nil {
+		return err
+	}
+	r.stats.Facts = len(h.values)
+	if h.wait > 0 {
+		return fmt.Errorf("%d changes without a record still wait for one at the end", h.wait)
+	}
+	for _, p := range r.proxies {
+		if f := p.core.Frontier().Get(watchring.All); f < h.last {
+			return fmt.Errorf("p%d: the frontier is %d at the end, the last record ends at %d", p.idx, f, h.last)
+		}
+	}
+	c := &checker{r: r, h: h, writer: map[string]*op{}, owner: map[*fact]*op{}}
+	for _, o := range r.ops {
+		for _, v := range valuesOf(o.req) {
+			c.writer[v] = o
+		}
+	}
+	for _, o := range r.ops {
+		if err := c.answer(o); err != nil {
+			return fmt.Errorf("%s: %w", o, err)
+		}
+	}
+	if err := c.facts(); err != nil {
+		return err
+	}
+	for _, f := range r.follows {
+		if err := c.watch(f); err != nil {
+			return fmt.Errorf("watch %s from %d: %w", f.name, f.start, err)
+		}
+	}
+	return nil
+}
+
+type checker struct {
+	r      *Run
+	h      *history
+	writer map[string]*op // by value: who put it
+	owner  map[*fact]*op
+}
+
+// valuesOf returns every value that a request might put.
+func valuesOf(req proto.Message) (vs []string) {
+	switch q := req.(type) {
+	case *pb.PutRequest:
+		vs = append(vs, string(q.Value))
+	case *pb.TxnRequest:
+		for _, ops := range [][]*pb.RequestOp{q.Success, q.Failure} {
+			for _, o := range ops {
+				if p := o.GetRequestPut(); p != nil {
+					vs = append(vs, string(p.Value))
+				} else if t := o.GetRequestTxn(); t != nil {
+					vs = append(vs, valuesOf(t)...)
+				}
+			}
+		}
+	}
+	return vs
+}
+
+// answer checks what one operation was told.
+func (c *checker) answer(o *op) error {
+	if o.st.Code != codec.OK {
+		if o.st.Code == codec.Canceled {
+			return nil
+		}
+		if !o.unknown() && !(o.st == codec.ErrKeyNotFound && mayMissKey(o.req)) {
+			return fmt.Errorf("this error cannot be")
+		}
+		if r := c.r; r.Faults == (Faults{}) && r.Chaos == 0 {
+			return fmt.Errorf("an error although nothing went wrong")
+		}
+		return nil
+	}
+	if o.rev < 1 {
+		return fmt.Errorf("header.revision is %d", o.rev)
+	}
+	if q, ok := o.req.(*pb.RangeRequest); ok {
+		return c.rangeAnswer(o, q)
+	}
+	if q, ok := o.req.(*pb.DeleteRangeRequest); ok && len(q.RangeEnd) > 0 && c.r.Shards > 1 {
+		return c.deleteAll(o, q)
+	}
+	// A request that wrote must be exactly what happened at its revision.
+	v := c.before(o.rev)
+	want := v.eval(o.req)
+	if len(v.writes) > 0 && c.same(v.writes, o.rev) {
+		if o.rev <= o.floor {
+			return fmt.Errorf("it wrote at %d, and a client had been shown %d before it began", o.rev, o.floor)
+		}
+		for _, f := range c.h.byRev[o.rev] {
+			if !f.unrecorded {
+				if other := c.owner[f]; other != nil {
+					return fmt.Errorf("revision %d belongs to %s too", o.rev, other)
+				}
+				c.owner[f] = o
+			}
+		}
+		return c.compare(o, want)
+	}
+	wrote := len(v.writes) > 0
+	// Otherwise it must have been right to write nothing, at the revision that it was told.
+	v = c.after(o.rev)
+	want = v.eval(o.req)
+	if len(v.writes) > 0 || wrote && !c.failed(o) {
+		return fmt.Errorf("at %d it should have written %v, what happened there is %v", o.rev, v.writes, c.h.byRev[o.rev])
+	}
+	if o.rev < o.floor {
+		return fmt.Errorf("it was told %d, and a client had been shown %d before it began", o.rev, o.floor)
+	}
+	return c.compare(o, want)
+}
+
+// failed reports whether a transaction was told that its compares did not hold.
+func (c *checker) failed(o *op) bool {
+	t, ok := o.resp.(*pb.TxnResponse)
+	return ok && !t.Succeeded
+}
+
+func mayMissKey(req proto.Message) bool {
+	t, ok := req.(*pb.TxnRequest)
+	if !ok {
+		return false
+	}
+	for _, ops := range [][]*pb.RequestOp{t.Success, t.Failure} {
+		for _, o := range ops {
+			if p := o.GetRequestPut(); p != nil && p.IgnoreLease {
+				return true
+			}
+			if n := o.GetRequestTxn(); n != nil && mayMissKey(n) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (c *checker) rangeAnswer(o *op, q *pb.RangeRequest) error {
+	if !q.Serializable && o.rev < o.floor {
+		return fmt.Errorf("a read at %d, and a client had been shown %d before it began", o.rev, o.floor)
+	}
+	at := o.rev
+	if q.Revision > 0 {
+		at = q.Revision
+	}
+	return c.compare(o, c.after(at).eval(q))
+}
+
+// deleteAll checks a delete over several shards: each shard's part has a revision of its own, the
+// answer has the sum and the largest.
+func (c *checker) deleteAll(o *op, q *pb.DeleteRangeRequest) error {
+	resp := o.resp.(*pb.DeleteRangeResponse)
+	if o.rev < o.floor {
+		return fmt.Errorf("it was told %d, and a client had been shown %d before it began", o.rev, o.floor)
+	}
+	deletes := 0
+	for _, fs := range c.h.byKey {
+		for i, f := range fs {
+			if f.delete && !f.unrecorded && f.rev > o.floor && f.rev <= o.rev && within(f.key, string(q.Key), string(q.RangeEnd)) {
+				deletes++
+			}
+			// What was there when it began must not have outlived it.
+			if !f.delete && f.rev <= o.floor && within(f.key, string(q.Key), string(q.RangeEnd)) && (i+1 == len(fs) || fs[i+1].rev > o.rev) {
+				return fmt.Errorf("%v is still there at %d", f, o.rev)
+			}
+		}
+	}
+	if int64(deletes) < resp.Deleted {
+		return fmt.Errorf("it was told of %d deletes, there were %d", resp.Deleted, deletes)
+	}
+	if q.PrevKv {
+		if int64(len(resp.PrevKvs)) != resp.Deleted {
+			return fmt.Errorf("%d pairs for %d deletes", len(resp.PrevKvs), resp.Deleted)
+		}
+		for i, kv := range resp.PrevKvs {
+			f := c.h.values[string(kv.Value)]
+			if f == nil || !proto.Equal(kv, f.kv()) {
+				return fmt.Errorf("previous pair %v is %v", kv, f)
+			}
+			if i > 0 && string(resp.PrevKvs[i-1].Key) >= string(kv.Key) {
+				return fmt.Errorf("previous pairs are not in order of key")
+			}
+			fs := c.h.byKey[f.key]
+			j := sort.Search(len(fs), func(j int) bool { return fs[j].rev >= f.rev })
+			for j < len(fs) && fs[j] != f {
+				j++
+			}
+			if j+1 >= len(fs) || !fs[j+1].delete || fs[j+1].rev <= o.floor || fs[j+1].rev > o.rev {
+				return fmt.Errorf("previous pair %v was not deleted by this", kv)
+			}
+		}
+	}
+	return nil
+}
+
+// compare compares an answer with what it must be.
+func (c *checker) compare(o *op, want proto.Message) error {
+	got := proto.Clone(o.resp)
+	strip(got)
+	strip(want)
+	if q, ok := o.req.(*pb.RangeRequest); ok && q.SortTarget != pb.RangeRequest_KEY { // etcd does not say how ties are sorted
+		g, w := got.(*pb.RangeResponse), want.(*pb.RangeResponse)
+		if len(g.Kvs) == len(w.Kvs) {
+			same := true
+			for i := range g.Kvs {
+				same = same && g.Kvs[i].ModRevision == w.Kvs[i].ModRevision
+			}
+			if same {
+				g.Kvs, w.Kvs = nil, nil
+			}
+		}
+	}
+	if !proto.Equal(got, want) {
+		return fmt.Errorf("the answer must be {%v}", want)
+	}
+	return nil
+}
+
+// strip removes headers, in nested answers too: they are checked by themselves.
+func strip(m proto.Message) {
+	switch v := m.(type) {
+	case *pb.RangeResponse:
+		v.Header = nil
+	case *pb.PutResponse:
+		v.Header = nil
+	case *pb.DeleteRangeResponse:
+		v.Header = nil
+	case *pb.TxnResponse:
+		v.Header = nil
+		for _, o := range v.Responses {
+			switch w := o.Response.(type) {
+			case *pb.ResponseOp_ResponseRange:
+				strip(w.ResponseRange)
+			case *pb.ResponseOp_ResponsePut:
+				strip(w.ResponsePut)
+			case *pb.ResponseOp_ResponseDeleteRange:
+				strip(w.ResponseDeleteRange)
+			case *pb.ResponseOp_ResponseTxn:
+				strip(w.ResponseTxn)
+			}
+		}
+	}
+}
+
+// same reports whether writes are exactly the facts of rev.
+func (c *checker) same(writes []*fact, rev int64) bool {
+	var facts []*fact
+	for _, f := range c.h.byRev[rev] {
+		if !f.unrecorded {
+			facts = append(facts, f)
+		}
+	}
+	if len(facts) != len(writes) {
+		return false
+	}
+	for i, f := range facts {
+		w := writes[i]
+		if f.key != w.key || f.delete != w.delete || f.value != w.value || f.create != w.create || f.version != w.version {
+			return false
+		}
+	}
+	return true
+}
+
+// facts checks that everything that happened was somebody's request, once, and of a kind that this
+// request could do.
+func (c *checker) facts() error {
+	for _, rev := range c.h.revs {
+		for _, f := range c.h.byRev[rev] {
+			if f.unrecorded {
+				if !c.r.expired[expiry{f.shard, f.local}] {
+					return fmt.Errorf("%v: in no record, and nothing expired", f)
+				}
+				continue
+			}
+			if c.r.expired[expiry{f.shard, f.local}] {
+				return fmt.Errorf("%v: it expired, and a record names it", f)
+			}
+			if c.owner[f] != nil {
+				continue
+			}
+			if f.delete {
+				if err := c.orphanDelete(f); err != nil {
+					return err
+				}
+				continue
+			}
+			o := c.writer[f.value]
+			switch {
+			case o == nil:
+				return fmt.Errorf("%v: nobody wrote this", f)
+			case o.st.Code == codec.OK && o.ended:
+				return fmt.Errorf("%v: %s was told something else", f, o)
+			case !o.unknown():
+				return fmt.Errorf("%v: %s was told that it failed", f, o)
+			case f.rev <= o.floor:
+				return fmt.Errorf("%v: by %s, which began when a client had been shown %d", f, o, o.floor)
+			}
+			v := c.before(rev)
+			v.eval(o.req)
+			if !c.same(v.writes, rev) {
+				return fmt.Errorf("%v: by %s, which must have written %v there, and there is %v", f, o, v.writes, c.h.byRev[rev])
+			}
+		}
+	}
+	return nil
+}
+
+// orphanDelete looks for a request that may be the reason for a delete that no answer accounts for.
+func (c *checker) orphanDelete(f *fact) error {
+	for _, o := range c.r.ops {
+		if f.rev <= o.floor || !deletes(o.req, f.key) {
+			continue
+		}
+		if o.unknown() {
+			return nil
+		}
+		if q, ok := o.req.(*pb.DeleteRangeRequest); ok && o.st.Code == codec.OK && len(q.RangeEnd) > 0 && f.rev <= o.rev && c.r.Shards > 1 {
+			return nil
+		}
+	}
+	return fmt.Errorf("%v: nobody deleted this", f)
+}
+
+func deletes(req proto.Message, key string) bool {
+	switch q := req.(type) {
+	case *pb.DeleteRangeRequest:
+		return within(key, string(q.Key), string(q.RangeEnd))
+	case *pb.TxnRequest:
+		for _, ops := range [][]*pb.RequestOp{q.Success, q.Failure} {
+			for _, o := range ops {
+				if d := o.GetRequestDeleteRange(); d != nil && deletes(d, key) {
+					return true
+				}
+				if t := o.GetRequestTxn(); t != nil && deletes(t, key) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// watch checks that a follower got exactly what happened between its start and where it stands.
+func (c *checker) watch(f *follower) error {
+	got := f.got
+	for _, rev := range c.h.revs {
+		if rev <= f.start || rev > f.cursor {
+			continue
+		}
+		facts := c.h.byRev[rev]
+		if f.shard != watchring.All && c.r.part.ShardOf([]byte(facts[0].key)) != f.shard {
+			continue
+		}
+		if len(got) == 0 || got[0].rev > rev {
+			return fmt.Errorf("%v was never delivered; it stands at %d", facts[0], f.cursor)
+		}
+		d := got[0]
+		got = got[1:]
+		if d.rev < rev {
+			return fmt.Errorf("it got events of %d (%v), where nothing happened", d.rev, d.events)
+		}
+		if len(d.events) != len(facts) {
+			return fmt.Errorf("at %d it got %v, must be %v", rev, d.events, facts)
+		}
+		for i, fact := range facts {
+			if want := c.event(fact); !proto.Equal(d.events[i], want) {
+				return fmt.Errorf("at %d it got %v, must be %v", rev, d.events[i], want)
+			}
+		}
+	}
+	if len(got) > 0 {
+		return fmt.Errorf("it got events of %d (%v), where nothing happened", got[0].rev, got[0].events)
+	}
+	return nil
+}
+
+// event is how a watcher must see a fact.
+func (c *checker) event(f *fact) *mvccpb.Event {
+	ev := &mvccpb.Event{Kv: f.kv()}
+	if f.delete {
+		ev.Type = mvccpb.Event_DELETE
+		ev.Kv = &mvccpb.KeyValue{Key: []byte(f.key), ModRevision: f.rev}
+	}
+	var prev *fact
+	for _, o := range c.h.byKey[f.key] {
+		if o == f {
+			break
+		}
+		prev = o
+	}
+	if prev != nil && !prev.delete {
+		ev.PrevKv = prev.kv()
+	}
+	return ev
+}
+
+func (f *fact) kv() *mvccpb.KeyValue {
+	return &mvccpb.KeyValue{Key: []byte(f.key), CreateRevision: f.create, ModRevision: f.rev, Version: f.version, Value: []byte(f.value), Lease: leaseOf([]byte(f.key))}
+}

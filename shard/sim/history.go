@@ -1,0 +1,293 @@
+package sim
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"sort"
+)
+
+// This file computes what really happened, from the full histories of the member clusters. It reads the stored
+// formats on its own, by docs/formats.md, and shares no code with the core.
+
+const keyClock = "\x00clock"
+
+// parseStamp splits a stored value. (A simulation never moves keys: extensions are not read.)
+func parseStamp(v []byte) (mod, create int64, user []byte, err error) {
+	if len(v) < 9 {
+		return 0, 0, nil, errors.New("no stamp")
+	}
+	mod = int64(binary.BigEndian.Uint64(v))
+	age, n := binary.Uvarint(v[8:])
+	if n <= 0 || age&1 != 0 || mod <= 0 || int64(age>>1) >= mod {
+		return 0, 0, nil, errors.New("bad stamp")
+	}
+	return mod, mod - int64(age>>1), v[8+n:], nil
+}
+
+type record struct {
+	first, last int64
+	spare       bool
+	kind        byte
+	epoch       [16]byte
+	proxy       [16]byte
+	batch       uint64
+	deletes     []recordDelete
+}
+
+type recordDelete struct {
+	rev      int64
+	key, end string
+}
+
+func parseRecord(v []byte) (*record, error) {
+	if len(v) < 43 || v[8] != 1 {
+		return nil, errors.New("not a clock record")
+	}
+	r := &record{last: int64(binary.BigEndian.Uint64(v)), kind: v[9]}
+	copy(r.epoch[:], v[10:26])
+	copy(r.proxy[:], v[26:42])
+	v = v[42:]
+	bad := false
+	num := func() uint64 {
+		x, n := binary.Uvarint(v)
+		if n <= 0 {
+			bad = true
+			return 0
+		}
+		v = v[n:]
+		return x
+	}
+	str := func() string {
+		n := num()
+		if bad || n > uint64(len(v)) {
+			bad = true
+			return ""
+		}
+		s := string(v[:n])
+		v = v[n:]
+		return s
+	}
+	r.batch = num()
+	width := num()
+	r.first, r.spare = r.last-int64(width>>1), width&1 == 1
+	for n := num(); n > 0 && !bad; n-- {
+		d := recordDelete{rev: r.first + int64(num())}
+		d.key = str()
+		d.end = str()
+		r.deletes = append(r.deletes, d)
+	}
+	if bad {
+		return nil, errors.New("bad clock record")
+	}
+	return r, nil
+}
+
+// fact is one change of one key as clients must see it.
+type fact struct {
+	rev     int64
+	shard   int
+	key     string
+	delete  bool
+	value   string
+	create  int64
+	version int64
+	local   int64
+	// unrecorded: nobody's request; a lease that expired.
+	unrecorded bool
+}
+
+// history is what really happened.
+type history struct {
+	shards int
+	byRev  map[int64][]*fact  // all facts of a revision, in order
+	byKey  map[string][]*fact // all facts of a key, oldest first
+	revs   []int64            // revisions with facts, ascending
+	values map[string]*fact   // by the value that was put: values are unique in a run
+	ranges []rangeOf          // ranges of all records, ascending
+	last   int64              // the largest revision of any record
+	wait   int                // changes that still wait for a record
+}
+
+type rangeOf struct {
+	first, last int64
+	shard       int
+	proxy       [16]byte
+	batch       uint64
+}
+
+// readHistory works through the clusters' logs. Whatever in them breaks a promise is an error.
+func readHistory(members []*Cluster) (*history, error) {
+	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}}
+	for i, m := range members {
+		if err := h.readShard(i, m.Log()); err != nil {
+			return nil, fmt.Errorf("shard%d: %w", i, err)
+		}
+	}
+	sort.Slice(h.ranges, func(i, j int) bool { return h.ranges[i].first < h.ranges[j].first })
+	for i := 1; i < len(h.ranges); i++ {
+		if a, b := h.ranges[i-1], h.ranges[i]; b.first <= a.last {
+			return nil, fmt.Errorf("two records share revisions: %d..%d on shard%d (proxy %x batch %d) and %d..%d on shard%d (proxy %x batch %d)",
+				a.first, a.last, a.shard, a.proxy[:2], a.batch, b.first, b.last, b.shard, b.proxy[:2], b.batch)
+		}
+	}
+	for rev := range h.byRev {
+		h.revs = append(h.revs, rev)
+	}
+	sort.Slice(h.revs, func(i, j int) bool { return h.revs[i] < h.revs[j] })
+	return h, nil
+}
+
+func (h *history) readShard(shard int, log []*Change) error {
+	var waiting []*Change
+	clock := int64(0)
+	for len(log) > 0 {
+		n := 1
+		for n < len(log) && log[n].Main == log[0].Main {
+			n++
+		}
+		group := log[:n]
+		log = log[n:]
+		var rec *record
+		var changes []*Change
+		for _, c := range group {
+			k := string(c.KV.Key)
+			if k == keyClock {
+				if c.Delete || rec != nil {
+					return fmt.Errorf("L%d: the clock was deleted, or written twice in one revision", c.Main)
+				}
+				var err error
+				if rec, err = parseRecord(c.KV.Value); err != nil {
+					return fmt.Errorf("L%d: %w", c.Main, err)
+				}
+			} else if k[0] != 0 {
+				changes = append(changes, c)
+			}
+		}
+		if rec == nil {
+			waiting = append(waiting, changes...)
+			continue
+		}
+		if rec.last == 0 && clock == 0 && len(changes) == 0 {
+			continue // the first start
+		}
+		if rec.first <= clock || rec.last < rec.first {
+			return fmt.Errorf("L%d: a record of %d..%d follows the clock %d", group[0].Main, rec.first, rec.last, clock)
+		}
+		clock = rec.last
+		h.last = max(h.last, rec.last)
+		h.ranges = append(h.ranges, rangeOf{rec.first, rec.last, shard, rec.proxy, rec.batch})
+		for _, c := range waiting {
+			if err := h.add(shard, c, rec.first, true); err != nil {
+				return err
+			}
+		}
+		waiting = nil
+		if err := h.readBatch(shard, rec, changes); err != nil {
+			return fmt.Errorf("L%d: %w", group[0].Main, err)
+		}
+	}
+	h.wait += len(waiting)
+	return nil
+}
+
+func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
+	at := rec.first
+	for _, c := range changes {
+		var rev int64
+		if c.Delete {
+			for _, d := range rec.deletes {
+				if within(string(c.KV.Key), d.key, d.end) {
+					rev = d.rev
+					break
+				}
+			}
+			if rev == 0 {
+				return fmt.Errorf("the delete of %q is in no record", c.KV.Key)
+			}
+		} else {
+			mod, _, _, err := parseStamp(c.KV.Value)
+			if err != nil {
+				return fmt.Errorf("key %q: %w", c.KV.Key, err)
+			}
+			rev = mod
+		}
+		if rev < at || rev > rec.last {
+			return fmt.Errorf("key %q has revision %d in a record of %d..%d, behind %d", c.KV.Key, rev, rec.first, rec.last, at)
+		}
+		if rec.spare && rev == rec.first {
+			return fmt.Errorf("key %q has the spare revision %d", c.KV.Key, rev)
+		}
+		at = rev
+		if err := h.add(shard, c, rev, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// add puts one change into the history, and checks create revision and version.
+func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
+	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded}
+	old := h.at(f.key, rev) // nothing newer is there yet: the shard's log is read in order
+	if old != nil && old.shard != shard {
+		return fmt.Errorf("key %q lies on shard%d too", f.key, old.shard)
+	}
+	if !c.Delete {
+		_, create, user, err := parseStamp(c.KV.Value)
+		if err != nil || unrecorded {
+			return fmt.Errorf("L%d: key %q was put by somebody else (%v)", c.Main, f.key, err)
+		}
+		f.value, f.create, f.version = string(user), create, c.KV.Version
+		wantCreate, wantVersion := rev, int64(1)
+		if old != nil {
+			wantCreate, wantVersion = old.create, old.version+1
+		}
+		if create != wantCreate || f.version != wantVersion {
+			return fmt.Errorf("key %q at revision %d has create revision %d and version %d, must be %d and %d", f.key, rev, create, f.version, wantCreate, wantVersion)
+		}
+		if other := h.values[f.value]; other != nil {
+			return fmt.Errorf("the write of %q was applied twice: at revisions %d and %d", f.value, other.rev, rev)
+		}
+		h.values[f.value] = f
+	} else if old == nil {
+		return fmt.Errorf("L%d: key %q was deleted at revision %d and did not exist", c.Main, f.key, rev)
+	}
+	h.byRev[rev] = append(h.byRev[rev], f)
+	h.byKey[f.key] = append(h.byKey[f.key], f)
+	return nil
+}
+
+// at returns what key holds at rev, nil if it does not exist.
+func (h *history) at(key string, rev int64) *fact {
+	fs := h.byKey[key]
+	i := sort.Search(len(fs), func(i int) bool { return fs[i].rev > rev })
+	if i == 0 || fs[i-1].delete {
+		return nil
+	}
+	return fs[i-1]
+}
+
+// state returns the pairs of [key, end) at rev, in order of key.
+func (h *history) state(key, end string, rev int64) []*fact {
+	var out []*fact
+	for k := range h.byKey {
+		if within(k, key, end) {
+			if f := h.at(k, rev); f != nil {
+				out = append(out, f)
+			}
+		}
+	}
+	sort.Slice(out, func(i, j int) bool { return out[i].key < out[j].key })
+	return out
+}
+
+func (f *fact) String() string {
+	if f == nil {
+		return "nothing"
+	}
+	if f.delete {
+		return fmt.Sprintf("R%d shard%d L%d: delete %s", f.rev, f.shard, f.local, f.key)
+	}
+	return fmt.Sprintf("R%d shard%d L%d: put %s=%s create=%d version=%d", f.rev, f.shard, f.local, f.key, f.value, f.create, f.version)
+}

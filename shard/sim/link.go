@@ -1,0 +1,395 @@
+package sim
+
+import (
+	"time"
+
+	"spindle/codec"
+)
+
+// Host is one life of one proxy process as the network sees it: its links to the clusters. It implements
+// codec.Transport for the proxy's Core.
+type Host struct {
+	Name string
+	// Turn is called after everything that is reported to the Core.
+	Turn func()
+
+	net   *Net
+	links map[codec.ClusterID]*Link
+	dead  bool
+}
+
+// NewHost makes a host whose links take base plus up to jitter one way.
+func (w *Net) NewHost(name string, base, jitter time.Duration) *Host {
+	h := &Host{Name: name, net: w, links: map[codec.ClusterID]*Link{}}
+	for _, c := range append([]*Cluster{w.Coord}, w.Members...) {
+		h.links[c.ID] = &Link{host: h, cluster: c, Base: base, Jitter: jitter}
+	}
+	return h
+}
+
+// Link returns the link to a cluster.
+func (h *Host) Link(id codec.ClusterID) *Link { return h.links[id] }
+
+// Kill ends the process: nothing is reported to it any more. Requests that are under way arrive, or not.
+func (h *Host) Kill() {
+	h.dead = true
+	for _, id := range h.ids() {
+		l := h.links[id]
+		for _, s := range append([]*stream(nil), l.streams...) {
+			s.remove()
+		}
+		for _, c := range l.calls {
+			c.orphan()
+		}
+	}
+}
+
+func (h *Host) ids() []codec.ClusterID {
+	ids := []codec.ClusterID{codec.Coordinator}
+	for _, c := range h.net.Members {
+		ids = append(ids, c.ID)
+	}
+	return ids
+}
+
+// Link is the way between a host and a cluster.
+type Link struct {
+	Base, Jitter time.Duration
+	// Down refuses new requests and streams.
+	Down bool
+	// Hole swallows everything, in both directions; callers only notice by their timeouts.
+	Hole bool
+	// StreamLag is how much later than replies the streams' messages come.
+	StreamLag time.Duration
+	// StreamHole swallows the streams' messages alone until it ends.
+	StreamHole bool
+
+	host    *Host
+	cluster *Cluster
+	calls   []*call
+	streams []*stream
+}
+
+func (l *Link) delay() time.Duration { return l.Base + l.net().Between(0, l.Jitter) }
+
+func (l *Link) net() *Net { return l.host.net }
+
+// Reset breaks the connection: calls fail, some of them are applied later all the same; streams end.
+func (l *Link) Reset() {
+	w := l.net()
+	w.tracef("%s-%s: connection reset", l.host.Name, l.cluster)
+	for _, c := range append([]*call(nil), l.calls...) {
+		c.lost = w.Chance(0.5)
+		if !c.arrived && !c.lost && w.Chance(0.5) {
+			c.after = w.Between(0, MaxLate)
+		}
+		c.complete(w.Between(0, time.Millisecond), nil, codec.Status{Code: codec.Unavailable, Msg: "simulated: connection reset"}, true)
+	}
+	for _, s := range append([]*stream(nil), l.streams...) {
+		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: connection reset"})
+	}
+}
+
+// call is one unary request under way.
+type call struct {
+	l       *Link
+	m       codec.Method
+	req     []byte
+	done    codec.Completion // nil once the outcome is on its way, or the host is dead
+	arrived bool
+	lost    bool
+	after   time.Duration // further delay before it arrives
+	id      uint64
+}
+
+// Call implements codec.Transport.
+func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time.Duration, done codec.Completion) {
+	w := h.net
+	l := h.links[to]
+	c := &call{l: l, m: m, req: append([]byte(nil), req...), done: done}
+	w.seq++
+	c.id = w.seq
+	if h.dead {
+		return
+	}
+	l.calls = append(l.calls, c)
+	if w.Trace != nil {
+		w.tracef("%s>%s #%d %s", h.Name, l.cluster, c.id, describeRequest(m, c.req))
+	}
+	unavailable := codec.Status{Code: codec.Unavailable, Msg: "simulated: connection lost"}
+	f := &w.Faults
+	out := l.delay()
+	back := l.delay()
+	if w.Chance(f.SlowRequest) {
+		out += w.Between(0, 400*time.Millisecond)
+	}
+	if w.Chance(f.SlowReply) {
+		back += w.Between(0, 400*time.Millisecond)
+	}
+	send := true
+	switch {
+	case l.Down || w.Chance(f.Unsent):
+		c.complete(w.Between(0, time.Millisecond), nil, codec.Status{Code: codec.Unavailable, Msg: "simulated: not connected"}, false)
+		return
+	case l.Hole:
+		send = false
+	case w.Chance(f.LoseRequest):
+		send = false
+		if w.Chance(0.5) {
+			c.complete(out+back, nil, unavailable, true)
+		}
+	case w.Chance(f.LoseReply):
+		c.lost = true // the reply
+		w.After(out, func() { l.cluster.arrive(func() { c.arrive(-1) }) })
+		send = false
+		if w.Chance(0.5) {
+			c.complete(out+back, nil, unavailable, true)
+		}
+	case w.Chance(f.Late):
+		d := w.Between(0, 20*time.Millisecond)
+		if w.Chance(0.3) {
+			d = w.Between(0, MaxLate)
+		}
+		c.complete(out, nil, unavailable, true)
+		w.After(out+d, func() { l.cluster.arrive(func() { c.arrive(-1) }) })
+		send = false
+	case w.Chance(f.Refused):
+		c.complete(out+back, nil, codec.ErrTooManyRequests, true)
+		send = false
+	case w.Chance(f.NoLeader):
+		st := troubleAnswers[w.Rand.IntN(len(troubleAnswers))]
+		switch w.Rand.IntN(3) {
+		case 0:
+			w.After(out, func() { l.cluster.arrive(func() { c.arrive(-1) }) })
+		case 1:
+			w.After(out+w.Between(0, 300*time.Millisecond), func() { l.cluster.arrive(func() { c.arrive(-1) }) })
+		}
+		c.complete(out+back, nil, st, true)
+		send = false
+	}
+	if send {
+		w.After(out, func() {
+			if c.after > 0 {
+				w.After(c.after, func() { l.cluster.arrive(func() { c.arrive(back) }) })
+				return
+			}
+			l.cluster.arrive(func() { c.arrive(back) })
+		})
+	}
+	w.After(timeout, func() {
+		c.complete(0, nil, codec.Status{Code: codec.DeadlineExceeded, Msg: "context deadline exceeded"}, true)
+	})
+}
+
+// arrive applies the request; back < 0 means that nobody hears of it.
+func (c *call) arrive(back time.Duration) {
+	if c.arrived || c.lost && back >= 0 {
+		return
+	}
+	c.arrived = true
+	e := c.l.cluster
+	resp, st := e.Serve(c.m, c.req)
+	if w := c.l.net(); w.Trace != nil {
+		w.tracef("%s: #%d of %s applied: %s", e, c.id, c.l.host.Name, describeResponse(c.m, resp, st))
+	}
+	if back >= 0 && !c.l.Hole {
+		c.complete(back, resp, st, true)
+	}
+}
+
+// orphan decides what becomes of a request whose sender died.
+func (c *call) orphan() {
+	if !c.arrived && c.l.net().Chance(0.5) {
+		c.lost = true
+	}
+	c.done = nil
+}
+
+// complete reports the outcome after d; only the first outcome counts.
+func (c *call) complete(d time.Duration, resp []byte, st codec.Status, sent bool) {
+	done := c.done
+	if done == nil {
+		return
+	}
+	c.done = nil
+	c.l.net().After(d, func() {
+		for i, o := range c.l.calls {
+			if o == c {
+				c.l.calls = append(c.l.calls[:i], c.l.calls[i+1:]...)
+				break
+			}
+		}
+		if c.l.host.dead {
+			return
+		}
+		if w := c.l.net(); w.Trace != nil && st.Code != codec.OK {
+			w.tracef("%s: #%d completes: %v %q sent=%v", c.l.host.Name, c.id, st.Code, st.Msg, sent)
+		} else if w.Trace != nil {
+			w.tracef("%s: #%d completes", c.l.host.Name, c.id)
+		}
+		done.Complete(resp, st, sent)
+		poison(resp)
+		c.l.host.Turn()
+	})
+}
+
+// poison overwrites bytes that were valid only during a call, so that whoever kept them shows.
+func poison(b []byte) {
+	for i := range b {
+		b[i] = 0xA5
+	}
+}
+
+// stream is an open Watch stream in the network.
+type stream struct {
+	l        *Link
+	s        *Stream // nil until the request has arrived
+	cluster  *Etcd
+	sink     codec.WatchSink // nil after the end
+	held     bool
+	pumping  bool
+	in, out  int64 // when the latest message arrives, per direction: streams keep their order
+	combines bool
+}
+
+// Watch implements codec.Transport.
+func (h *Host) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec.WatchHandle {
+	w := h.net
+	l := h.links[to]
+	s := &stream{l: l, sink: sink}
+	if h.dead {
+		return s
+	}
+	w.tracef("%s>%s watch %s", h.Name, l.cluster, describeWatchRequest(req))
+	l.streams = append(l.streams, s)
+	if l.Down {
+		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: not connected"})
+		return s
+	}
+	l.cluster.streams = append(l.cluster.streams, s)
+	s.Send(req)
+	return s
+}
+
+// Send implements codec.WatchHandle.
+func (s *stream) Send(req []byte) {
+	req = append([]byte(nil), req...)
+	w := s.l.net()
+	s.out = max(s.out, w.now+int64(s.l.delay()))
+	w.at(s.out, func() {
+		s.l.cluster.arrive(func() {
+			if s.sink == nil || s.l.Hole {
+				return
+			}
+			if s.s == nil {
+				s.cluster = s.l.cluster.Etcd
+				s.s = s.cluster.OpenStream()
+			}
+			for _, m := range s.s.Request(req) {
+				s.deliver(m)
+			}
+			s.schedulePump()
+		})
+	})
+}
+
+// Hold implements codec.WatchHandle.
+func (s *stream) Hold(hold bool) {
+	s.held = hold
+	if !hold {
+		s.schedulePump()
+	}
+}
+
+// Close implements codec.WatchHandle.
+func (s *stream) Close() { s.remove() }
+
+// remove takes the stream out of the network; nothing more is reported.
+func (s *stream) remove() {
+	s.sink = nil
+	for _, list := range []*[]*stream{&s.l.streams, &s.l.cluster.streams} {
+		for i, o := range *list {
+			if o == s {
+				*list = append((*list)[:i:i], (*list)[i+1:]...)
+				break
+			}
+		}
+	}
+}
+
+// fail ends the stream for its owner.
+func (s *stream) fail(st codec.Status) {
+	sink := s.sink
+	s.remove()
+	if sink == nil {
+		return
+	}
+	// The handle may be closed before the end is reported.
+	s.sink = sink
+	s.l.net().After(s.l.net().Between(0, time.Millisecond), func() {
+		if s.sink == nil || s.l.host.dead {
+			return
+		}
+		s.sink = nil
+		s.l.net().tracef("%s: stream of %s ends: %s", s.l.host.Name, s.l.cluster, st.Msg)
+		sink.OnEnd(st)
+		s.l.host.Turn()
+	})
+}
+
+func (s *stream) schedulePump() {
+	if s.s == nil || s.pumping || s.held || s.l.Hole || s.l.StreamHole || !s.s.Pending() {
+		return
+	}
+	s.pumping = true
+	w := s.l.net()
+	d := w.Between(0, 300*time.Microsecond)
+	if s.l.StreamLag > 0 {
+		d += w.Between(0, s.l.StreamLag)
+	}
+	w.After(d, func() {
+		s.pumping = false
+		if s.sink == nil || s.held || s.l.Hole || s.l.StreamHole {
+			return
+		}
+		for _, m := range s.s.Pull(w.Chance(0.5)) {
+			s.deliver(m)
+		}
+	})
+}
+
+// deliver sends m to the owner, behind what was sent before.
+func (s *stream) deliver(m []byte) {
+	w := s.l.net()
+	s.in = max(s.in, w.now+int64(s.l.delay()))
+	w.at(s.in, func() {
+		if s.sink == nil || s.l.host.dead || !s.isOpen() {
+			return
+		}
+		if w.Trace != nil {
+			w.tracef("%s: stream of %s: %s", s.l.host.Name, s.l.cluster, describeWatchResponse(m))
+		}
+		s.sink.OnMessage(m)
+		poison(m)
+		s.l.host.Turn()
+	})
+}
+
+// isOpen is false when the end of the stream is on its way: what was sent before it is lost.
+func (s *stream) isOpen() bool {
+	for _, o := range s.l.streams {
+		if o == s {
+			return true
+		}
+	}
+	return false
+}
+
+// Resume lets streams flow again after Hole or StreamHole ended. A hole loses no bytes of a connection
+// that survives it.
+func (l *Link) Resume() {
+	l.Hole, l.StreamHole = false, false
+	for _, s := range l.streams {
+		s.schedulePump()
+	}
+}

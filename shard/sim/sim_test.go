@@ -1,0 +1,155 @@
+package sim
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"testing"
+	"time"
+
+	"spindle/shard"
+)
+
+// The environment of the simulation's tests.
+const (
+	envSeed  = "SPINDLE_SIM_SEED"  // run this one seed alone, with its whole trace
+	envSeeds = "SPINDLE_SIM_SEEDS" // how many seeds TestSimulation runs
+	envFirst = "SPINDLE_SIM_FIRST" // the first of them
+)
+
+// traceTail is how many lines of a failed run's trace are shown.
+const traceTail = 80
+
+func envInt(t *testing.T, name string, def int) int {
+	s := os.Getenv(name)
+	if s == "" {
+		return def
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return n
+}
+
+// report runs a failed configuration again for its trace, and shows the end of it.
+func report(t *testing.T, cfg Config, err error) {
+	t.Helper()
+	var lines []string
+	cfg.Trace = func(l string) {
+		if len(lines) == 4*traceTail {
+			lines = append(lines[:0], lines[len(lines)-traceTail:]...)
+		}
+		lines = append(lines, l)
+	}
+	_, again := Go(cfg)
+	for _, l := range lines[max(0, len(lines)-traceTail):] {
+		t.Log(clip(l))
+	}
+	if again == nil || again.Error() != err.Error() {
+		t.Logf("the second run of the seed was another one: %v", again)
+	}
+	t.Errorf("%v\nsee all of it with %s=%d go test ./shard/sim -run TestSimulation", err, envSeed, cfg.Seed)
+}
+
+func clip(s string) string {
+	if len(s) > 400 {
+		return s[:400] + "..."
+	}
+	return s
+}
+
+// TestSimulation runs many seeds.
+func TestSimulation(t *testing.T) {
+	if os.Getenv(envSeed) != "" {
+		cfg := ConfigOf(uint64(envInt(t, envSeed, 0)))
+		t.Logf("%+v", cfg)
+		cfg.Trace = func(l string) { fmt.Println(clip(l)) }
+		stats, err := Go(cfg)
+		t.Logf("%+v", stats)
+		if err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	n, limit := envInt(t, envSeeds, 0), 25*time.Second
+	if testing.Short() || raceEnabled {
+		limit = 8 * time.Second
+	}
+	if n > 0 {
+		limit = 24 * time.Hour
+	} else {
+		n = 1 << 30
+	}
+	first := envInt(t, envFirst, 1)
+	start := time.Now()
+	var sum Stats
+	seeds, failed := 0, 0
+	for seed := first; seed < first+n && time.Since(start) < limit && failed < 3; seed++ {
+		cfg := ConfigOf(uint64(seed))
+		stats, err := Go(cfg)
+		if err != nil {
+			failed++
+			report(t, cfg, err)
+		}
+		seeds++
+		sum.Events += stats.Events
+		sum.Ops += stats.Ops
+		sum.OK += stats.OK
+		sum.Unknown += stats.Unknown
+		sum.Facts += stats.Facts
+		sum.Crashes += stats.Crashes
+		sum.Lapped += stats.Lapped
+		sum.Core = addStats(sum.Core, stats.Core)
+	}
+	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
+}
+
+// TestDeterminism runs seeds twice and compares the traces.
+func TestDeterminism(t *testing.T) {
+	for seed := uint64(1); seed <= 5; seed++ {
+		trace := func() (lines []string) {
+			cfg := ConfigOf(seed)
+			cfg.Trace = func(l string) { lines = append(lines, l) }
+			if _, err := Go(cfg); err != nil {
+				t.Log(err)
+			}
+			return lines
+		}
+		a, b := trace(), trace()
+		for i := range a {
+			if i >= len(b) || a[i] != b[i] {
+				other := "nothing"
+				if i < len(b) {
+					other = b[i]
+				}
+				t.Fatalf("seed %d, line %d of the trace:\n%s\n%s", seed, i, a[i], other)
+			}
+		}
+	}
+}
+
+// TestItBites plants bugs, and wants each of them to be found.
+func TestItBites(t *testing.T) {
+	for _, bug := range []struct {
+		name string
+		plan shard.Sabotage
+	}{
+		{"guard dropped", shard.Sabotage{DropGuard: true}},
+		{"new range on a rejection without looking", shard.Sabotage{RetickWithoutLooking: true}},
+		{"frontier ignores open ranges", shard.Sabotage{FrontierIgnoresRanges: true}},
+	} {
+		t.Run(bug.name, func(t *testing.T) {
+			start := time.Now()
+			for seed := uint64(1); time.Since(start) < 20*time.Second; seed++ {
+				cfg := ConfigOf(seed)
+				cfg.Sabotage = bug.plan
+				if _, err := Go(cfg); err != nil {
+					t.Logf("found after %d seeds, %v: %s", seed, time.Since(start).Round(time.Millisecond), clip(err.Error()))
+					return
+				}
+			}
+			t.Error("not found")
+		})
+	}
+}

@@ -1,0 +1,435 @@
+package shard
+
+import (
+	"fmt"
+	"sort"
+
+	"spindle/codec"
+)
+
+// This file reads a shard's watch stream: the whole keyspace, once per proxy, with prev_kv. All events
+// of one local revision arrive together. With a clock record among them they are a batch, and each has
+// its revision; without one they wait for the next record on this shard and take its first revision.
+
+// point says that the shard's record at local revision Local ended at revision Last.
+type point struct {
+	first, last int64
+	local       int64
+}
+
+// maxPoints bounds the index of (revision, local revision) points a shard; older ones are looked up in
+// the clock key's history.
+const maxPoints = 1 << 15
+
+// shardState is what a Core keeps of one shard.
+type shardState struct {
+	c       *Core
+	idx     int // in the map
+	cluster codec.ClusterID
+	name    string
+	mapMod  int64 // local mod revision of \0map
+
+	// Writes.
+	queue       []*write
+	cur         *batch
+	former      former
+	spareWrites []*write
+	body        []byte
+	batchID     uint64
+	token       uint64
+	rejections  int
+	wantFence   bool
+	expiring    bool
+	settledTo   int64 // own batches up to here are decided: the stream only has to show it
+
+	// Reads.
+	reads         []readItem
+	readsInFlight int
+
+	// The stream.
+	handle         codec.WatchHandle
+	gen            uint64 // of the stream: a sink of an older one is ignored
+	streaming      bool   // the stream has reached what the start saw
+	rec            point  // the last record seen
+	pos            int64  // local revision up to which everything was seen
+	lastUnrecorded int64  // newest local revision at which a client's key changed without a record
+	pending        []pendingEvent
+	points         []point
+	held           [][]byte // messages that wait for the ring to have room
+	holding        bool
+	openTimer      int64
+	pendingTimer   bool
+	window         int64 // this shard's reorder window, ns
+}
+
+// pendingEvent is an event that waits for the record that gives it a revision. Its bytes are its own.
+type pendingEvent struct {
+	msg   []byte // the encoded mvccpb.Event
+	local int64
+}
+
+// streamSink is one opening of a shard's stream.
+type streamSink struct {
+	s   *shardState
+	gen uint64
+}
+
+// openStream begins the stream behind the record at rec.
+func (s *shardState) openStream() {
+	s.gen++
+	s.pending = s.pending[:0]
+	s.held, s.holding = nil, false
+	s.pos = s.rec.local
+	// WatchRequest{create_request: {key, range_end, start_revision, prev_kv}}
+	req, m := codec.BeginMessage(nil, 1)
+	req = codec.AppendString(req, 1, "\x00")
+	req = codec.AppendString(req, 2, "\x00")
+	req = codec.AppendInt(req, 3, s.rec.local+1)
+	req = codec.AppendBool(req, 6, true)
+	req = codec.EndMessage(req, m)
+	s.handle = s.c.tr.Watch(s.cluster, req, &streamSink{s, s.gen})
+}
+
+func (k *streamSink) OnEnd(st codec.Status) {
+	s := k.s
+	if k.gen != s.gen || s.c.state == stateFailed || s.c.state == stateClosed {
+		return
+	}
+	s.c.log.Warn("watch stream ended, opening it again", "shard", s.name, "code", st.Code, "err", st.Msg)
+	s.reopen()
+}
+
+// reopen opens the stream again, from the last record on: what waited for a record comes again.
+func (s *shardState) reopen() {
+	if s.handle != nil {
+		s.handle.Close()
+		s.handle = nil
+	}
+	s.gen++
+	gen := s.gen
+	s.c.after(s.c.jitter(retryDelay*2), func() {
+		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
+			s.openStream()
+		}
+	})
+}
+
+func (k *streamSink) OnMessage(msg []byte) {
+	s := k.s
+	if k.gen != s.gen {
+		return
+	}
+	if len(s.held) > 0 {
+		s.held = append(s.held, append([]byte(nil), msg...))
+		return
+	}
+	s.take(msg)
+}
+
+// take works through one WatchResponse, and keeps what the ring has no room for.
+func (s *shardState) take(msg []byte) {
+	it := codec.Fields{Msg: msg}
+	var events [][]byte
+	var compacted int64
+	var canceled bool
+	var reason string
+	for it.Next() {
+		switch it.Field.Num {
+		case 4:
+			canceled = it.Field.Val != 0
+		case 5:
+			compacted = int64(it.Field.Val)
+		case 6:
+			reason = string(it.Field.Bytes)
+		case 11:
+			events = append(events, it.Field.Bytes)
+		}
+	}
+	if it.Bad {
+		s.c.fail(fmt.Errorf("member cluster %s sent a watch response that cannot be read", s.name))
+		return
+	}
+	if canceled {
+		if compacted > 0 {
+			s.compactedUnder(compacted)
+			return
+		}
+		s.c.log.Warn("watch was canceled by the member, opening it again", "shard", s.name, "reason", reason)
+		s.reopen()
+		return
+	}
+	gen := s.gen
+	for len(events) > 0 {
+		local, n := eventLocal(events[0]), 1
+		for n < len(events) && eventLocal(events[n]) == local {
+			n++
+		}
+		if !s.group(local, events[:n]) {
+			s.hold(events)
+			return
+		}
+		if gen != s.gen { // the group made the Core give the stream up
+			return
+		}
+		events = events[n:]
+	}
+}
+
+// eventLocal returns the local mod revision of an encoded mvccpb.Event.
+func eventLocal(ev []byte) int64 {
+	it := codec.Fields{Msg: ev}
+	for it.Next() {
+		if it.Field.Num == 2 {
+			kv, _ := codec.ParseKV(it.Field.Bytes)
+			return kv.ModRevision
+		}
+	}
+	return 0
+}
+
+// hold keeps events until the ring has room for them.
+func (s *shardState) hold(events [][]byte) {
+	var msg []byte
+	for _, e := range events {
+		msg = codec.AppendBytes(msg, 11, e)
+	}
+	s.held = append([][]byte{msg}, s.held...)
+	if !s.holding && s.handle != nil {
+		s.holding = true
+		s.handle.Hold(true)
+	}
+}
+
+// resumeStream goes on with what was held, when a frontier rose.
+func (s *shardState) resumeStream() {
+	for len(s.held) > 0 {
+		msg := s.held[0]
+		s.held = s.held[1:]
+		n := len(s.held)
+		s.take(msg)
+		if len(s.held) > n {
+			return // no room yet
+		}
+	}
+	if s.holding && s.handle != nil {
+		s.holding = false
+		s.handle.Hold(false)
+	}
+}
+
+// group takes all events of one local revision. It returns false when the ring has no room for them.
+func (s *shardState) group(local int64, events [][]byte) bool {
+	c := s.c
+	if local <= s.pos {
+		return true // seen before the stream was opened again
+	}
+	var rec Record
+	var has bool
+	for _, e := range events {
+		kv, _, del := eventKVs(e)
+		if string(kv.Key) != KeyClock {
+			continue
+		}
+		if del {
+			c.fail(fmt.Errorf("the clock key on member cluster %s was deleted by somebody else: restore it from a backup of the member, or set the cluster up anew", s.name))
+			return true
+		}
+		var ok bool
+		if rec, ok = ParseRecord(kv.Value); !ok {
+			c.fail(fmt.Errorf("member cluster %s holds a clock record that this version cannot read: upgrade spindle, or see who writes there", s.name))
+			return true
+		}
+		has = true
+	}
+	if !has {
+		s.unrecorded(local, events)
+		s.pos = local
+		return true
+	}
+	if rec.Last > c.ringRoom() {
+		return false
+	}
+	s.publish(local, &rec, events)
+	s.pos = local
+	s.recorded(local, &rec)
+	return true
+}
+
+// ringRoom returns the largest revision that may be put into the ring now: a quarter of the ring stays
+// free for readers. A shard whose stream is down holds nobody up.
+func (c *Core) ringRoom() int64 {
+	least := int64(-1)
+	for i, s := range c.shards {
+		if f := c.frontier.Get(i); s.handle != nil && (least < 0 || f < least) {
+			least = f
+		}
+	}
+	return least + c.ring.Size()*3/4
+}
+
+// unrecorded keeps a local revision without a clock record.
+func (s *shardState) unrecorded(local int64, events [][]byte) {
+	for _, e := range events {
+		kv, _, del := eventKVs(e)
+		if len(kv.Key) == 0 || kv.Key[0] == 0 {
+			s.reservedChanged(kv, del)
+			continue
+		}
+		s.lastUnrecorded = local
+		s.c.stats.Unrecorded++
+		if !del {
+			s.c.stats.Foreign++
+			s.c.log.Warn("a key was written to a member directly; close members to everyone but spindle", "shard", s.name)
+			continue
+		}
+		s.pending = append(s.pending, pendingEvent{append([]byte(nil), e...), local})
+	}
+	if len(s.pending) > 0 && !s.pendingTimer {
+		s.pendingTimer = true
+		s.c.after(s.c.jitter(fenceJitter), func() {
+			s.pendingTimer = false
+			if len(s.pending) > 0 && s.cur == nil {
+				s.wantFence = true
+				s.touch()
+			}
+		})
+	}
+}
+
+// reservedChanged looks at a change of one of Spindle's own keys.
+func (s *shardState) reservedChanged(kv codec.KV, del bool) {
+	switch string(kv.Key) {
+	case KeyCompact:
+		if rev, ok := ParseCompaction(kv.Value); ok && !del {
+			s.c.noteCompaction(rev)
+		}
+	case KeyMap:
+		if kv.ModRevision > s.mapMod {
+			s.c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
+		}
+	}
+}
+
+// eventKVs reads an encoded mvccpb.Event.
+func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
+	it := codec.Fields{Msg: ev}
+	for it.Next() {
+		switch it.Field.Num {
+		case 1:
+			del = it.Field.Val == 1
+		case 2:
+			kv, _ = codec.ParseKV(it.Field.Bytes)
+		case 3:
+			prev, _ = codec.ParseKV(it.Field.Bytes)
+		}
+	}
+	return kv, prev, del
+}
+
+// recorded moves the shard's clock to rec, after its events are in the ring.
+func (s *shardState) recorded(local int64, rec *Record) {
+	c := s.c
+	s.rec = point{rec.First, rec.Last, local}
+	if len(s.points) >= maxPoints {
+		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
+	}
+	s.points = append(s.points, s.rec)
+	s.pending = s.pending[:0]
+	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)
+	c.stale = true
+	if rec.Proxy == c.cfg.Proxy {
+		s.sawOwnRecord(rec.Batch, local)
+	}
+	if b := s.cur; b != nil {
+		switch b.state {
+		case batchGranted:
+			s.sendInOrder(b)
+		case batchSettling:
+			s.settle(b)
+		}
+	}
+	if c.boot != nil {
+		c.boot.streamMoved(s)
+	}
+}
+
+// localAt returns the newest record at or below rev that the index knows, and the one after it if there
+// is one. ok is false when the index does not reach back so far.
+func (s *shardState) localAt(rev int64) (base point, next point, ok bool) {
+	n := sort.Search(len(s.points), func(i int) bool { return s.points[i].last > rev })
+	if n == 0 {
+		return point{}, point{}, false
+	}
+	base = s.points[n-1]
+	if n < len(s.points) {
+		next = s.points[n]
+	}
+	return base, next, true
+}
+
+// watchOpenRanges fences ranges that stay open: an own one that nobody uses at once, another proxy's
+// when the reorder window has passed.
+func (s *shardState) watchOpenRanges() {
+	c := s.c
+	open := c.clock.Log().Open(s.idx)
+	if len(open) == 0 || s.wantFence {
+		return
+	}
+	oldest := &open[0]
+	if b := s.cur; b != nil {
+		// A batch of ours is on its way: it settles everything before it.
+		if b.state == batchTicking || b.first >= oldest.First {
+			return
+		}
+	}
+	if oldest.Holder == c.cfg.Proxy && oldest.Last <= s.settledTo {
+		return
+	}
+	if oldest.Holder == c.cfg.Proxy {
+		s.wantFence = true
+		s.touch()
+		return
+	}
+	due := oldest.Seen + s.window
+	now := c.cfg.Now()
+	if now >= due {
+		s.wantFence = true
+		s.touch()
+		return
+	}
+	if s.openTimer <= now {
+		s.openTimer = due
+		c.at(due, func() { c.stale = true })
+	}
+}
+
+// compactedUnder handles that the member compacted what the stream was to read: somebody else did, or
+// this proxy was away for long. Everything up to there is gone for watchers.
+func (s *shardState) compactedUnder(local int64) {
+	s.c.log.Warn("history was compacted on the member before it was read here; watchers behind are canceled", "shard", s.name)
+	s.c.restartStreamAt(s, local)
+}
+
+// stop ends everything of the shard with st.
+func (s *shardState) stop(st codec.Status) {
+	s.gen++
+	if s.handle != nil {
+		s.handle.Close()
+		s.handle = nil
+	}
+	queue, cur, reads := s.queue, s.cur, s.reads
+	s.queue, s.cur, s.reads = nil, nil, nil
+	for _, w := range queue {
+		s.answer(w, st)
+	}
+	if cur != nil {
+		for _, w := range cur.writes {
+			if w != nil {
+				s.answer(w, st)
+			}
+		}
+	}
+	for _, r := range reads {
+		r.fail(s, st)
+	}
+}

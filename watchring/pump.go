@@ -1,0 +1,296 @@
+package watchring
+
+import "spindle/codec"
+
+// Pump hands out what has come: new revisions to the groups, old ones to the watchers that catch up, then
+// the progress answers that are due. It is to be called when a frontier or the compact revision rose,
+// and after Add, Drained and Progress. It returns true when it stopped before all was done, so as
+// not to hold up the loop: then it is to be called again soon.
+func (h *Hub) Pump() (more bool) {
+	if h.working {
+		return true
+	}
+	h.working = true
+	h.revs, h.work = 0, 0
+	// Each Pump begins with another group, so that a busy one cannot keep the others waiting.
+	h.first = (h.first + 1) % len(h.groups)
+	for i := range h.groups {
+		g := h.groups[(h.first+i)%len(h.groups)]
+		if g != nil && g.size > 0 && h.scan(g) {
+			more = true
+		}
+	}
+	h.revs, h.work = 0, 0
+	if h.catchUpAll() {
+		more = true
+	}
+	h.answer()
+	h.finish()
+	return more
+}
+
+// finish ends the Hub's work and takes out what was removed meanwhile.
+func (h *Hub) finish() {
+	h.working = false
+	for i, w := range h.dead {
+		h.dead[i] = nil
+		h.bury(w)
+	}
+	h.dead = h.dead[:0]
+}
+
+// exhausted says that this Pump has done enough for the groups, or for those that catch up.
+func (h *Hub) exhausted() bool { return h.revs >= h.pumpRevs || h.work >= h.pumpBytes }
+
+// scan moves a group's cursor towards its frontier. At its end nothing is left collected.
+func (h *Hub) scan(g *group) (more bool) {
+	limit := h.frontier.Get(g.set)
+	for g.cursor < limit {
+		if h.exhausted() {
+			more = true
+			break
+		}
+		rev := g.cursor + 1
+		if len(g.future) > 0 && g.future[0].Start <= rev {
+			h.wake(g, rev)
+		}
+		if g.members == 0 {
+			// Nobody here reads: on to where somebody will.
+			g.cursor = limit
+			if len(g.future) > 0 {
+				g.cursor = min(limit, g.future[0].Start-1)
+			}
+			continue
+		}
+		h.revs++
+		e, lapped := h.ring.Load(rev)
+		if lapped {
+			h.lapped(g, limit)
+			continue
+		}
+		if e == nil {
+			g.cursor = min(limit, h.ring.Skip(rev))
+			continue
+		}
+		if g.set == All || e.Shard == g.set {
+			h.match(g, e)
+		}
+		g.cursor = rev
+		if len(h.full) > 0 {
+			h.flushFull()
+		}
+		if h.collected >= h.maxCollected {
+			h.flushAll()
+		}
+	}
+	h.flushAll()
+	return more
+}
+
+// match collects the events of e for all cohorts that want them.
+func (h *Hub) match(g *group, e *Entry) {
+	for i := range e.Events {
+		ev := &e.Events[i]
+		if t := g.exact[string(ev.Key)]; t != nil {
+			for _, c := range t.cohorts {
+				h.collect(c, e.Rev, ev)
+			}
+		}
+		if g.ranges.root == nil {
+			continue
+		}
+		h.hits = g.ranges.find(h.hits[:0], ev.Key)
+		for _, t := range h.hits {
+			for _, c := range t.cohorts {
+				h.collect(c, e.Rev, ev)
+			}
+		}
+	}
+}
+
+// flushFull sends what is enough for a response. The cohorts stay in h.dirty, where an empty one does no
+// harm; one that collects again is there twice, and its second flush finds nothing.
+func (h *Hub) flushFull() {
+	for i, c := range h.full {
+		h.full[i] = nil
+		h.flush(c)
+	}
+	h.full = h.full[:0]
+}
+
+// wake lets those watchers join that start at rev. One that starts below (the cursor has passed its start
+// in one step) reads the ring on its own, which finds out what it has missed.
+func (h *Hub) wake(g *group, rev int64) {
+	h.flushAll() // a cohort must not have collected anything when somebody joins
+	for len(g.future) > 0 && g.future[0].Start <= rev {
+		w := g.future[0]
+		h.leave(w)
+		switch {
+		case w.closed:
+		case w.Start == rev:
+			h.join(w)
+		default:
+			h.lag(w, w.Start-1)
+			h.enqueue(w.stream)
+		}
+	}
+}
+
+// lapped handles a group whose next revision is gone: it goes on behind the ring's tail. Its members are
+// left where they are, and canceled when it is their turn to read.
+func (h *Hub) lapped(g *group, limit int64) {
+	h.flushAll()
+	h.lost = h.lost[:0]
+	for _, t := range g.exact {
+		for _, c := range t.cohorts {
+			h.lost = append(h.lost, c.members...)
+		}
+	}
+	g.ranges.each(func(t *target) {
+		for _, c := range t.cohorts {
+			h.lost = append(h.lost, c.members...)
+		}
+	})
+	for i, w := range h.lost {
+		h.lost[i] = nil
+		h.leave(w)
+		if !w.closed {
+			h.lag(w, g.cursor)
+			h.enqueue(w.stream)
+		}
+	}
+	g.cursor = min(limit, max(g.cursor+1, h.ring.Tail()))
+}
+
+// catchUpAll gives the streams with lagging watchers their turns.
+func (h *Hub) catchUpAll() (more bool) {
+	// A stream whose watcher is not done goes to the end of the line.
+	for i := 0; i < len(h.ready); i++ {
+		if h.exhausted() {
+			n := copy(h.ready, h.ready[i:])
+			clear(h.ready[n:])
+			h.ready = h.ready[:n]
+			return true
+		}
+		s := h.ready[i]
+		h.ready[i] = nil
+		s.ready = false
+		if !h.turn(s) && !s.closed {
+			h.enqueue(s)
+		}
+	}
+	h.ready = h.ready[:0]
+	return false
+}
+
+// turn lets one watcher of s read the ring. It returns true when no watcher of s can read on now.
+func (h *Hub) turn(s *Stream) (done bool) {
+	n := len(s.lagging)
+	if s.closed || n == 0 || s.sink.Blocked() {
+		return true
+	}
+	if s.next >= n {
+		s.next = 0
+	}
+	w := s.lagging[s.next]
+	s.next++
+	h.catchUp(w)
+	return false
+}
+
+// catchUp lets w read the ring up to its group's cursor, or until its turn ends. Then it joins the
+// group, stays where it is, or is canceled.
+func (h *Hub) catchUp(w *Watcher) {
+	g := w.group
+	v := variant{w.PrevKV, w.NoPut, w.NoDelete, w.Fragment}
+	buf := h.getBuffer()
+	events, last := 0, int64(0)
+	revs, sent := 0, 0
+	gone := false
+	for w.pos < g.cursor && revs < h.turnRevisions && sent+len(buf)-headroom < h.turnBytes {
+		rev := w.pos + 1
+		if rev < h.frontier.Compacted() {
+			gone = true
+			break
+		}
+		revs++
+		e, lapped := h.ring.Load(rev)
+		if lapped {
+			gone = true
+			break
+		}
+		if e == nil {
+			w.pos = min(g.cursor, h.ring.Skip(rev))
+			continue
+		}
+		if g.set == All || e.Shard == g.set {
+			for i := range e.Events {
+				ev := &e.Events[i]
+				if ev.Delete && v.noDelete || !ev.Delete && v.noPut || !w.holds(ev.Key) {
+					continue
+				}
+				buf = appendEvent(buf, ev, v.prevKV)
+				events++
+				last = rev
+			}
+		}
+		w.pos = rev
+		if len(buf) > h.maxResponse {
+			sent += len(buf) - headroom
+			h.deliver(w, buf, last, events)
+			buf, events = buf[:headroom], 0
+			if w.closed || w.stream.sink.Blocked() {
+				break
+			}
+		}
+	}
+	h.revs += revs
+	if events > 0 && !w.closed {
+		h.deliver(w, buf, last, events)
+	}
+	h.putBuffer(buf)
+	switch {
+	case w.closed:
+	case gone || w.pos >= g.cursor && h.isGone(w):
+		h.cancelCompacted(w)
+	case w.pos >= g.cursor:
+		h.leave(w)
+		h.join(w)
+	}
+}
+
+// isGone says that w wants a revision that it cannot get any more.
+func (h *Hub) isGone(w *Watcher) bool {
+	next := w.pos + 1
+	return next <= h.ring.Tail() || next < h.frontier.Compacted()
+}
+
+// deliver sends collected events to a watcher that catches up.
+func (h *Hub) deliver(w *Watcher, buf []byte, last int64, events int) {
+	w.quiet = false
+	w.stream.shown = max(w.stream.shown, last)
+	h.work += len(buf) - headroom
+	h.sendEvents(w, h.encodeHeader(last), buf)
+	h.stats.Events.Add(uint64(events))
+	h.stats.Responses.Add(1)
+}
+
+// cancelCompacted ends a watcher as etcd ends one whose next revision is compacted. compact_revision
+// is the first revision at which a new watch would be accepted, so it is never 0: clients take a
+// cancel with 0 for a graceful end.
+func (h *Hub) cancelCompacted(w *Watcher) {
+	s := w.stream
+	h.stats.Compacted.Add(1)
+	h.Remove(w)
+	h.sendControl(s, &Response{
+		// A promise like any other: no more than was delivered.
+		Header:          codec.Header{Revision: w.pos},
+		WatchID:         w.ID,
+		Canceled:        true,
+		CompactRevision: max(h.frontier.Compacted(), h.ring.Tail()+1),
+		CancelReason:    codec.ErrCompacted.Msg,
+	})
+	if !s.closed {
+		s.sink.Ended(w)
+	}
+}
