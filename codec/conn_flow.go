@@ -101,16 +101,25 @@ func (c *Conn) onSettings(h frameHeader, p []byte) error {
 	if first {
 		c.peerStreams = maxStreamID // unlimited, unless these SETTINGS say otherwise
 	}
+	if c.idle -= settingsCost; c.idle < 0 {
+		return connErr(h2EnhanceYourCalm, "too many frames without use")
+	}
+	init := c.peerInit
 	for ; len(p) > 0; p = p[6:] {
-		if err := c.applySetting(binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:])); err != nil {
+		if err := c.applySetting(binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:]), &init); err != nil {
 			return err
 		}
+	}
+	if err := c.moveWindows(init - c.peerInit); err != nil {
+		return err
 	}
 	c.out = appendSettingsAck(c.o())
 	return c.spendControl()
 }
 
-func (c *Conn) applySetting(id uint16, v uint32) error {
+// applySetting applies one setting. The initial window goes to init: all streams move once a frame, by what
+// the last value says.
+func (c *Conn) applySetting(id uint16, v uint32, init *int64) error {
 	switch id {
 	case settingHeaderTableSize:
 		c.req.setTableSize(v)
@@ -129,20 +138,26 @@ func (c *Conn) applySetting(id uint16, v uint32) error {
 		if v > maxWindow {
 			return connErr(h2FlowControl, "invalid SETTINGS_INITIAL_WINDOW_SIZE")
 		}
-		delta := int64(v) - c.peerInit
-		c.peerInit = int64(v)
-		if delta == 0 {
-			return nil
+		*init = int64(v)
+	}
+	return nil
+}
+
+// moveWindows applies a change of the peer's initial window to all streams (RFC 9113 6.9.2); a window may
+// become negative.
+func (c *Conn) moveWindows(delta int64) error {
+	if delta == 0 {
+		return nil
+	}
+	c.peerInit += delta
+	for _, s := range c.streams.slots {
+		if s == nil {
+			continue
 		}
-		for _, s := range c.streams.slots {
-			if s == nil {
-				continue
-			}
-			if s.stream.sendWin += delta; s.stream.sendWin > maxWindow {
-				return connErr(h2FlowControl, "a stream's window overflows by SETTINGS")
-			}
-			c.wake(s)
+		if s.stream.sendWin += delta; s.stream.sendWin > maxWindow {
+			return connErr(h2FlowControl, "a stream's window overflows by SETTINGS")
 		}
+		c.wake(s)
 	}
 	return nil
 }

@@ -32,7 +32,7 @@ func (c *Conn) Send(s *Stream, msg []byte) {
 	c.queued += len(prefix) + len(msg)
 	c.wake(s)
 	c.pump()
-	st.wantDrained = st.q.n > 0
+	st.wantDrained = st.wantDrained || st.q.n > 0
 }
 
 // sendDirect frames as much of a message as the windows and outputTarget allow, and returns the rest.
@@ -200,7 +200,6 @@ func (c *Conn) Finish(s *Stream, status Status) {
 		return
 	}
 	st.phase, st.ending, st.st = phaseDone, endTrailers, status
-	st.wantDrained = st.noted // a note that is pending finds no one to tell
 	c.dropPartial(s)
 	if st.q.n > 0 || !c.usable() {
 		return
@@ -234,8 +233,7 @@ func (c *Conn) giveUp(s *Stream) {
 		code = h2Cancel
 	}
 	c.out = appendRSTStream(c.o(), s.ID, code)
-	s.stream.wantDrained = false
-	s.stream.st = statusQueueFull
+	s.stream.st, s.stream.endNoted = statusQueueFull, true
 	c.note(s)
 	c.release(s)
 }
@@ -282,6 +280,5 @@ func (c *Conn) Reset(s *Stream) {
 	if c.usable() {
 		c.out = appendRSTStream(c.o(), s.ID, h2Cancel)
 	}
-	s.stream.wantDrained = s.stream.noted
 	c.release(s)
 }

@@ -28,6 +28,7 @@ type streamState struct {
 	localClosed   bool // we sent END_STREAM
 	hold          bool
 	noted         bool // in Conn.notes
+	endNoted      bool // what Conn.notes has to report is the end
 	wantDrained   bool // Send had to queue
 	unprocessed   bool
 	prefixN       uint8 // bytes of prefix that are here
@@ -237,7 +238,7 @@ func (c *Conn) release(s *Stream) {
 	c.dropPartial(s)
 	// Ended by us: the peer may not know yet, because it had not ended its side.
 	c.closedIDs.add(s.ID, !st.remoteClosed)
-	if st.noted && !st.wantDrained {
+	if st.endNoted {
 		return // an end that is still to be reported; deliver recycles it
 	}
 	c.bury(s)
@@ -303,7 +304,8 @@ func (c *Conn) deliver() {
 			if !c.client {
 				c.srv.OnDrained(s)
 			}
-		case st.phase == phaseDead && !st.wantDrained:
+		case st.endNoted:
+			st.endNoted = false
 			if c.client {
 				c.cli.OnEnd(s, st.st, st.unprocessed)
 			} else {

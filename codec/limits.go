@@ -39,6 +39,8 @@ const (
 	// idleFrameBurst is how many frames without use (empty DATA, PRIORITY, unknown types) may arrive
 	// (CVE-2019-9513, 9518). Each message gives one back, Tick gives all back.
 	idleFrameBurst = 10_000
+	// settingsCost is what a SETTINGS frame takes from that budget: it touches all streams.
+	settingsCost = 10
 
 	// maxAssemblingMessages times MaxMessageBytes (but at least the ConnWindow) is the most that messages
 	// received in part may keep on one connection; a stream that needs more ends with ResourceExhausted.

@@ -158,6 +158,7 @@ func (c *Clock) LastError() string { return c.lastErr }
 // Start connects to the coordinator: Started or Lost is reported, after any time.
 func (c *Clock) Start(args StartArgs) {
 	c.reset()
+	c.log.restart()
 	c.args = args
 	c.epoch = AppendEpoch(nil, args.Epoch)
 	c.state = stateReading

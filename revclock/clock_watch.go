@@ -12,6 +12,7 @@ type watchState struct {
 	gen     uint64 // of the stream: what an older one brings is ignored
 	handle  codec.WatchHandle
 	retry   retry
+	again   bool  // one was open before
 	pos     int64 // everything up to this revision of the coordinator was seen on the watch
 	stallAt int64 // when the watch is given up if the log has not moved, 0 for never
 	stall   int64 // what the log lacked when stallAt was set
@@ -30,11 +31,12 @@ func (c *Clock) openWatch(now int64) {
 	c.watch.gen++
 	c.buf = appendWatch(c.buf[:0], c.watch.pos+1)
 	c.watch.handle = c.tr.Watch(codec.Coordinator, c.buf, &watchSink{c, c.watch.gen})
-	if c.state == stateRunning {
+	if c.state == stateRunning && c.watch.again {
 		// A coordinator that was wiped meanwhile would let the watch wait for a revision that is far away:
 		// a read tells.
 		c.now.ticket++
 	}
+	c.watch.again = true
 	c.armStall()
 }
 

@@ -52,8 +52,17 @@ func NewLog(self ID, shards int) *Log {
 	return l
 }
 
-// Load replaces everything but the clocks by a snapshot. Between clock_i and the snapshot's A_i lies one
-// open range that may write anything: ticks that were summed up cannot be told apart any more.
+// restart forgets everything but the clocks, and what was learned of the other proxies.
+func (l *Log) restart() {
+	l.rev, l.n, l.ticks = 0, 1, 0
+	for i := range l.shards {
+		l.shards[i] = logShard{clock: l.shards[i].clock}
+	}
+}
+
+// Load goes on from a snapshot, of a later revision than what is folded in, if anything is. Between F_i
+// (clock_i at first) and the snapshot's A_i lies one open range that may write anything: ticks that were
+// summed up cannot be told apart any more.
 func (l *Log) Load(snapshot []byte, now int64) error {
 	var s Snapshot
 	if err := s.Parse(snapshot); err != nil {
@@ -62,18 +71,19 @@ func (l *Log) Load(snapshot []byte, now int64) error {
 	if len(s.Shards) != len(l.shards) {
 		return fmt.Errorf("the coordinator's snapshot has %d member clusters and the partition map %d: it belongs to another system", len(s.Shards), len(l.shards))
 	}
-	l.rev, l.n, l.ticks = s.Rev, s.N, 0
 	for i := range l.shards {
 		sh, from := &l.shards[i], &s.Shards[i]
+		seen := l.Frontier(i)
 		sh.a, sh.holder, sh.c = from.A, from.Holder, from.C
 		clear(sh.open)
 		sh.open = sh.open[:0]
-		if sh.a > sh.clock {
+		if sh.a > seen {
 			sh.open = append(sh.open, Range{
-				First: sh.clock + 1, Last: sh.a, Holder: sh.holder, Rev: s.Rev, Seen: now, Filter: FilterAll, Merged: true,
+				First: seen + 1, Last: sh.a, Holder: sh.holder, Rev: s.Rev, Seen: now, Filter: FilterAll, Merged: true,
 			})
 		}
 	}
+	l.rev, l.n, l.ticks = s.Rev, s.N, 0
 	return nil
 }
 

@@ -64,6 +64,9 @@ type Config struct {
 	MaxOutbound  int // bytes
 	StallTimeout time.Duration
 	DrainTimeout time.Duration
+	// BeforeClose is called by Stop, on its goroutine, once the requests under way were answered and before
+	// any socket is closed: those who have enrolled sockets of their own close them here.
+	BeforeClose func()
 	// OnPanic hears of panics in handlers, which are logged and survived. A caller that prefers to stop
 	// the process does it here. It may be called on any loop.
 	OnPanic func(error)
@@ -84,6 +87,7 @@ type Engine struct {
 	core   Core
 	routes routes
 
+	started  atomic.Bool // loops is complete
 	ready    atomic.Bool
 	draining atomic.Bool
 	conns    atomic.Int64 // open client connections
@@ -153,6 +157,7 @@ func Start(cfg Config) (*Engine, error) {
 		_ = e.Stop(context.Background())
 		return nil, err
 	}
+	e.started.Store(true)
 	return e, nil
 }
 
@@ -296,6 +301,9 @@ func (e *Engine) Stop(ctx context.Context) error {
 			l.Post(l.goAway)
 		}
 		e.awaitIdle(ctx)
+		if e.cfg.BeforeClose != nil {
+			e.cfg.BeforeClose()
+		}
 		// Stop's own wait polls twice a second; done is exact.
 		gone, cancel := context.WithCancel(context.Background())
 		cancel()
@@ -303,9 +311,6 @@ func (e *Engine) Stop(ctx context.Context) error {
 	})
 	select {
 	case <-e.done:
-		for _, l := range e.loops {
-			l.stopped.Store(true)
-		}
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -362,14 +367,20 @@ func (h *handler) OnBoot(eng gnet.Engine) gnet.Action {
 	return gnet.None
 }
 
-// OnShutdown implements gnet.EventHandler.
-func (h *handler) OnShutdown(gnet.Engine) {}
+// OnShutdown implements gnet.EventHandler. gnet calls it before it ends its loops.
+func (h *handler) OnShutdown(gnet.Engine) {
+	if h.started.Load() {
+		for _, l := range h.loops {
+			l.stop()
+		}
+	}
+}
 
 // OnTick implements gnet.EventHandler. gnet calls it on a goroutine of its own that it starts after all
 // loops are in place, which is what the first call tells.
 func (h *handler) OnTick() (time.Duration, gnet.Action) {
 	h.once.Do(func() { close(h.booted) })
-	if h.ready.Load() || h.draining.Load() {
+	if h.started.Load() {
 		h.ticks++
 		second := h.ticks%int64(time.Second/tickEvery) == 0 && h.conns.Load() > 0
 		for _, l := range h.loops {

@@ -20,7 +20,10 @@ import (
 // (a write that failed closed a connection, whose requests ended, ...). What is left waits for the tick.
 const maxTurnRounds = 16
 
-var errNotEnrolled = errors.New("spindle: the event loop could not register the socket")
+var (
+	errNotEnrolled = errors.New("spindle: the event loop could not register the socket")
+	errLoopStopped = errors.New("spindle: the event loop has stopped")
+)
 
 // Loop is one event loop of gnet with what gnet lacks: a mailbox in order (gnet's own Execute reorders
 // under load, so it serves as the doorbell only), hooks at the end of a turn, and a coarse tick.
@@ -34,12 +37,12 @@ type Loop struct {
 	log   *slog.Logger
 	el    gnet.EventLoop // set before the loop is handed out
 
-	mu      sync.Mutex // guards letters, rung and hooks' replacement
+	mu      sync.Mutex // guards the next four, and the replacement of hooks
 	letters []letter
-	rung    bool // the doorbell was pressed and the mailbox not yet emptied
-	spare   []letter
+	spare   []letter // memory for letters
+	rung    bool     // the doorbell was pressed and the mailbox not yet emptied
+	stopped bool
 	hooks   atomic.Pointer[[]func()] // copied on write
-	stopped atomic.Bool
 
 	inTurn bool
 	nested bool  // an event came while the end of the turn was running
@@ -101,18 +104,26 @@ func (l *Loop) Index() int { return l.index }
 func (l *Loop) Post(f func()) { l.post(letter{kind: letterFunc, f: f}) }
 
 func (l *Loop) post(m letter) {
-	if l.stopped.Load() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.stopped {
 		return
 	}
-	l.mu.Lock()
 	l.letters = append(l.letters, m)
-	ring := !l.rung
-	l.rung = true
-	l.mu.Unlock()
-	if ring {
-		// An error means that the engine has stopped; nobody waits for the letters then.
+	if !l.rung {
+		l.rung = true
+		// Under the lock, because of stop. An error means that the engine has stopped.
 		_ = l.el.Execute(context.Background(), (*doorbell)(l))
 	}
+}
+
+// stop makes the loop deaf to letters, before gnet closes the descriptor that serves as the doorbell:
+// gnet would ring it all the same, whatever the number stands for by then.
+func (l *Loop) stop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopped = true
+	l.letters = nil
 }
 
 // doorbell makes a Loop a gnet.Runnable without showing Run to everyone.
@@ -175,6 +186,13 @@ func (l *Loop) Enroll(nc net.Conn, h shard.LoopConn) error {
 	default:
 		_ = nc.Close()
 		return fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)
+	}
+	l.mu.Lock()
+	stopped := l.stopped
+	l.mu.Unlock()
+	if stopped {
+		_ = nc.Close()
+		return errLoopStopped
 	}
 	a := &attachment{loop: l, h: h}
 	res, err := l.el.Enroll(gnet.NewContext(context.Background(), a), nc)

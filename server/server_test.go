@@ -344,7 +344,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 	const maxOutbound = 256 << 10
 	forLoops(t, func(t *testing.T, loops int) {
 		s := startServer(t, Config{Loops: loops, MaxOutbound: maxOutbound, StallTimeout: 300 * time.Millisecond})
-		s.core.big = make([]byte, 64<<10)
+		onLoop(s.Loops()[0], func() { s.core.big = make([]byte, 64<<10) })
 		dropped := metricConnsDropped.Get()
 		p := newPeer(t, s.dialTCP(t))
 		p.openWindows()
@@ -385,7 +385,7 @@ func TestClientThatDoesNotRead(t *testing.T) {
 // TestSlowReader reads late, but reads: it gets everything.
 func TestSlowReader(t *testing.T) {
 	s := startServer(t, Config{Loops: 1, MaxOutbound: 64 << 10})
-	s.core.big = make([]byte, 100<<10)
+	onLoop(s.Loops()[0], func() { s.core.big = make([]byte, 100<<10) })
 	p := newPeer(t, s.dialTCP(t))
 	p.openWindows()
 	const requests = 150

@@ -77,7 +77,7 @@ func TestPoolCallAllocs(t *testing.T) {
 	gc := &memConn{}
 	l := newPoolLink(ep.slots[0])
 	l.OnOpen(gc)
-	srv := &memServer{reply: make([]byte, 2000)}
+	srv := &memServer{reply: make([]byte, 300)}
 	srv.conn = codec.NewServerConn(codec.ConnConfig{}, srv)
 	exchange := func() {
 		loop.turn()
@@ -98,9 +98,9 @@ func TestPoolCallAllocs(t *testing.T) {
 	if !p.Connected(0) {
 		t.Fatal("not connected")
 	}
-	req := make([]byte, 700)
+	req := make([]byte, 300)
 	done := &countDone{}
-	const atOnce = 32
+	const atOnce = 8
 	round := func() {
 		for range atOnce {
 			p.Call(0, codec.MethodTxn, req, time.Minute, done)

@@ -729,8 +729,8 @@ func TestPoolHold(t *testing.T) {
 			_ = s.send(b)
 			return err
 		}
-		msg := make([]byte, size)
 		for i := range total {
+			msg := make([]byte, size)
 			copy(msg, fmt.Sprint(i, " "))
 			if err := s.send(msg); err != nil {
 				return err
@@ -854,7 +854,6 @@ func TestPoolClose(t *testing.T) {
 		c.Clusters[1] = []string{"http://" + freePort(t)}
 		c.ConnsPerEndpoint = 3
 	})
-	before := runtime.NumGoroutine()
 	e.until("all links", func() bool { return len(e.pool.clusters[0].ready) == 3 })
 	call := e.begin(0, codec.MethodTxn, []byte("x"), testGuard)
 	down := make(chanDone, 1)
@@ -885,7 +884,13 @@ func TestPoolClose(t *testing.T) {
 	if n := e.counter(metricPoolConnected, "shard-1", m.url()); n != 0 {
 		t.Errorf("%d connections are still counted", n)
 	}
-	e.until("the goroutines are gone", func() bool { return runtime.NumGoroutine() <= before+2 })
+	e.until("the goroutines are gone", func() bool { return !strings.Contains(stacks(), "poolSlot).dial") })
+}
+
+// stacks returns the stacks of all goroutines.
+func stacks() string {
+	buf := make([]byte, 4<<20)
+	return string(buf[:runtime.Stack(buf, true)])
 }
 
 func TestPoolUnixSocket(t *testing.T) {

@@ -179,7 +179,7 @@ func (l *poolLink) due(now int64) {
 	default:
 		l.conn.Ping()
 		l.pinged = now
-		l.pool.timers.set(&l.timer, now+timeout)
+		l.pool.timers.set(&l.timer, now+min(interval, timeout))
 		l.touch()
 	}
 }

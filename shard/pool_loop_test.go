@@ -4,20 +4,19 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
-	"github.com/panjf2000/gnet/v2/pkg/logging"
 )
 
 // testLoop is a Loop over one event loop of gnet: mailbox, hooks, nothing else. Unlike the server's, it does not
 // survive panics.
 type testLoop struct {
 	gnet.BuiltinEventEngine
-	eng    gnet.Engine
 	el     gnet.EventLoop
 	booted chan struct{}
 	found  chan struct{}
@@ -33,29 +32,50 @@ type testLoop struct {
 // testGuard is how long a test waits for what must happen.
 const testGuard = 20 * time.Second
 
-func newTestLoop(t testing.TB) *testLoop {
-	t.Helper()
-	l := &testLoop{booted: make(chan struct{}), found: make(chan struct{}), done: make(chan struct{})}
+// sharedLoop is started once: gnet takes half a second to stop, so the tests leave it to the end of the process.
+var sharedLoop = sync.OnceValues(func() (*testLoop, error) {
+	dir, err := os.MkdirTemp("", "spindle")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
 	// gnet hands out its event loops with connections only: dial one.
-	sock := filepath.Join(t.TempDir(), "loop")
+	sock := filepath.Join(dir, "loop")
+	l := &testLoop{booted: make(chan struct{}), found: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(l.done)
-		_ = gnet.Run(l, "unix://"+sock, gnet.WithNumEventLoop(1), gnet.WithLogLevel(logging.FatalLevel))
+		err = gnet.Run(l, "unix://"+sock, gnet.WithNumEventLoop(1), gnet.WithLogger(silent{}))
 	}()
-	<-l.booted
-	var nc net.Conn
-	var err error
-	if nc, err = net.Dial("unix", sock); err != nil {
-		t.Fatal(err)
+	select {
+	case <-l.booted:
+	case <-l.done:
+		return nil, err
+	}
+	nc, err := net.Dial("unix", sock)
+	if err != nil {
+		return nil, err
 	}
 	<-l.found
-	nc.Close()
-	t.Cleanup(func() {
-		_ = l.eng.Stop(context.Background())
-		<-l.done
-	})
+	return l, nc.Close()
+})
+
+func newTestLoop(t testing.TB) *testLoop {
+	t.Helper()
+	l, err := sharedLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
 	return l
 }
+
+// silent is a logger of gnet.
+type silent struct{}
+
+func (silent) Debugf(string, ...any) {}
+func (silent) Infof(string, ...any)  {}
+func (silent) Warnf(string, ...any)  {}
+func (silent) Errorf(string, ...any) {}
+func (silent) Fatalf(string, ...any) {}
 
 func (l *testLoop) Post(f func()) {
 	l.mu.Lock()
@@ -130,8 +150,7 @@ func (l *testLoop) turn(f func()) {
 	l.inTurn = false
 }
 
-func (l *testLoop) OnBoot(eng gnet.Engine) gnet.Action {
-	l.eng = eng
+func (l *testLoop) OnBoot(gnet.Engine) gnet.Action {
 	close(l.booted)
 	return gnet.None
 }

@@ -50,41 +50,45 @@ func (h *Hub) scan(g *group) (more bool) {
 			more = true
 			break
 		}
-		rev := g.cursor + 1
-		if len(g.future) > 0 && g.future[0].Start <= rev {
-			h.wake(g, rev)
-		}
-		if g.members == 0 {
+		if g.members > 0 {
+			h.step(g, limit)
+		} else {
 			// Nobody here reads: on to where somebody will.
 			g.cursor = limit
 			if len(g.future) > 0 {
 				g.cursor = min(limit, g.future[0].Start-1)
 			}
-			continue
 		}
-		h.revs++
-		e, lapped := h.ring.Load(rev)
-		if lapped {
-			h.lapped(g, limit)
-			continue
-		}
-		if e == nil {
-			g.cursor = min(limit, h.ring.Skip(rev))
-			continue
-		}
-		if g.set == All || e.Shard == g.set {
-			h.match(g, e)
-		}
-		g.cursor = rev
-		if len(h.full) > 0 {
-			h.flushFull()
-		}
-		if h.collected >= h.maxCollected {
-			h.flushAll()
+		if len(g.future) > 0 && g.future[0].Start <= g.cursor+1 {
+			h.wake(g)
 		}
 	}
 	h.flushAll()
 	return more
+}
+
+// step reads the revision after the cursor.
+func (h *Hub) step(g *group, limit int64) {
+	h.revs++
+	rev := g.cursor + 1
+	e, lapped := h.ring.Load(rev)
+	switch {
+	case lapped:
+		h.lapped(g, limit)
+		return
+	case e == nil:
+		g.cursor = min(limit, h.ring.Skip(rev))
+		return
+	case g.set == All || e.Shard == g.set:
+		h.match(g, e)
+	}
+	g.cursor = rev
+	if len(h.full) > 0 {
+		h.flushFull()
+	}
+	if h.collected >= h.maxCollected {
+		h.flushAll()
+	}
 }
 
 // match collects the events of e for all cohorts that want them.
@@ -118,16 +122,17 @@ func (h *Hub) flushFull() {
 	h.full = h.full[:0]
 }
 
-// wake lets those watchers join that start at rev. One that starts below (the cursor has passed its start
-// in one step) reads the ring on its own, which finds out what it has missed.
-func (h *Hub) wake(g *group, rev int64) {
+// wake lets those watchers join that start at the next revision. One that starts below (the cursor has
+// passed its start in one step) reads the ring on its own, which finds out what it has missed. So
+// every watcher that is left in the future starts above the next revision.
+func (h *Hub) wake(g *group) {
 	h.flushAll() // a cohort must not have collected anything when somebody joins
-	for len(g.future) > 0 && g.future[0].Start <= rev {
+	for len(g.future) > 0 && g.future[0].Start <= g.cursor+1 {
 		w := g.future[0]
 		h.leave(w)
 		switch {
 		case w.closed:
-		case w.Start == rev:
+		case w.Start == g.cursor+1:
 			h.join(w)
 		default:
 			h.lag(w, w.Start-1)

@@ -32,8 +32,9 @@ func (m *revMap) add(etcd, spindle int64) error {
 	if n := m.len(); n > 0 && (etcd <= m.revs[0][n-1] || spindle <= m.revs[1][n-1]) {
 		return fmt.Errorf("a later write got revision %d after %d (etcd: %d after %d)", spindle, m.revs[1][n-1], etcd, m.revs[0][n-1])
 	}
+	n := m.len()
 	for side, r := range [2]int64{etcd, spindle} {
-		m.index[side][r] = m.len()
+		m.index[side][r] = n
 		m.revs[side] = append(m.revs[side], r)
 	}
 	return nil

@@ -26,6 +26,9 @@ type generator struct {
 const (
 	noLease   = 0x7abc
 	futureRev = int64(1) << 40
+
+	// txnRevisions allows ranges with a revision inside a Txn.
+	txnRevisions = false
 )
 
 func (g *generator) key() []byte { return []byte(g.keys[g.r.IntN(len(g.keys))]) }
@@ -272,18 +275,22 @@ func (g *generator) compare(key []byte) *pb.Compare {
 func (g *generator) op(keys []string, key []byte, depth int) *pb.RequestOp {
 	switch n := g.r.IntN(100); {
 	case n < 45:
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: g.put(key)}}
+		put := g.put(key)
+		put.Lease = 0 // leases come later; a Txn that names one in any branch is refused until then
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put}}
 	case n < 70:
 		r := &pb.RangeRequest{Key: key, CountOnly: g.chance(10), KeysOnly: g.chance(10)}
 		if g.chance(20) {
 			r.RangeEnd = append(append([]byte(nil), key...), 0)
 			r.Limit = int64(g.r.IntN(3))
 		}
-		switch g.r.IntN(20) {
-		case 0, 1:
-			r.Revision = g.rev()
-		case 2:
-			r.Revision = futureRev
+		if txnRevisions {
+			switch g.r.IntN(20) {
+			case 0, 1:
+				r.Revision = g.rev()
+			case 2:
+				r.Revision = futureRev
+			}
 		}
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}}
 	case n < 90 || depth >= 2:

@@ -24,6 +24,8 @@ const (
 	stopTimeout = 10 * time.Second
 	// waitLogEvery is how often a proxy that is not ready says what it is waiting for.
 	waitLogEvery = 5 * time.Second
+	// connectGrace is how long the first connections to the members may take before the core asks anyway.
+	connectGrace = time.Second
 )
 
 // Node is a running proxy.
@@ -85,6 +87,8 @@ func Start(cfg Config) (*Node, error) {
 		Loops:      cfg.Loops,
 		Now:        n.now,
 		Log:        cfg.Log,
+
+		BeforeClose: n.unwire,
 	})
 	if err != nil {
 		_ = n.metrics.Close()
@@ -140,7 +144,27 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 	n.watches = newWatches(n)
 	n.stopDrive = loop.Drive(n.core)
 	loop.OnTurnEnd(n.turnEnd)
-	n.core.Start()
+	n.awaitConnections()
+}
+
+// awaitConnections starts the core when every cluster has a connection, or after a moment: the core would
+// ask at once, and complain about connections that are only just being made.
+func (n *Node) awaitConnections() {
+	started := false
+	start := func() {
+		if !started {
+			started = true
+			n.core.Start()
+		}
+	}
+	missing := len(n.cfg.Shards) + 1
+	n.pool.OnConnected(func(codec.ClusterID) {
+		if missing--; missing == 0 {
+			start()
+		}
+	})
+	loop := n.engine.Loops()[0]
+	time.AfterFunc(connectGrace, func() { loop.Post(start) })
 }
 
 // turnEnd looks whether the core has become ready, or has given up. On the first loop.
@@ -231,18 +255,31 @@ func (n *Node) Close() {
 		close(n.quit)
 		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		defer cancel()
-		// The engine takes no further work and answers what it can, then its loops end, and all sockets
-		// with them.
+		// The engine takes no further work and answers what it can, calls unwire, and ends its loops.
 		if err := n.engine.Stop(ctx); err != nil {
 			n.log.Error("the event loops did not stop in time", "err", err)
-		} else if n.core != nil {
-			// The loops' goroutines are gone, so this one may touch what was theirs.
-			n.stopDrive()
-			n.core.Close()
-			n.pool.Close()
 		}
 		_ = n.metrics.Close()
 	})
+}
+
+// unwire closes core and pool, on their loop, and waits for that.
+func (n *Node) unwire() {
+	done := make(chan struct{})
+	n.engine.Loops()[0].Post(func() {
+		defer close(done)
+		if n.core == nil {
+			return
+		}
+		n.stopDrive()
+		n.core.Close()
+		n.pool.Close()
+	})
+	select {
+	case <-done:
+	case <-n.engine.Done():
+	case <-time.After(stopTimeout):
+	}
 }
 
 // health is the node as the metrics server sees it.

@@ -3,31 +3,38 @@ package embedded
 import (
 	"context"
 	"log/slog"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
 
-// zapTo makes a zap logger whose errors go to log. Everything below is dropped: a member's ordinary
-// chatter (it says a hundred lines to start) would hide what the user should see.
-func zapTo(log *slog.Logger) *zap.Logger {
-	return zap.New(&slogCore{log: log, level: zapcore.ErrorLevel})
+// storageVersion is what every new etcd 3.7 says once, as an error, before its first entry is applied. It
+// tries again by itself.
+const storageVersion = "failed to update storage version"
+
+// zapTo makes a zap logger whose errors go to log, until closing is set. Everything below is dropped: a
+// member's ordinary chatter (it says a hundred lines to start) would hide what the user should see. A
+// member that is being closed reports each of its listeners as an error.
+func zapTo(log *slog.Logger, closing *atomic.Bool) *zap.Logger {
+	return zap.New(&slogCore{log: log, level: zapcore.ErrorLevel, closing: closing})
 }
 
 // slogCore is a zapcore.Core on top of a slog.Logger.
 type slogCore struct {
-	log   *slog.Logger
-	level zapcore.Level
+	log     *slog.Logger
+	level   zapcore.Level
+	closing *atomic.Bool
 }
 
 func (c *slogCore) Enabled(l zapcore.Level) bool { return l >= c.level }
 
 func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
-	return &slogCore{log: slog.New(c.log.Handler().WithAttrs(attrs(fields))), level: c.level}
+	return &slogCore{log: slog.New(c.log.Handler().WithAttrs(attrs(fields))), level: c.level, closing: c.closing}
 }
 
 func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if c.Enabled(e.Level) {
+	if c.Enabled(e.Level) && !c.closing.Load() && e.Message != storageVersion {
 		return ce.AddCore(e, c)
 	}
 	return ce

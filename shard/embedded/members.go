@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/server/v3/embed"
@@ -63,6 +64,7 @@ type Members struct {
 
 	failed    chan error
 	closed    chan struct{}
+	closing   atomic.Bool // the members' complaints are not news any more
 	closeOnce sync.Once
 }
 
@@ -91,7 +93,7 @@ func Start(cfg Config) (*Members, error) {
 	errs := make([]error, len(names))
 	var wg sync.WaitGroup
 	for i, name := range names {
-		wg.Go(func() { m.etcds[i], errs[i] = startMember(cfg, name) })
+		wg.Go(func() { m.etcds[i], errs[i] = startMember(cfg, name, &m.closing) })
 	}
 	wg.Wait()
 	for _, err := range errs {
@@ -120,7 +122,7 @@ func Start(cfg Config) (*Members, error) {
 }
 
 // startMember starts one etcd and waits until it serves.
-func startMember(cfg Config, name string) (*embed.Etcd, error) {
+func startMember(cfg Config, name string, closing *atomic.Bool) (*embed.Etcd, error) {
 	c := embed.NewConfig()
 	c.Name = name
 	c.Dir = filepath.Join(cfg.Dir, name)
@@ -136,7 +138,7 @@ func startMember(cfg Config, name string) (*embed.Etcd, error) {
 	if !cfg.DefaultLimits {
 		c.MaxTxnOps, c.MaxRequestBytes = MaxTxnOps, MaxRequestBytes
 	}
-	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapTo(cfg.Log.With("member", name)))
+	c.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zapTo(cfg.Log.With("member", name), closing))
 
 	e, err := embed.StartEtcd(c)
 	if err != nil {
@@ -186,6 +188,7 @@ func (m *Members) Etcd(i int) *embed.Etcd { return m.etcds[i] }
 func (m *Members) Close() {
 	m.closeOnce.Do(func() {
 		close(m.closed)
+		m.closing.Store(true)
 		var wg sync.WaitGroup
 		for _, e := range m.etcds {
 			if e != nil {

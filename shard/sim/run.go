@@ -55,11 +55,12 @@ type ChaosEvents struct {
 // Bounds of a run, in virtual time.
 const (
 	maxStart    = 60 * time.Second // for all proxies to be ready
-	maxChaos    = 5 * time.Minute  // for the clients to issue all their operations
-	maxDrain    = 60 * time.Second // for the operations under way to finish once the faults have stopped
+	maxChaos    = 60 * time.Second // of faults, if the clients have not issued all their operations before
+	maxDrain    = 90 * time.Second // for all operations to finish once the faults have stopped
 	maxSettle   = 20 * time.Second // for every frontier to reach now once nothing is written any more
 	maxSpins    = 20000            // turns at one moment: more is a livelock
-	maxFailures = 0                // cores that give up; nothing in a run is a reason to
+	maxCrashes  = 6
+	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
 
 // ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
@@ -74,7 +75,7 @@ func ConfigOf(seed uint64) Config {
 	}
 	c := Config{
 		Seed: seed, Shards: 1 + r.IntN(4), Proxies: 1 + r.IntN(3), Clients: 1 + r.IntN(5),
-		Keys: 2 + r.IntN(12), Ops: 60 + r.IntN(140),
+		Keys: 2 + r.IntN(12), Ops: 60 + r.IntN(240),
 		Think: ms(0, 20), Base: time.Duration(50+r.IntN(500)) * time.Microsecond, Jitter: time.Duration(r.IntN(3000)) * time.Microsecond,
 		RingSize: 1 << 12, MaxTxnOps: 128,
 		Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 5 + r.IntN(100),
@@ -85,8 +86,12 @@ func ConfigOf(seed uint64) Config {
 	if r.IntN(6) == 0 {
 		c.RingSize = 32
 	}
-	if r.IntN(6) == 0 {
+	switch r.IntN(6) {
+	case 0:
 		c.Think = ms(100, 400)
+	case 1, 2: // crowded: batches of many
+		c.Think, c.Clients, c.Shards = 0, 4+r.IntN(12), 1+r.IntN(2)
+		c.Keys = 8 + r.IntN(30)
 	}
 	if r.IntN(5) > 0 {
 		c.Faults = Faults{
@@ -155,6 +160,7 @@ func Go(cfg Config) (Stats, error) {
 	for _, m := range r.net.Members {
 		m.MaxTxnOps = cfg.MaxTxnOps
 		m.AutoLease = leaseOf
+		m.Grant(simLease)
 	}
 	for i := range cfg.Proxies {
 		p := &proxy{r: r, idx: i, skew: int64(r.net.Between(0, time.Hour))}
@@ -230,20 +236,30 @@ func (r *Run) drive() error {
 			c.next()
 		}
 	}
-	if !r.until(maxChaos, func() bool { return r.issued >= r.Ops }) && r.fault == nil {
-		r.fail("the clients did not get through their operations in %v: %d of %d; %s", maxChaos, r.issued, r.Ops, r.whyNotReady())
+	r.until(maxChaos, func() bool { return r.issued >= r.Ops })
+	if r.fault != nil {
+		return r.fault
 	}
 	r.calm()
 	r.net.tracef("---- faults off")
-	if !r.until(maxDrain, func() bool { return r.open == 0 && ready() }) && r.fault == nil {
-		r.fail("%d operations have not finished %v after the faults stopped: %s; %s", r.open, maxDrain, r.openOps(), r.whyNotReady())
+	if !r.until(maxDrain, func() bool { return r.issued >= r.Ops && r.open == 0 && ready() }) && r.fault == nil {
+		r.fail("%d operations of %d begun have not finished %v after the faults stopped: %s; %s", r.open, r.issued, maxDrain, r.openOps(), r.whyNotReady())
+	}
+	if r.fault != nil {
+		return r.fault
 	}
 	r.net.tracef("---- all operations have finished")
 	// What waits for a record gets one, and every frontier reaches now, without further traffic.
 	r.until(2*time.Second, func() bool { return false })
+	if r.fault != nil {
+		return r.fault
+	}
 	var now int64
 	left := len(r.proxies)
 	for _, p := range r.proxies {
+		if !p.ready {
+			return fmt.Errorf("p%d is not ready any more in a calm world", p.idx)
+		}
 		p.core.Now(func(rev int64, st codec.Status) {
 			left--
 			if st.Code != codec.OK {
@@ -485,7 +501,7 @@ func (r *Run) mischief() {
 			l.StreamHole = true
 			w.After(d, func() { l.Resume() })
 		}},
-		{ev.Crash && p.up && w.Chance(0.3), func() {
+		{ev.Crash && p.ready && r.stats.Crashes < maxCrashes, func() {
 			r.stats.Crashes++
 			p.crash()
 			p.boot(long)

@@ -1,0 +1,68 @@
+package shard
+
+import (
+	"encoding/hex"
+
+	"spindle/revclock"
+	"spindle/watchring"
+)
+
+// Observation is what an operator may want to know of a Core at one moment.
+type Observation struct {
+	Ready    bool
+	Reason   string // why not ready
+	Revision int64  // N: the last revision handed out, as folded here
+	Frontier int64  // of all shards
+	Compact  int64
+	RingTail int64
+	RingSize int64 // bytes
+	Core     Stats
+	Clock    revclock.Stats
+	Shards   []ShardObservation
+}
+
+// ShardObservation is the part of one shard.
+type ShardObservation struct {
+	Name string
+	// Clock is the last revision that the stream has shown, Handed the last one handed out (A_i).
+	Clock, Handed, Frontier int64
+	// Queue is the number of writes that wait for a batch; Reads that of reads that wait to be sent.
+	Queue, Reads int
+	// Open is the number of ranges handed out and not settled; Oldest is the first revision of the oldest,
+	// Holder who was given it (hex, the beginning), OldestAge for how long it has been open, ns.
+	Open      int
+	Oldest    int64
+	Holder    string
+	OldestAge int64
+	// Rejections is the number of rejections in a row, Pending that of events that wait for a record.
+	Rejections, Pending int
+	// Streaming is false while the shard's watch stream is down, Held is true while the ring is full.
+	Streaming, Held bool
+}
+
+// Observe returns the present state. On the core's goroutine.
+func (c *Core) Observe() Observation {
+	o := Observation{Core: c.stats, Clock: c.clock.Stats(), Compact: c.compacted}
+	o.Ready, o.Reason = c.Ready()
+	l := c.clock.Log()
+	o.Revision = l.N()
+	if c.ring == nil {
+		return o
+	}
+	o.Frontier, o.RingTail, o.RingSize = c.frontier.Get(watchring.All), c.ring.Tail(), c.ring.Bytes()
+	now := c.cfg.Now()
+	for i, s := range c.shards {
+		a, _ := l.A(i)
+		so := ShardObservation{
+			Name: s.name, Clock: s.rec.last, Handed: a, Frontier: c.frontier.Get(i),
+			Queue: len(s.queue), Reads: len(s.reads), Rejections: s.rejections, Pending: len(s.pending),
+			Streaming: s.handle != nil, Held: s.holding,
+		}
+		if open := l.Open(i); len(open) > 0 {
+			so.Open, so.Oldest, so.OldestAge = len(open), open[0].First, now-open[0].Seen
+			so.Holder = hex.EncodeToString(open[0].Holder[:4])
+		}
+		o.Shards = append(o.Shards, so)
+	}
+	return o
+}
