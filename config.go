@@ -6,8 +6,6 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -234,26 +232,4 @@ func checkURL(s string) error {
 		return fmt.Errorf("%s: only http://host:port, nothing behind it", s)
 	}
 	return nil
-}
-
-// advertised returns the URLs that clients are told: the given ones, or else those listened on, where a
-// host that means "all addresses" is replaced by this machine's name.
-func advertised(given, listen []string) []string {
-	if len(given) > 0 {
-		return given
-	}
-	out := slices.Clone(listen)
-	for i, s := range out {
-		u, err := url.Parse(s)
-		if err != nil {
-			continue
-		}
-		host, port, _ := net.SplitHostPort(u.Host)
-		if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-			if name, err := os.Hostname(); err == nil {
-				out[i] = "http://" + net.JoinHostPort(name, port)
-			}
-		}
-	}
-	return out
 }

@@ -18,7 +18,7 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: cfg.LogLevel}))
 	nc := node.Config{
 		ListenClientURLs:    cfg.ListenClientURLs,
-		AdvertiseClientURLs: advertised(cfg.AdvertiseClientURLs, cfg.ListenClientURLs),
+		AdvertiseClientURLs: cfg.AdvertiseClientURLs,
 		ListenMetricsURLs:   cfg.ListenMetricsURLs,
 		Coordinator:         cfg.Coordinator,
 		ShardMaxTxnOps:      cfg.ShardMaxTxnOps, ShardMaxRequestBytes: cfg.ShardMaxRequestBytes,

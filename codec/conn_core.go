@@ -59,6 +59,7 @@ type Conn struct {
 	// Writing (conn_send.go).
 	out     []byte
 	outBuf  *buffer // owner of out's memory
+	outHint int     // about how much the last Outputs held
 	epoch   uint32  // counts Flushed
 	blocked bool
 	ready   ring // streams with messages and stream window
@@ -192,18 +193,29 @@ func (c *Conn) Flushed() {
 		c.control = 0
 	}
 	if b := c.outBuf; b != nil {
+		c.outHint = max(len(c.out), c.outHint/2)
 		b.b = c.out[:0]
 		c.out, c.outBuf = nil, nil
 		putBuffer(b)
 	}
 }
 
-// o returns the output, with memory under it.
-func (c *Conn) o() []byte {
-	if c.outBuf == nil {
-		c.outBuf = getBuffer(4096)
-		c.out = c.outBuf.b
+// o returns the output, with room for a small frame.
+func (c *Conn) o() []byte { return c.room(smallFrame) }
+
+// room returns the output, with room for n bytes. It grows from the pools, so that busy connections leave
+// no garbage; an append that needs more than n still works.
+func (c *Conn) room(n int) []byte {
+	if cap(c.out)-len(c.out) >= n {
+		return c.out
 	}
+	b := getBuffer(max(minOutput, c.outHint, 2*len(c.out), len(c.out)+n))
+	b.b = append(b.b, c.out...)
+	if old := c.outBuf; old != nil {
+		old.b = c.out[:0]
+		putBuffer(old)
+	}
+	c.out, c.outBuf = b.b, b
 	return c.out
 }
 

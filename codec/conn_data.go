@@ -48,7 +48,8 @@ func (c *Conn) beginData(h frameHeader, p []byte) error {
 		return c.endData(nil)
 	}
 	st := &s.stream
-	if st.recvWin -= int64(h.length); st.recvWin < -c.recvSlack {
+	// An empty frame may come whatever the window, which our SETTINGS may have made negative (6.9.2).
+	if st.recvWin -= int64(h.length); st.recvWin < -c.recvSlack && h.length > 0 {
 		if err := c.streamErr(h.stream, h2FlowControl, "DATA beyond the stream's window"); err != nil {
 			return err
 		}

@@ -41,7 +41,7 @@ func (c *Conn) sendDirect(s *Stream, prefix, msg []byte) []byte {
 	c.startResponse(s)
 	for {
 		n := int(min(int64(len(prefix)+len(msg)), maxFrameSize, st.sendWin, c.sendWin))
-		out := c.o()
+		out := c.room(frameHeaderLen + n)
 		st.dataAt, st.dataEpoch = len(out), c.epoch+1
 		out = appendFrameHeader(out, n, frameData, 0, s.ID)
 		out = append(out, prefix...)
@@ -95,7 +95,7 @@ func (c *Conn) emitData(s *Stream) {
 	if n == st.q.n && st.ending == endData {
 		flags = flagEndStream
 	}
-	out := c.o()
+	out := c.room(frameHeaderLen + n)
 	st.dataAt, st.dataEpoch = len(out), c.epoch+1
 	c.out = st.q.popAppend(appendFrameHeader(out, n, frameData, flags, s.ID), n)
 	st.sendWin -= int64(n)

@@ -231,6 +231,7 @@ func (c *Conn) release(s *Stream) {
 		return
 	}
 	st.phase = phaseDead
+	c.idle = min(idleFrameBurst, c.idle+idlePerStream)
 	c.streams.remove(s.ID)
 	s.unring()
 	c.queued -= st.q.n

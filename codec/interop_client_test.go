@@ -344,4 +344,3 @@ func TestClientAgainstPlainHTTP2(t *testing.T) {
 		t.Error(posts.Load())
 	}
 }
-

@@ -37,8 +37,10 @@ const (
 	resetRefill = 100
 
 	// idleFrameBurst is how many frames without use (empty DATA, PRIORITY, unknown types) may arrive
-	// (CVE-2019-9513, 9518). Each message gives one back, Tick gives all back.
+	// (CVE-2019-9513, 9518). Each message gives one back, each stream idlePerStream (frames that cross its
+	// end are normal), Tick all.
 	idleFrameBurst = 10_000
+	idlePerStream  = 2
 	// settingsCost is what a SETTINGS frame takes from that budget: it touches all streams.
 	settingsCost = 10
 
@@ -59,6 +61,10 @@ const (
 	// clientStreamsBeforeSettings bounds Open until the server's SETTINGS are here (RFC 9113 6.5.2 advises
 	// servers not to go below 100).
 	clientStreamsBeforeSettings = 100
+
+	// minOutput and smallFrame are sizes of memory for Output: at first, and free before a small frame.
+	minOutput  = 4 << 10
+	smallFrame = 128
 
 	// maxFreeStreams and the sizes below bound what an idle connection keeps for its next request.
 	maxFreeStreams  = 256

@@ -9,7 +9,7 @@ import "github.com/cespare/xxhash/v2"
 
 const (
 	filterHashes = 4
-	filterMin    = 8 // bytes: small batches get nearly exact filters
+	filterMin    = 16 // bytes: small batches get nearly exact filters
 )
 
 // FilterAll is the filter of a batch that may write anything, ranges for instance. It must not be

@@ -231,6 +231,11 @@ func (b *bootstrap) fitMap() {
 	if first.mapBytes == nil {
 		for _, p := range ps[1:] {
 			if p.mapBytes != nil {
+				// Another proxy may be creating the maps right now, and first was read before it got its own.
+				if m, err := ParseMap(p.mapBytes); err == nil && slices.ContainsFunc(m.Shards, func(s MapShard) bool { return s.Identity == first.identity }) {
+					c.after(c.jitter(2*retryDelay), b.begin)
+					return
+				}
 				c.fail(fmt.Errorf("%s is not in the partition map that %s holds: remove it from the configuration (shards cannot be added yet)", first.name, p.name))
 				return
 			}

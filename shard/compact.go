@@ -50,7 +50,6 @@ func (c *Core) submitCompact(op *Op) {
 	})
 }
 
-
 func (k *compaction) end(st codec.Status) {
 	if k.over {
 		return

@@ -400,6 +400,7 @@ func (c *Core) Flush() {
 			return
 		}
 	}
+	c.after(0, func() {}) // there is more: another turn, at once
 }
 
 func (c *Core) wakeWaiters() {

@@ -5,3 +5,9 @@ type coreOp struct {
 	plan Plan
 	w    write
 }
+
+// reset forgets the request, and keeps the memory of ordinary size.
+func (o *coreOp) reset() {
+	o.plan.Reset()
+	o.w = write{}
+}

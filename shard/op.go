@@ -67,6 +67,7 @@ func ReleaseOp(op *Op) {
 	if cap(resp) > maxPooledOp {
 		resp = nil
 	}
-	*op = Op{Msg: msg, Resp: resp}
+	op.core.reset()
+	*op = Op{Msg: msg, Resp: resp, core: op.core}
 	opPool.Put(op)
 }

@@ -18,12 +18,12 @@ type planGen struct {
 	odd bool
 }
 
-func (g *planGen) n(n int) int       { return g.rng.IntN(n) }
-func (g *planGen) one(n int) bool    { return g.rng.IntN(n) == 0 }
-func (g *planGen) key() []byte       { return []byte{byte('a' + g.n(7))} }
-func (g *planGen) oddly(n int) bool  { return g.odd && g.one(n) }
-func (g *planGen) value() []byte     { return []byte{byte('0' + g.n(4)), 'v'}[:g.n(3)] }
-func (g *planGen) number() int64     { return []int64{-1, 0, 1, 2, g.rev, g.rev + 1, g.rev - 1}[g.n(7)] }
+func (g *planGen) n(n int) int        { return g.rng.IntN(n) }
+func (g *planGen) one(n int) bool     { return g.rng.IntN(n) == 0 }
+func (g *planGen) key() []byte        { return []byte{byte('a' + g.n(7))} }
+func (g *planGen) oddly(n int) bool   { return g.odd && g.one(n) }
+func (g *planGen) value() []byte      { return []byte{byte('0' + g.n(4)), 'v'}[:g.n(3)] }
+func (g *planGen) number() int64      { return []int64{-1, 0, 1, 2, g.rev, g.rev + 1, g.rev - 1}[g.n(7)] }
 func (g *planGen) near(x int64) int64 { return x + int64(g.n(3)) - 1 }
 
 func (g *planGen) named() []byte {
@@ -201,8 +201,32 @@ func (g *planGen) txn(depth int) *pb.TxnRequest {
 	return r
 }
 
+// kube returns what kube-apiserver sends: create, update or delete of one key, mostly with what it is.
+func (g *planGen) kube() *pb.TxnRequest {
+	key, mod := g.key(), int64(0)
+	if kv := g.know(key); kv != nil && !g.one(5) {
+		mod = kv.ModRevision
+	}
+	r := &pb.TxnRequest{
+		Compare: []*pb.Compare{{Key: key, Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{ModRevision: mod}}},
+		Failure: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: key}}}},
+	}
+	switch {
+	case mod == 0:
+		r.Failure = nil
+		fallthrough
+	case !g.one(3):
+		r.Success = []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key, Value: g.value()}}}}
+	default:
+		r.Success = []*pb.RequestOp{{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: key}}}}
+	}
+	return r
+}
+
 func (g *planGen) request() proto.Message {
-	switch k := g.n(10); {
+	switch k := g.n(12); {
+	case k > 9:
+		return g.kube()
 	case k < 2:
 		return g.rangeReq()
 	case k < 4:

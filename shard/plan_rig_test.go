@@ -21,7 +21,7 @@ import (
 // etcdStore is etcd's own storage and transaction code without its sockets and raft.
 type etcdStore struct {
 	t      testing.TB
-	kv     mvcc.WatchableKV
+	kv     mvcc.KV
 	lessor *lease.FakeLessor
 }
 
@@ -31,7 +31,7 @@ func newEtcdStore(t testing.TB) *etcdStore {
 	cfg.UnsafeNoFsync = true
 	be := backend.New(cfg)
 	lessor := &lease.FakeLessor{LeaseSet: map[lease.LeaseID]struct{}{1: {}, 2: {}, 3: {}}}
-	kv := mvcc.New(zap.NewNop(), be, lessor, mvcc.WatchableStoreConfig{})
+	kv := mvcc.NewStore(zap.NewNop(), be, lessor, mvcc.StoreConfig{})
 	t.Cleanup(func() { kv.Close(); be.Close() })
 	return &etcdStore{t, kv, lessor}
 }
@@ -251,7 +251,10 @@ func (r *planRig) fillSlots() {
 		switch {
 		case s.Proven == 0:
 		case wrong && r.rng.IntN(2) == 0:
-			s.Create, s.Known, s.Guard = Create{r.rng.Int64N(20), r.rng.Int64N(20)}, true, true
+			s.Create, s.Known, s.Guard = Create{}, true, true
+			if r.rng.IntN(2) == 0 {
+				s.Create = Create{Local: r.member.kv.Rev() + 1000, Meta: 1}
+			}
 		case ok && r.rng.IntN(3) > 0:
 			s.Create, s.Known = Create{local, meta}, true
 			s.Guard = !(s.Proven > 0 && local > 0 && meta <= s.Proven && s.Proven <= mod)
@@ -322,8 +325,9 @@ func (r *planRig) runWrite(req proto.Message) {
 		snap := r.snapshot(r.member.kv.Rev())
 		body := appendPutOp(op, txnSuccess, KeyClock, []byte("record"))
 		reply := responsesOf(r.t, r.memberTxn(body))[0]
+		held := p.GuardsHold(snap)
 		out, oc, st := p.Answer(nil, reply, headerAt(rev), nil)
-		if held := p.GuardsHold(snap); oc == Answered && !held {
+		if held != (oc == Answered) {
 			r.t.Fatalf("%v: GuardsHold %v, outcome %v", req, held, oc)
 		}
 		if oc != Answered {

@@ -219,18 +219,27 @@ func testEtcdMethods(t *testing.T, addr string) {
 // Connections are killed under load: every call is reported once, what is reported as unsent was not applied, and what
 // is reported as done is there.
 func testEtcdKilled(t *testing.T, addr string) {
-	const rounds, atOnce = 30, 40
+	const rounds, atOnce = 60, 20
 	r := newRelay(t, "127.0.0.1:0", addr)
 	e := newPoolEnv(t, []string{r.url()})
 	results := make(map[string]callResult)
 	for round := range rounds {
 		e.connected(0)
 		dones := make([]chanDone, atOnce)
-		for i := range dones {
+		call := func(i int) {
 			req := putTxn(t, fmt.Sprintf("killed/%d/%d", round, i), []byte("x"))
 			dones[i] = make(chanDone, 2)
-			e.loop.Post(func() { e.pool.Call(0, codec.MethodTxn, req, testGuard, dones[i]) })
-			if i == round {
+			e.loop.do(func() { e.pool.Call(0, codec.MethodTxn, req, testGuard, dones[i]) })
+		}
+		call(0)
+		if r := dones[0].wait(t); r.st.Code == codec.OK {
+			dones[0] <- r
+		} else {
+			t.Fatalf("%+v", r)
+		}
+		for i := 1; i < atOnce; i++ {
+			call(i)
+			if i == atOnce/2 {
 				r.kill()
 			}
 		}

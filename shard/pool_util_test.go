@@ -186,11 +186,10 @@ func (e *poolEnv) watch(req []byte) (*testSink, codec.WatchHandle) {
 
 // relay is a TCP relay that can be killed and frozen.
 type relay struct {
-	t      testing.TB
-	target string
 	ln     net.Listener
-	mu     sync.Mutex
+	mu     sync.Mutex // guards what follows
 	cond   *sync.Cond
+	target string
 	frozen bool
 	conns  []net.Conn
 	wg     sync.WaitGroup
@@ -203,7 +202,7 @@ func newRelay(t testing.TB, addr, target string) *relay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &relay{t: t, target: target, ln: ln}
+	r := &relay{ln: ln, target: target}
 	r.cond = sync.NewCond(&r.mu)
 	r.wg.Go(func() {
 		for {
@@ -211,7 +210,10 @@ func newRelay(t testing.TB, addr, target string) *relay {
 			if err != nil {
 				return
 			}
-			out, err := net.Dial("tcp", r.target)
+			r.mu.Lock()
+			target := r.target
+			r.mu.Unlock()
+			out, err := net.Dial("tcp", target)
 			if err != nil {
 				in.Close()
 				continue

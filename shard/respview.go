@@ -57,15 +57,21 @@ func firstKV(msg []byte) (kv codec.KV, found bool) {
 	return codec.KV{}, false
 }
 
-// carriesLease reports whether a key of a member's RangeResponse is attached to a lease.
+// carriesLease reports whether a key that a member's RangeResponse stands for may be attached to a lease:
+// one that is in it is, or not all of them are in it (a limit, count_only).
 func carriesLease(msg []byte) bool {
 	it := codec.Fields{Msg: msg}
+	var n, count int64
 	for it.Next() {
-		if it.Field.Num == 2 {
+		switch it.Field.Num {
+		case 2:
+			n++
 			if kv, ok := codec.ParseKV(it.Field.Bytes); !ok || kv.Lease != 0 {
 				return true
 			}
+		case 4:
+			count = int64(it.Field.Val)
 		}
 	}
-	return it.Bad
+	return it.Bad || n != count
 }

@@ -3,6 +3,7 @@ package shard
 import (
 	"fmt"
 	"sort"
+	"time"
 
 	"spindle/codec"
 )
@@ -16,6 +17,9 @@ type point struct {
 	first, last int64
 	local       int64
 }
+
+// maxReopenDelay bounds the pause before a stream that ended is opened again.
+const maxReopenDelay = time.Second
 
 // maxPoints bounds the index of (revision, local revision) points a shard; older ones are looked up in
 // the clock key's history.
@@ -57,6 +61,7 @@ type shardState struct {
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
+	reopens        int // in a row, without a message
 	openTimer      int64
 	pendingTimer   bool
 	window         int64 // this shard's reorder window, ns
@@ -95,7 +100,9 @@ func (k *streamSink) OnEnd(st codec.Status) {
 	if k.gen != s.gen || s.c.state == stateFailed || s.c.state == stateClosed {
 		return
 	}
-	s.c.log.Warn("watch stream ended, opening it again", "shard", s.name, "code", st.Code, "err", st.Msg)
+	if s.reopens == 0 {
+		s.c.log.Warn("watch stream of a member cluster ended; opening it again until it lasts", "shard", s.name, "code", st.Code, "err", st.Msg)
+	}
 	s.reopen()
 }
 
@@ -107,7 +114,9 @@ func (s *shardState) reopen() {
 	}
 	s.gen++
 	gen := s.gen
-	s.c.after(s.c.jitter(retryDelay*2), func() {
+	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
+	s.reopens++
+	s.c.after(s.c.jitter(d), func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
 			s.openStream()
 		}
@@ -119,6 +128,7 @@ func (k *streamSink) OnMessage(msg []byte) {
 	if k.gen != s.gen {
 		return
 	}
+	s.reopens = 0
 	if len(s.held) > 0 {
 		s.held = append(s.held, append([]byte(nil), msg...))
 		return
@@ -247,6 +257,12 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		return true
 	}
 	if rec.Last > c.ringRoom() {
+		// There is no room for it, but it says that nothing below its first revision will come. Without
+		// this the shard would wait for the frontier that it holds back itself.
+		if l := c.clock.Log(); l.Clock(s.idx) < rec.First-1 {
+			l.SetClock(s.idx, rec.First-1)
+			c.stale = true
+		}
 		return false
 	}
 	s.publish(local, &rec, events)

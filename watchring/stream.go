@@ -63,6 +63,15 @@ func (w *Watcher) holds(key []byte) bool {
 	return string(key) >= w.Key && string(key) < w.End
 }
 
+// Delivered returns the revision up to which w has everything; call it outside of Pump and Notify.
+func (w *Watcher) Delivered() int64 {
+	switch w.state {
+	case member, future:
+		return w.group.cursor
+	}
+	return w.pos
+}
+
 // fromKey is the range end that means "all keys from the key on".
 const fromKey = "\x00"
 

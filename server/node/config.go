@@ -10,7 +10,8 @@ import (
 type Config struct {
 	// ListenClientURLs are where the etcd API is served, one at least. Port 0 lets the kernel choose.
 	ListenClientURLs []string
-	// AdvertiseClientURLs are what Cluster.MemberList shows; default: what is listened on.
+	// AdvertiseClientURLs are what Cluster.MemberList shows; default: what is listened on, with this
+	// machine's name for "all addresses".
 	AdvertiseClientURLs []string
 	// ListenMetricsURLs are where /metrics and the health checks are served; may be empty.
 	ListenMetricsURLs []string

@@ -9,6 +9,7 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"spindle/revclock"
 	"spindle/server"
 	"spindle/shard"
+	"spindle/watchring"
 )
 
 const (
@@ -26,6 +28,8 @@ const (
 	waitLogEvery = 5 * time.Second
 	// connectGrace is how long the first connections to the members may take before the core asks anyway.
 	connectGrace = time.Second
+	// observeEvery is how old the numbers on /metrics may be.
+	observeEvery = time.Second
 )
 
 // Node is a running proxy.
@@ -36,27 +40,29 @@ type Node struct {
 	metrics *server.Metrics
 	begun   time.Time
 
-	status atomic.Pointer[status]
-	ready  chan struct{} // closed when requests are served for the first time
-	failed chan error    // one error at most
-	quit   chan struct{} // closed by Close
-	once   sync.Once
+	status  atomic.Pointer[status]
+	version atomic.Pointer[string] // of the oldest member, when last asked
+
+	observation atomic.Pointer[shard.Observation] // for /metrics
+	ready       chan struct{}                     // closed when requests are served for the first time
+	failed      chan error                        // one error at most
+	quit        chan struct{}                     // closed by Close
+	once        sync.Once
 
 	// Everything following is owned by the first loop.
 
 	pool      *shard.Pool
 	core      *shard.Core
 	stopDrive func()
-	watches   *watches
+	begunCore bool // core.Start was called
 	wasReady  bool
 	gaveUp    bool
 }
 
 // status is what is known outside of the first loop.
 type status struct {
-	ready   bool
-	reason  string // why not
-	version string // of the oldest member, once known
+	ready  bool
+	reason string // why not
 }
 
 // Start opens the listeners and begins to look for the members; Ready tells when clients are served. Its
@@ -76,7 +82,7 @@ func Start(cfg Config) (*Node, error) {
 		cfg: cfg, log: cfg.Log, begun: time.Now(),
 		ready: make(chan struct{}), failed: make(chan error, 1), quit: make(chan struct{}),
 	}
-	n.status.Store(&status{reason: "starting"})
+	n.status.Store(&status{reason: "connecting to the members"})
 	var err error
 	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, (*health)(n), cfg.Version, cfg.Log)
 	if err != nil {
@@ -95,7 +101,7 @@ func Start(cfg Config) (*Node, error) {
 		return nil, err
 	}
 	if len(n.cfg.AdvertiseClientURLs) == 0 {
-		n.cfg.AdvertiseClientURLs = n.ClientURLs()
+		n.cfg.AdvertiseClientURLs = advertised(n.engine.Addrs())
 	}
 	// All in one turn of the loop: the core's hook must stand before the pool's, which the pool adds in
 	// the turn after the one that it is made in.
@@ -141,7 +147,6 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 		ClientURLs:            n.cfg.AdvertiseClientURLs,
 	}, n.pool)
 	n.engine.SetCore(n.core)
-	n.watches = newWatches(n)
 	n.stopDrive = loop.Drive(n.core)
 	loop.OnTurnEnd(n.turnEnd)
 	n.awaitConnections()
@@ -150,10 +155,9 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 // awaitConnections starts the core when every cluster has a connection, or after a moment: the core would
 // ask at once, and complain about connections that are only just being made.
 func (n *Node) awaitConnections() {
-	started := false
 	start := func() {
-		if !started {
-			started = true
+		if !n.begunCore {
+			n.begunCore = true
 			n.core.Start()
 		}
 	}
@@ -171,9 +175,10 @@ func (n *Node) awaitConnections() {
 func (n *Node) turnEnd() {
 	ok, why := n.core.Ready()
 	switch {
+	case !n.begunCore:
 	case ok && !n.wasReady:
 		n.wasReady = true
-		n.watches.start()
+		n.serveWatch()
 		n.engine.SetReady(true)
 		n.status.Store(&status{ready: true})
 		close(n.ready)
@@ -188,12 +193,40 @@ func (n *Node) turnEnd() {
 	}
 }
 
+// serveWatch begins to serve Watch: the core has its ring now. On the first loop.
+func (n *Node) serveWatch() {
+	part := n.core.Partition()
+	svc := server.NewWatchService(n.engine, server.WatchConfig{
+		Ring:     n.core.Ring(),
+		Frontier: n.core.Frontier(),
+		ShardsOf: func(key, end []byte) int {
+			if shard, all := part.ShardsOf(key, end); !all {
+				return shard
+			}
+			return watchring.All
+		},
+		Now:              n.core.Now,
+		Header:           n.core.Header(),
+		ProgressInterval: n.cfg.ProgressInterval,
+	})
+	n.core.OnFrontier(svc.FrontierRose)
+}
+
 // attend says now and then what a proxy that is not ready is waiting for, and hears of an engine that
 // has stopped by itself.
 func (n *Node) attend() {
 	tick := time.NewTicker(waitLogEvery)
 	defer tick.Stop()
-	ready := n.ready
+	look := time.NewTicker(observeEvery)
+	defer look.Stop()
+	defer export(n.observation.Load)()
+	home, ready := n.engine.Loops()[0], n.ready
+	observe := func() {
+		if n.core != nil {
+			o := n.core.Observe()
+			n.observation.Store(&o)
+		}
+	}
 	for {
 		select {
 		case <-n.quit:
@@ -208,6 +241,8 @@ func (n *Node) attend() {
 		case <-ready:
 			ready = nil
 			tick.Stop()
+		case <-look.C:
+			home.Post(observe)
 		case <-tick.C:
 			if st := n.status.Load(); !st.ready {
 				n.log.Warn("not ready yet", "why", st.reason)
@@ -249,6 +284,20 @@ func urls(addrs []net.Addr) []string {
 	return out
 }
 
+// advertised returns URLs that other machines can use too: an address that means "all of this machine"
+// is replaced by the machine's name.
+func advertised(addrs []net.Addr) []string {
+	out := urls(addrs)
+	for i, a := range addrs {
+		if t, ok := a.(*net.TCPAddr); ok && t.IP.IsUnspecified() {
+			if name, err := os.Hostname(); err == nil {
+				out[i] = "http://" + net.JoinHostPort(name, strconv.Itoa(t.Port))
+			}
+		}
+	}
+	return out
+}
+
 // Close stops the proxy. Requests under way get a moment to finish. It may be called more than once.
 func (n *Node) Close() {
 	n.once.Do(func() {
@@ -281,15 +330,6 @@ func (n *Node) unwire() {
 	case <-time.After(stopTimeout):
 	}
 }
-
-// health is the node as the metrics server sees it.
-type health Node
-
-// Ready implements server.Health.
-func (h *health) Ready() (bool, string) { return (*Node)(h).Status() }
-
-// EtcdVersion implements server.Health.
-func (h *health) EtcdVersion() string { return h.status.Load().version }
 
 func randomID() (id revclock.ID) {
 	rand.Read(id[:])

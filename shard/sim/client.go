@@ -99,6 +99,10 @@ func (c *client) issue() {
 		return
 	}
 	r.net.tracef("%s: op%d begins, floor %d: %s", c.name, o.id, o.floor, short(req))
+	if _, ok := req.(*pb.WatchProgressRequest); ok {
+		c.askNow(o)
+		return
+	}
 	s := &shard.Op{Kind: kind, Msg: msg}
 	c.sop = s
 	s.Done = func(s *shard.Op) { c.done(o, s) }
@@ -112,6 +116,28 @@ func (c *client) issue() {
 			}
 		})
 	}
+	c.p.turn()
+}
+
+// askNow asks the proxy for now, as a watch or a progress request does.
+func (c *client) askNow(o *op) {
+	r := c.p.r
+	c.p.core.Now(func(rev int64, st codec.Status) {
+		if c.cur != o {
+			return // the proxy died
+		}
+		o.ended, o.end, o.st, o.rev = true, r.net.now, st, rev
+		c.cur = nil
+		r.open--
+		if st.Code == codec.OK {
+			r.stats.OK++
+			r.show(rev)
+		} else {
+			r.stats.Unknown++
+		}
+		r.net.tracef("%s: op%d ends: %v now is %d", c.name, o.id, st.Code, rev)
+		c.next()
+	})
 	c.p.turn()
 }
 
@@ -183,6 +209,8 @@ func answerOf(req proto.Message) proto.Message {
 		return &pb.PutResponse{}
 	case *pb.DeleteRangeRequest:
 		return &pb.DeleteRangeResponse{}
+	case *pb.CompactionRequest:
+		return &pb.CompactionResponse{}
 	}
 	return &pb.TxnResponse{}
 }
@@ -237,7 +265,11 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	serial := 0
 	value := func() []byte {
 		serial++
-		return fmt.Appendf(nil, "%s.%d.%d", c.name, c.n, serial)
+		v := fmt.Appendf(nil, "%s.%d.%d", c.name, c.n, serial)
+		if r.Pad > 0 {
+			v = append(append(v, '.'), bytes.Repeat([]byte{'z'}, g.IntN(r.Pad))...)
+		}
+		return v
 	}
 	mod := int64(0)
 	kv := c.known[key]
@@ -256,7 +288,18 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	modIs := func(k string, m int64) *pb.Compare {
 		return &pb.Compare{Key: []byte(k), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{ModRevision: m}}
 	}
-	switch k := g.IntN(100); {
+	switch k := g.IntN(103); {
+	case k >= 101:
+		return 0, &pb.WatchProgressRequest{}
+	case k == 100:
+		q := &pb.CompactionRequest{Revision: r.shown - int64(g.IntN(60))}
+		switch g.IntN(8) {
+		case 0:
+			q.Revision = r.shown
+		case 1:
+			q.Revision = r.shown + 10000
+		}
+		return shard.OpCompact, q
 	case k < 12:
 		return shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: value(), PrevKv: g.IntN(4) == 0}
 	case k < 26:
@@ -355,6 +398,9 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 		default:
 			cmp.Target, cmp.TargetUnion = pb.Compare_MOD, &pb.Compare_ModRevision{ModRevision: kv.ModRevision}
 		}
+		if r.Shards == 1 && g.IntN(6) == 0 {
+			cmp.RangeEnd = []byte(any())
+		}
 		t.Compare = append(t.Compare, cmp)
 	}
 	branch := func() (ops []*pb.RequestOp) {
@@ -373,7 +419,14 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 				used[k] = true
 				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(k), PrevKv: g.IntN(3) == 0}}})
 			default:
-				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte(k)}}})
+				q := &pb.RangeRequest{Key: []byte(k)}
+				if r.Shards == 1 && g.IntN(3) == 0 {
+					q.RangeEnd = []byte{0}
+					if c.shape(q, g); q.SortTarget == pb.RangeRequest_MOD {
+						q.SortTarget = pb.RangeRequest_KEY // ties may come in any order
+					}
+				}
+				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: q}})
 			}
 		}
 		return ops

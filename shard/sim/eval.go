@@ -73,6 +73,10 @@ func (v *view) span(key, end []byte, at func(string) *fact) []*mvccpb.KeyValue {
 func (v *view) eval(req proto.Message) proto.Message {
 	switch q := req.(type) {
 	case *pb.RangeRequest:
+		if q.Revision > 0 {
+			then := &view{h: v.h, rev: q.Revision}
+			return assemble(q, then.span(q.Key, q.RangeEnd, then.base))
+		}
 		return assemble(q, v.span(q.Key, q.RangeEnd, v.at))
 	case *pb.PutRequest:
 		resp := &pb.PutResponse{}

@@ -107,6 +107,9 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 	w := h.net
 	l := h.links[to]
 	c := &call{l: l, m: m, req: append([]byte(nil), req...), done: done}
+	if w.Tamper != nil {
+		c.req = w.Tamper(to, m, c.req)
+	}
 	w.seq++
 	c.id = w.seq
 	if h.dead {

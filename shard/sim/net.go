@@ -17,6 +17,8 @@ type Net struct {
 	Coord   *Cluster
 	Faults  Faults
 
+	// Tamper, if set, may change a request on its way.
+	Tamper func(to codec.ClusterID, m codec.Method, req []byte) []byte
 	// Trace, if set, is given one line for everything that happens.
 	Trace func(line string)
 

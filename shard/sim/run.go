@@ -36,13 +36,15 @@ type Config struct {
 	Events ChaosEvents
 	// RingSize is the proxies' ring.
 	RingSize int
-	// MaxTxnOps and MaxRequestBytes are the members' limits.
-	MaxTxnOps int
+	// MaxTxnOps and MaxRequestBytes are the members' limits; Pad is what values are padded with, at most.
+	MaxTxnOps, MaxRequestBytes, Pad int
 	// Window and Timeout are the core's ReorderWindow and ShardTimeout.
 	Window, Timeout time.Duration
 	SnapshotEvery   int
 
 	Sabotage shard.Sabotage
+	// Tamper, if set, may change a request on its way to a cluster: for planted bugs. m is the message type.
+	Tamper func(to codec.ClusterID, m codec.Method, req []byte) []byte
 	// Trace, if set, gets a line for everything that happens.
 	Trace func(line string)
 }
@@ -50,6 +52,8 @@ type Config struct {
 // ChaosEvents says which larger events may happen.
 type ChaosEvents struct {
 	Reset, Down, Hole, Pause, Lag, StreamHole, Crash, Expire bool
+	// Compact lets somebody else compact a member.
+	Compact bool
 }
 
 // Bounds of a run, in virtual time.
@@ -77,7 +81,7 @@ func ConfigOf(seed uint64) Config {
 		Seed: seed, Shards: 1 + r.IntN(4), Proxies: 1 + r.IntN(3), Clients: 1 + r.IntN(5),
 		Keys: 2 + r.IntN(12), Ops: 60 + r.IntN(240),
 		Think: ms(0, 20), Base: time.Duration(50+r.IntN(500)) * time.Microsecond, Jitter: time.Duration(r.IntN(3000)) * time.Microsecond,
-		RingSize: 1 << 12, MaxTxnOps: 128,
+		RingSize: 1 << 12, MaxTxnOps: 128, MaxRequestBytes: defaultMaxRequestBytes,
 		Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 5 + r.IntN(100),
 	}
 	if r.IntN(3) == 0 {
@@ -85,6 +89,15 @@ func ConfigOf(seed uint64) Config {
 	}
 	if r.IntN(6) == 0 {
 		c.RingSize = 32
+	}
+	if r.IntN(3) == 0 {
+		c.SnapshotEvery = 1 + r.IntN(8)
+	}
+	switch r.IntN(6) {
+	case 0:
+		c.MaxTxnOps = 12 + r.IntN(30)
+	case 1:
+		c.MaxRequestBytes, c.Pad = 4<<10, 600
 	}
 	switch r.IntN(6) {
 	case 0:
@@ -102,7 +115,7 @@ func ConfigOf(seed uint64) Config {
 	if r.IntN(5) > 0 {
 		on := func() bool { return r.IntN(2) == 0 }
 		c.Chaos = ms(10, 150)
-		c.Events = ChaosEvents{Reset: on(), Down: on(), Hole: r.IntN(4) == 0, Pause: on(), Lag: on(), StreamHole: on(), Crash: r.IntN(3) == 0, Expire: on()}
+		c.Events = ChaosEvents{Reset: on(), Down: on(), Hole: r.IntN(4) == 0, Pause: on(), Lag: on(), StreamHole: on(), Crash: r.IntN(3) == 0, Expire: on(), Compact: r.IntN(6) == 0}
 	}
 	return c
 }
@@ -116,6 +129,7 @@ type Run struct {
 	issued  int  // operations begun
 	open    int  // operations under way
 	ops     []*op
+	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
 	shown   int64 // the largest revision that any client was shown
 	expired map[expiry]bool
 	part    *shard.Partition
@@ -126,8 +140,12 @@ type Run struct {
 
 // Stats tells what a run did.
 type Stats struct {
-	Events, Ops, OK, Unknown, Writes, Crashes, Failures, Lapped, Facts int
-	Core                                                               shard.Stats
+	Events, Ops, OK, Unknown, Crashes, Failures, Lapped, Facts, Compactions int
+	// Now is the largest revision handed out in the end.
+	Now int64
+	// Slowest is the longest that an operation took, in virtual time.
+	Slowest time.Duration
+	Core    shard.Stats
 }
 
 type expiry struct {
@@ -156,9 +174,9 @@ type proxy struct {
 func Go(cfg Config) (Stats, error) {
 	r := &Run{Config: cfg, expired: map[expiry]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
-	r.net.Trace = cfg.Trace
+	r.net.Trace, r.net.Tamper = cfg.Trace, cfg.Tamper
 	for _, m := range r.net.Members {
-		m.MaxTxnOps = cfg.MaxTxnOps
+		m.MaxTxnOps, m.MaxRequestBytes = cfg.MaxTxnOps, cfg.MaxRequestBytes
 		m.AutoLease = leaseOf
 		m.Grant(simLease)
 	}
@@ -266,6 +284,7 @@ func (r *Run) drive() error {
 				r.fail("now fails on p%d in a calm world: %s", p.idx, st.Msg)
 			}
 			now = max(now, rev)
+			r.stats.Now = now
 		})
 		p.turn()
 	}
@@ -339,7 +358,7 @@ func (p *proxy) boot(d time.Duration) {
 		p.core = shard.NewCore(shard.CoreConfig{
 			Proxy: id, Names: names, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
-			MemberMaxTxnOps: r.MaxTxnOps, Sabotage: r.Sabotage, MemberName: host.Name,
+			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
 		}, p.host)
 		p.up, p.ready, p.timerAt = true, false, 0
 		r.net.tracef("%s: starts", host.Name)
@@ -525,6 +544,9 @@ func (r *Run) mischief() {
 			}
 		}},
 	}
+	if ev.Compact && id >= 0 && w.Chance(0.3) {
+		r.forceCompact(w.Members[id])
+	}
 	for range 20 {
 		if k := kinds[w.Rand.IntN(len(kinds))]; k.on {
 			k.f()
@@ -533,6 +555,25 @@ func (r *Run) mischief() {
 	}
 	w.After(w.Between(0, 2*r.Chaos), r.mischief)
 }
+
+// forceCompact compacts a member behind the proxies' backs.
+func (r *Run) forceCompact(c *Cluster) {
+	at := c.Rev() - int64(r.net.Rand.IntN(10))
+	clock := c.at([]byte(keyClock), c.Rev())
+	if c.paused || clock == nil || at <= c.Compacted() {
+		return
+	}
+	c.compact = at
+	if rec, err := parseRecord(clock.KV.Value); err == nil {
+		// What has no record yet will have one of the next revisions.
+		r.forced = max(r.forced, rec.last+maxBatch)
+	}
+	r.stats.Compactions++
+	r.net.tracef("%s: somebody compacts it at L%d", c, at)
+}
+
+// maxBatch is more than the revisions between two records of a run.
+const maxBatch = 200
 
 // calm ends all faults. Those that end by themselves have their time.
 func (r *Run) calm() {
@@ -590,6 +631,7 @@ type follower struct {
 	shard   int // or watchring.All
 	start   int64
 	cursor  int64
+	last    int64 // where the frontier was
 	got     []*delivered
 	stopped bool
 	name    string
@@ -606,7 +648,7 @@ func (p *proxy) follow() {
 	core := p.core
 	for i := watchring.All; i < p.r.Shards; i++ {
 		f := &follower{p: p, ring: core.Ring(), front: core.Frontier(), shard: i, name: fmt.Sprintf("%s/%d", p.host.Name, i)}
-		f.start = max(f.front.Get(i), f.ring.Tail())
+		f.start = f.ring.Tail()
 		f.cursor = f.start
 		p.followed = append(p.followed, f)
 		p.r.follows = append(p.r.follows, f)
@@ -627,9 +669,13 @@ func (f *follower) advance() {
 	}
 	r := f.p.r
 	to := f.front.Get(f.shard)
-	if to < f.cursor {
-		r.fail("%s: the frontier fell from %d to %d", f.name, f.cursor, to)
+	if to < f.last {
+		r.fail("%s: the frontier fell from %d to %d", f.name, f.last, to)
 		return
+	}
+	f.last = to
+	if to <= f.cursor {
+		return // while a stream was down the ring may have gone past what is complete
 	}
 	for rev := f.cursor + 1; rev <= to; rev++ {
 		e, lapped := f.ring.Load(rev)

@@ -100,9 +100,45 @@ func TestSimulation(t *testing.T) {
 		sum.Facts += stats.Facts
 		sum.Crashes += stats.Crashes
 		sum.Lapped += stats.Lapped
+		sum.Compactions += stats.Compactions
+		sum.Slowest = max(sum.Slowest, stats.Slowest)
 		sum.Core = addStats(sum.Core, stats.Core)
 	}
 	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
+}
+
+// TestCalm runs seeds in which nothing goes wrong: then no operation fails (Go checks that), none waits
+// for a timer that is there for faults, and revisions are consecutive: every request that went into a
+// batch has one, and nothing else has.
+func TestCalm(t *testing.T) {
+	slowest := time.Duration(0)
+	dense := 0
+	for seed := uint64(1); seed <= 60; seed++ {
+		cfg := ConfigOf(seed)
+		cfg.Faults, cfg.Chaos, cfg.RingSize = Faults{}, 0, 1<<12
+		stats, err := Go(cfg)
+		if err != nil {
+			report(t, cfg, err)
+			continue
+		}
+		// A write may be overtaken, or find that it was wrong about its keys, and go again, some times in a row
+		// on keys that are created and deleted all the time; and it waits in a queue behind others.
+		if limit := 40 * (4*(cfg.Base+cfg.Jitter+cfg.Far) + 5*time.Millisecond); stats.Slowest > limit {
+			t.Errorf("seed %d: an operation took %v, links take up to %v", seed, stats.Slowest, cfg.Base+cfg.Jitter+cfg.Far)
+		}
+		slowest = max(slowest, stats.Slowest)
+		c := stats.Core
+		if cfg.Proxies == 1 && c.Fences == 0 && c.Rejected == 0 {
+			dense++
+			if want := 1 + int64(c.BatchedWrites); stats.Now != want {
+				t.Errorf("seed %d: now is %d at the end, after %d writes", seed, stats.Now, c.BatchedWrites)
+			}
+		}
+	}
+	t.Logf("slowest operation %v; revisions of %d seeds are consecutive", slowest, dense)
+	if dense < 5 {
+		t.Errorf("only %d runs could be looked at for consecutive revisions", dense)
+	}
 }
 
 // TestDeterminism runs seeds twice and compares the traces.

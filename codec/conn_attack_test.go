@@ -1,0 +1,316 @@
+package codec
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2/hpack"
+)
+
+// What hostile or broken peers send, and how far it may take them. Classes and numbers of CVEs are in
+// limits.go.
+
+// rawServer is a server's Conn, greeted, and fed by hand.
+type rawServer struct {
+	t   *testing.T
+	e   *echo
+	c   *Conn
+	enc *hpack.Encoder
+	buf bytes.Buffer
+	id  uint32 // last opened
+}
+
+func newRawServer(t *testing.T, cfg ConnConfig) *rawServer {
+	r := &rawServer{t: t, e: &echo{}}
+	r.e.c = NewServerConn(cfg, r.e)
+	r.c = r.e.c
+	r.enc = hpack.NewEncoder(&r.buf)
+	r.feed(appendFrameHeader([]byte(clientPreface), 0, frameSettings, 0, 0))
+	r.flush()
+	return r
+}
+
+func (r *rawServer) flush() []byte {
+	out := bytes.Clone(r.c.Output())
+	r.c.Flushed()
+	return out
+}
+
+func (r *rawServer) feed(p []byte) {
+	r.t.Helper()
+	if err := r.c.Feed(p); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rawServer) headers(path string, endStream bool) []byte {
+	r.id += 2
+	if r.id == 2 {
+		r.id = 1
+	}
+	block := encodeBlock(r.enc, &r.buf, ":method", "POST", ":scheme", "http", ":path", path, ":authority", "a",
+		"content-type", "application/grpc", "te", "trailers")
+	return appendHeaders(nil, r.id, endStream, block)
+}
+
+// until feeds what next makes, and flushes after each, until the connection ends; it returns after how many.
+func (r *rawServer) until(code h2Code, most int, next func() []byte) int {
+	r.t.Helper()
+	for i := 0; i < most; i++ {
+		if err := r.c.Feed(next()); err != nil {
+			var ce *ConnError
+			if !errors.As(err, &ce) || h2Code(ce.Code) != code {
+				r.t.Fatalf("ended by %v, want %v", err, code)
+			}
+			if out := r.c.Output(); !bytes.Contains(out, appendGoAway(nil, r.id, code, err.Error())) {
+				r.t.Fatalf("no GOAWAY in % x", out)
+			}
+			r.c.Close()
+			return i
+		}
+		r.flush()
+	}
+	r.t.Fatalf("not stopped after %d", most)
+	return 0
+}
+
+func TestAttackRapidReset(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	n := r.until(h2EnhanceYourCalm, 10*resetBurst, func() []byte {
+		p := r.headers("/t/Hang", false)
+		return appendRSTStream(p, r.id, h2Cancel)
+	})
+	if n < resetBurst || n > resetBurst+2 {
+		t.Errorf("stopped after %d resets", n)
+	}
+	// One that waits for its answers, or for the clock, is left alone.
+	r = newRawServer(t, ConnConfig{})
+	for i := 0; i < 3*resetBurst; i++ {
+		r.feed(append(r.headers("/t/Stream", false), appendFrameHeader(nil, 5, frameData, 0, r.id)...))
+		r.feed(make([]byte, 5))
+		r.feed(appendRSTStream(nil, r.id, h2Cancel))
+		r.flush()
+	}
+	for i := 0; i < 3*resetBurst; i++ {
+		r.feed(appendRSTStream(r.headers("/t/Hang", false), r.id, h2Cancel))
+		if i%resetRefill == 0 {
+			r.c.Tick()
+		}
+		r.flush()
+	}
+	if r.c.Streams() != 0 {
+		t.Error("streams left")
+	}
+}
+
+func TestAttackMadeYouReset(t *testing.T) {
+	tricks := map[string]func(r *rawServer) []byte{
+		"window update of 0": func(r *rawServer) []byte { return appendWindowUpdate(nil, r.id, 0) },
+		"window overflow":    func(r *rawServer) []byte { return appendWindowUpdate(nil, r.id, maxWindow) },
+		"self-dependency": func(r *rawServer) []byte {
+			return append(appendFrameHeader(nil, 5, framePriority, 0, r.id), byte(r.id>>24), byte(r.id>>16), byte(r.id>>8), byte(r.id), 0)
+		},
+		"short priority": func(r *rawServer) []byte { return append(appendFrameHeader(nil, 1, framePriority, 0, r.id), 0) },
+		"data after end": func(r *rawServer) []byte {
+			return appendFrameHeader(appendFrameHeader(nil, 0, frameData, flagEndStream, r.id), 0, frameData, flagEndStream, r.id)
+		},
+	}
+	for name, trick := range tricks {
+		r := newRawServer(t, ConnConfig{})
+		n := r.until(h2EnhanceYourCalm, 10*resetBurst, func() []byte {
+			p := r.headers("/t/Hang", false)
+			return append(p, trick(r)...)
+		})
+		if n > resetBurst+2 || r.e.canceled != r.e.requests {
+			t.Errorf("%s: stopped after %d, %d of %d canceled", name, n, r.e.canceled, r.e.requests)
+		}
+	}
+}
+
+// Work that outlives its stream takes places: a client that resets gets no more of it than one that waits.
+func TestWorkOfResetStreamsTakesPlaces(t *testing.T) {
+	r := newRawServer(t, ConnConfig{MaxConcurrentStreams: 3})
+	r.e.onCancel = func(*Stream) { r.c.AddWork(1) }
+	for i := 0; i < 10; i++ {
+		r.feed(appendRSTStream(r.headers("/t/Hang", false), r.id, h2Cancel))
+	}
+	if r.e.requests != 3 {
+		t.Fatalf("%d requests were let in", r.e.requests)
+	}
+	r.flush()
+	r.feed(r.headers("/t/Hang", false))
+	if out := r.flush(); !bytes.Equal(out, appendRSTStream(nil, r.id, h2RefusedStream)) {
+		t.Fatalf("% x", out)
+	}
+	r.c.AddWork(-1)
+	r.feed(r.headers("/t/Hang", false))
+	if r.e.requests != 4 {
+		t.Error("a free place was not given")
+	}
+}
+
+func TestAttackControlFloods(t *testing.T) {
+	ping := appendPing(nil, false, [8]byte{})
+	// A peer that does not read: the socket is blocked, and its replies pile up.
+	for name, frame := range map[string][]byte{"ping": ping, "settings": appendFrameHeader(nil, 0, frameSettings, 0, 0)} {
+		r := newRawServer(t, ConnConfig{})
+		r.c.SetBlocked(true)
+		if n := r.until(h2EnhanceYourCalm, 2*maxControlQueued, func() []byte { return frame }); n > maxControlQueued {
+			t.Errorf("%s: stopped after %d", name, n)
+		}
+	}
+	// One that reads may ping as it likes.
+	r := newRawServer(t, ConnConfig{})
+	for i := 0; i < 2*maxControlQueued; i++ {
+		r.feed(ping)
+		r.flush()
+	}
+}
+
+func TestAttackIdleFrames(t *testing.T) {
+	for name, make := range map[string]func(r *rawServer) []byte{
+		"empty data": func(r *rawServer) []byte { return appendFrameHeader(nil, 0, frameData, 0, 1) },
+		"priority": func(r *rawServer) []byte {
+			return append(appendFrameHeader(nil, 5, framePriority, 0, 9), 0, 0, 0, 1, 0)
+		},
+		"unknown type":  func(r *rawServer) []byte { return appendFrameHeader(nil, 0, 0x77, 0, 0) },
+		"late window":   func(r *rawServer) []byte { return appendWindowUpdate(nil, 3, 1) },
+		"settings acks": func(r *rawServer) []byte { return appendSettingsAck(nil) },
+	} {
+		r := newRawServer(t, ConnConfig{})
+		r.feed(r.headers("/t/Stream", false))
+		r.feed(r.headers("/t/Unary", true)) // stream 3, over at once
+		if n := r.until(h2EnhanceYourCalm, 2*idleFrameBurst, func() []byte { return make(r) }); n < idleFrameBurst/2 {
+			t.Errorf("%s: stopped after %d", name, n)
+		}
+	}
+}
+
+func TestAttackContinuationFlood(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	r.feed(appendFrameHeader(nil, 0, frameHeaders, 0, 1))
+	r.id = 0
+	n := r.until(h2EnhanceYourCalm, 1000, func() []byte { return appendFrameHeader(nil, 0, frameContinuation, 0, 1) })
+	if n > maxContinuations {
+		t.Errorf("stopped after %d", n)
+	}
+	r = newRawServer(t, ConnConfig{})
+	r.feed(appendFrameHeader(nil, 0, frameHeaders, 0, 1))
+	r.id = 0
+	n = r.until(h2EnhanceYourCalm, 1000, func() []byte {
+		return append(appendFrameHeader(nil, 16000, frameContinuation, 0, 1), make([]byte, 16000)...)
+	})
+	if n > 4 {
+		t.Errorf("stopped after %d", n)
+	}
+}
+
+func TestHeaderLimitAnswer(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	kv := []string{":method", "POST", ":scheme", "http", ":path", "/t/Unary", ":authority", "a", "content-type", "application/grpc"}
+	for i := 0; i < 100; i++ {
+		kv = append(kv, "x", "")
+	}
+	r.feed(appendHeaders(nil, 1, false, encodeBlock(r.enc, &r.buf, kv...)))
+	if out := r.flush(); !bytes.Contains(out, []byte("431")) || r.e.requests != 0 {
+		t.Errorf("% x", out)
+	}
+	r.id = 1
+	r.feed(r.headers("/t/Unary", true)) // the table is still in step
+	if r.e.requests != 1 {
+		t.Error("the connection is broken")
+	}
+}
+
+// Messages received in part cannot fill the memory, and what streams announce costs nothing.
+func TestAttackPartialMessages(t *testing.T) {
+	r := newRawServer(t, ConnConfig{MaxMessageBytes: 64 << 10, ConnWindow: 128 << 10})
+	limit := maxAssemblingMessages * 64 << 10
+	piece := append(appendPrefix(nil, 64<<10), make([]byte, 10_000)...)
+	for i := 0; i < 2000; i++ {
+		r.feed(r.headers("/t/Hang", false))
+		r.feed(append(appendFrameHeader(nil, len(piece), frameData, 0, r.id), piece...))
+		r.flush()
+		if r.c.assembling > limit {
+			t.Fatalf("%d bytes are kept", r.c.assembling)
+		}
+	}
+	if r.e.canceled == 0 || r.c.assembling < limit/2 {
+		t.Errorf("%d canceled, %d bytes kept", r.e.canceled, r.c.assembling)
+	}
+	r.c.Close()
+	if r.c.assembling != 0 || r.e.canceled != r.e.requests {
+		t.Errorf("after Close: %d bytes, %d of %d canceled", r.c.assembling, r.e.canceled, r.e.requests)
+	}
+}
+
+func TestHardQueueLimit(t *testing.T) {
+	r := newRawServer(t, ConnConfig{MaxQueuedBytes: 100_000})
+	r.feed(appendSetting(appendFrameHeader(nil, 6, frameSettings, 0, 0), settingInitialWindowSize, 0))
+	var s *Stream
+	r.e.onReq = func(x *Stream) { s = x }
+	r.feed(r.headers("/t/Hang", false))
+	r.flush()
+	sends := 0
+	for ; s.Queued() > 0 || sends == 0; sends++ {
+		r.c.Send(s, make([]byte, 50_000))
+		if sends > 100 {
+			t.Fatal("no limit")
+		}
+	}
+	if r.e.canceled != 0 {
+		t.Error("OnCancel from within Send")
+	}
+	r.c.Finish(s, Status{}) // the owner does not know yet
+	out := r.flush()
+	if r.e.canceled != 1 || r.c.Queued() != 0 || sends < hardQueueFactor*2 ||
+		!bytes.Equal(out, appendRSTStream(nil, r.id, h2EnhanceYourCalm)) {
+		t.Errorf("%d canceled, %d queued, %d sends, % x", r.e.canceled, r.c.Queued(), sends, out)
+	}
+}
+
+// Bytes changed at random, or random altogether: an error or not, never a panic, never endless.
+func TestRandomBytesNeverPanic(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	rnd := rand.New(rand.NewPCG(seed, 4))
+	defer func() {
+		if x := recover(); x != nil {
+			t.Fatalf("seed %d: %v", seed, x)
+		}
+	}()
+	for i := 0; i < 3000; i++ {
+		e := &echo{}
+		e.c = NewServerConn(ConnConfig{}, e)
+		cl := NewClientConn(ConnConfig{}, "h", newClientEvents())
+		for j := 0; j < 4; j++ {
+			s := cl.Open([]string{"/t/Unary", "/t/Stream", "/t/Hang", "/t/Error"}[j], true, time.Second)
+			s.User = &rpc{msgs: make(chan []byte, 100), end: make(chan rpcEnd, 2)}
+			cl.Send(s, make([]byte, rnd.IntN(300)))
+			if rnd.IntN(2) == 0 {
+				cl.CloseSend(s)
+			}
+		}
+		in := bytes.Clone(cl.Output())
+		cl.Flushed()
+		for n := rnd.IntN(4); n > 0; n-- {
+			in[len(clientPreface)+rnd.IntN(len(in)-len(clientPreface))] ^= 1 << rnd.IntN(8)
+		}
+		cut := rnd.IntN(len(in))
+		if e.c.Feed(in[:cut]) == nil {
+			e.c.Feed(in[cut:])
+		}
+		back := bytes.Clone(e.c.Output())
+		for n := rnd.IntN(4); n > 0; n-- {
+			back[rnd.IntN(len(back))] ^= 1 << rnd.IntN(8)
+		}
+		cl.Feed(back)
+		e.c.Close()
+		cl.Close()
+		if e.c.Streams() != 0 || cl.Streams() != 0 || e.c.assembling != 0 {
+			t.Fatalf("seed %d: something is left after Close", seed)
+		}
+	}
+}

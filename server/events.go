@@ -1,0 +1,108 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/panjf2000/gnet/v2"
+)
+
+// anchor is the context of a connection that only shows its loop.
+type anchor struct{}
+
+// handler receives gnet's events for an Engine.
+type handler Engine
+
+// OnBoot implements gnet.EventHandler. The loops do not exist yet.
+func (h *handler) OnBoot(eng gnet.Engine) gnet.Action {
+	h.gnet = eng
+	return gnet.None
+}
+
+// OnShutdown implements gnet.EventHandler. gnet calls it before it ends its loops.
+func (h *handler) OnShutdown(gnet.Engine) {
+	if h.started.Load() {
+		for _, l := range h.loops {
+			l.stop()
+		}
+	}
+}
+
+// OnTick implements gnet.EventHandler. gnet calls it on a goroutine of its own that it starts after all
+// loops are in place, which is what the first call tells.
+func (h *handler) OnTick() (time.Duration, gnet.Action) {
+	h.once.Do(func() { close(h.booted) })
+	if h.started.Load() {
+		h.ticks++
+		second := h.ticks%int64(time.Second/tickEvery) == 0 && h.conns.Load() > 0
+		for _, l := range h.loops {
+			l.ring(second)
+		}
+	}
+	return tickEvery, gnet.None
+}
+
+// OnOpen implements gnet.EventHandler.
+func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
+	e := (*Engine)(h)
+	switch a := c.Context().(type) {
+	case anchor:
+		return nil, gnet.None
+	case *attachment: // enrolled
+		if !a.event(c, attachmentOpen) {
+			return nil, gnet.Close
+		}
+		return nil, gnet.None
+	}
+	if !e.ready.Load() {
+		return nil, gnet.Close
+	}
+	if n := e.conns.Load(); n >= int64(e.cfg.MaxConns) {
+		metricConnsRefused.Inc()
+		return nil, gnet.Close
+	}
+	l := e.byEL[c.EventLoop()]
+	a := &attachment{loop: l, h: newClientConn(l)}
+	c.SetContext(a)
+	if !a.event(c, attachmentOpen) {
+		return nil, gnet.Close
+	}
+	return nil, gnet.None
+}
+
+// OnTraffic implements gnet.EventHandler.
+func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
+	a, ok := c.Context().(*attachment)
+	if !ok {
+		return gnet.None
+	}
+	if !a.event(c, attachmentTraffic) {
+		return gnet.Close // gnet ignores it for a connection that is closed, and leaves its buffers alone
+	}
+	return gnet.None
+}
+
+// OnClose implements gnet.EventHandler.
+func (h *handler) OnClose(c gnet.Conn, err error) gnet.Action {
+	if a, ok := c.Context().(*attachment); ok {
+		a.close(c, err)
+	}
+	return gnet.None
+}
+
+// gnetLog passes gnet's log on. Its news of every start are for debugging here.
+type gnetLog struct{ log *slog.Logger }
+
+func (g gnetLog) Debugf(format string, args ...any) { g.write(slog.LevelDebug, format, args) }
+func (g gnetLog) Infof(format string, args ...any)  { g.write(slog.LevelDebug, format, args) }
+func (g gnetLog) Warnf(format string, args ...any)  { g.write(slog.LevelWarn, format, args) }
+func (g gnetLog) Errorf(format string, args ...any) { g.write(slog.LevelError, format, args) }
+func (g gnetLog) Fatalf(format string, args ...any) { g.write(slog.LevelError, format, args) }
+
+func (g gnetLog) write(level slog.Level, format string, args []any) {
+	if g.log.Enabled(context.Background(), level) {
+		g.log.Log(context.Background(), level, "gnet: "+fmt.Sprintf(format, args...))
+	}
+}

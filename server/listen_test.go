@@ -1,0 +1,78 @@
+package server
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+func TestPortInUse(t *testing.T) {
+	s := startServer(t, Config{})
+	url := "http://" + s.addr()
+	_, err := Start(Config{ListenURLs: []string{"http://127.0.0.1:0", url}, Log: quiet()})
+	if err == nil || !strings.Contains(err.Error(), url) || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestListenURLs(t *testing.T) {
+	for _, bad := range []string{
+		"", "127.0.0.1:1", "http://", "http://127.0.0.1", "http://127.0.0.1:0/path", "https://127.0.0.1:0",
+		"ftp://127.0.0.1:0", "unix://", "unix:///tmp/a?b", "http://[fe80::1%25lo]:1", "%zz",
+	} {
+		if ln, err := parseListen(bad); err == nil {
+			t.Errorf("%q was taken as %+v", bad, ln)
+		} else if !strings.Contains(err.Error(), fmt.Sprintf("%q", bad)) {
+			t.Errorf("%q: %v", bad, err)
+		}
+	}
+	if _, err := parseListens([]string{"http://127.0.0.1:1", "tcp://127.0.0.1:1"}); err == nil {
+		t.Error("the same address twice")
+	}
+	if _, err := parseListens(nil); err == nil {
+		t.Error("no URL at all")
+	}
+}
+
+func TestListenSeveral(t *testing.T) {
+	dir := t.TempDir()
+	sock := filepath.Join(dir, "s.sock")
+	urls := []string{"http://127.0.0.1:0", "unix://" + sock}
+	if hasIPv6() {
+		if l, err := net.Listen("tcp", "[::1]:0"); err == nil {
+			_ = l.Close()
+			urls = append(urls, "http://[::1]:0")
+		}
+	}
+	s := startServer(t, Config{ListenURLs: urls, Loops: 2})
+	for i, a := range s.Addrs() {
+		c, err := net.Dial(a.Network(), a.String())
+		if err != nil {
+			t.Fatalf("%s: %v", urls[i], err)
+		}
+		p := newPeer(t, c)
+		p.request(1, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("x")}))
+		if code, msg := p.trailers(1); code != "0" {
+			t.Errorf("%s: %s %q", urls[i], code, msg)
+		}
+		_ = c.Close()
+	}
+	if _, err := Start(Config{ListenURLs: []string{"unix://" + sock}, Log: quiet()}); err == nil || !strings.Contains(err.Error(), sock) {
+		t.Errorf("a second server on the socket: %v", err)
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Start(Config{ListenURLs: []string{"unix://" + file}, Log: quiet()}); err == nil {
+		t.Error("a plain file was replaced by a socket")
+	}
+	if b, _ := os.ReadFile(file); string(b) != "precious" {
+		t.Error("the file is gone")
+	}
+}
