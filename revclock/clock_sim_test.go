@@ -283,7 +283,7 @@ func (s *sim) run(d time.Duration, work bool) {
 }
 
 func TestClockSimulation(t *testing.T) {
-	seeds := 150
+	seeds := 60
 	if v := os.Getenv("REVCLOCK_SEEDS"); v != "" {
 		seeds, _ = strconv.Atoi(v)
 	}

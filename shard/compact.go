@@ -208,11 +208,25 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 		if rec.Last > s.rec.last {
 			s.rec = point{rec.First, rec.Last, kv.ModRevision}
 			s.points = append(s.points[:0], s.rec)
-			s.pending = s.pending[:0]
 			c.ring.RaiseTail(rec.Last)
 			c.noteCompaction(rec.Last)
 			c.clock.Log().SetClock(s.idx, rec.Last)
 			c.stale = true
+			if b := s.cur; b != nil {
+				// Its record may be among those that were skipped.
+				b.blind = true
+				if b.state == batchSettling {
+					s.settle(b)
+				}
+			}
+		}
+		if local > s.rec.local+1 {
+			s.from = local
+			if s.pos < local-1 || s.lastUnrecorded > s.rec.local {
+				// Something changed, or may have, and waits for the next record.
+				s.torn = true
+				s.lastUnrecorded = max(s.lastUnrecorded, local-1)
+			}
 		}
 		s.openStream()
 		if c.boot != nil {

@@ -123,7 +123,9 @@ func TestCreateCacheKeepsUsedKeys(t *testing.T) {
 func TestCreateCacheHoldsItsSize(t *testing.T) {
 	const n = 1 << 12
 	c := NewCreateCache(n)
-	key := func(i int) []byte { return fmt.Appendf(nil, "/registry/pods/namespace-%d/pod-with-a-usual-name-%d", i%10, i) }
+	key := func(i int) []byte {
+		return fmt.Appendf(nil, "/registry/pods/namespace-%d/pod-with-a-usual-name-%d", i%10, i)
+	}
 	for i := range n / 2 {
 		c.Learn(key(i), 1, 1, 1)
 	}

@@ -94,7 +94,7 @@ func TestPlanChecksAgainstEtcd(t *testing.T) {
 		if got == codec.ErrDuplicateKey && hasIgnore(req.(*pb.TxnRequest)) {
 			// Perhaps refused to keep etcd alive. Without the flags it cannot panic.
 			tame := proto.Clone(req).(*pb.TxnRequest)
-			dropIgnore(tame)
+			eachPut(tame, func(p *pb.PutRequest) { p.IgnoreValue, p.IgnoreLease, p.Lease = false, false, 0 })
 			if err := send(plain, tame); err == nil {
 				seen["would panic"]++
 				continue
@@ -149,10 +149,6 @@ func eachPut(r *pb.TxnRequest, f func(*pb.PutRequest)) {
 func hasIgnore(r *pb.TxnRequest) (has bool) {
 	eachPut(r, func(p *pb.PutRequest) { has = has || p.IgnoreValue || p.IgnoreLease })
 	return has
-}
-
-func dropIgnore(r *pb.TxnRequest) {
-	eachPut(r, func(p *pb.PutRequest) { p.IgnoreValue, p.IgnoreLease = false, false })
 }
 
 // TestPlanPanicsOfEtcd names the requests that would bring an etcd member down: a put that needs a key

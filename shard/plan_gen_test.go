@@ -223,8 +223,64 @@ func (g *planGen) kube() *pb.TxnRequest {
 	return r
 }
 
+func nestedOp(t *pb.TxnRequest) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: t}}
+}
+
+// siblings returns what etcd's check of overlaps is leaky about: puts and deletes of two keys in nested
+// Txns beside each other.
+func (g *planGen) siblings() *pb.TxnRequest {
+	op := func() *pb.RequestOp {
+		key := []byte{byte('a' + g.n(2))}
+		if g.one(2) {
+			return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key, Value: g.value(), IgnoreLease: g.one(8)}}}
+		}
+		d := &pb.DeleteRangeRequest{Key: key, PrevKv: g.one(3)}
+		if g.one(3) {
+			d.RangeEnd = []byte{0}
+		}
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: d}}
+	}
+	r := &pb.TxnRequest{}
+	for range 1 + g.n(3) {
+		if g.one(3) {
+			r.Success = append(r.Success, op())
+			continue
+		}
+		in := &pb.TxnRequest{}
+		for range g.n(2) {
+			in.Compare = append(in.Compare, g.compare())
+		}
+		for range g.n(3) {
+			in.Success = append(in.Success, op())
+		}
+		for range g.n(2) {
+			in.Failure = append(in.Failure, op())
+		}
+		r.Success = append(r.Success, nestedOp(in))
+	}
+	return r
+}
+
+// undecided returns what must be decided on a state that may be gone when it is written: compares of
+// ranges, and writes beside them.
+func (g *planGen) undecided() *pb.TxnRequest {
+	c := g.compare()
+	c.Key, c.RangeEnd = g.interval()
+	r := &pb.TxnRequest{Compare: []*pb.Compare{c}}
+	put := func(value string) []*pb.RequestOp {
+		return []*pb.RequestOp{{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: g.key(), Value: []byte(value)}}}}
+	}
+	r.Success, r.Failure = put("yes"), put("no")
+	return r
+}
+
 func (g *planGen) request() proto.Message {
-	switch k := g.n(12); {
+	switch k := g.n(16); {
+	case k > 13:
+		return g.siblings()
+	case k > 11:
+		return g.undecided()
 	case k > 9:
 		return g.kube()
 	case k < 2:

@@ -57,6 +57,8 @@ type shardState struct {
 	rec            point  // the last record seen
 	pos            int64  // local revision up to which everything was seen
 	lastUnrecorded int64  // newest local revision at which a client's key changed without a record
+	from           int64  // where the stream begins, if history was compacted behind rec; 0: behind rec
+	torn           bool   // changes without a record were lost in that compaction
 	pending        []pendingEvent
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
@@ -84,12 +86,13 @@ func (s *shardState) openStream() {
 	s.gen++
 	s.pending = s.pending[:0]
 	s.held, s.holding = nil, false
-	s.pos = s.rec.local
+	start := max(s.rec.local+1, s.from)
+	s.pos = start - 1
 	// WatchRequest{create_request: {key, range_end, start_revision, prev_kv}}
 	req, m := codec.BeginMessage(nil, 1)
 	req = codec.AppendString(req, 1, "\x00")
 	req = codec.AppendString(req, 2, "\x00")
-	req = codec.AppendInt(req, 3, s.rec.local+1)
+	req = codec.AppendInt(req, 3, start)
 	req = codec.AppendBool(req, 6, true)
 	req = codec.EndMessage(req, m)
 	s.handle = s.c.tr.Watch(s.cluster, req, &streamSink{s, s.gen})
@@ -351,6 +354,12 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	}
 	s.points = append(s.points, s.rec)
 	s.pending = s.pending[:0]
+	if s.torn {
+		// They have this record's first revision.
+		c.ring.RaiseTail(rec.First)
+		c.noteCompaction(rec.First)
+	}
+	s.from, s.torn = 0, false
 	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)
 	c.stale = true
 	if rec.Proxy == c.cfg.Proxy {

@@ -53,6 +53,9 @@ type batch struct {
 	body   []byte
 	// unknown says that an earlier copy's outcome was not learned: a rejection proves nothing then.
 	unknown bool
+	// blind says that the stream skipped records while this batch was on its way: not seeing its record
+	// proves nothing.
+	blind bool
 	// seenAt is the shard's local revision at which the stream showed this batch's record, 0 before.
 	seenAt int64
 	// settleAt is the local revision through which the stream must come before a rejection counts.
@@ -488,9 +491,28 @@ func (s *shardState) settle(b *batch) {
 		s.recover(b)
 		return
 	}
-	if s.rec.local >= b.settleAt {
-		s.c.stats.Settled++
-		s.void(b)
+	if s.rec.local < b.settleAt {
+		return
+	}
+	s.c.stats.Settled++
+	if b.blind {
+		s.unknowable(b)
+		return
+	}
+	s.void(b)
+}
+
+// unknowable ends b when the history that tells whether it committed was compacted: nothing of it goes
+// again.
+func (s *shardState) unknowable(b *batch) {
+	ws := b.writes
+	b.writes = nil
+	s.settledTo = b.last
+	s.dropBatch(b)
+	for _, w := range ws {
+		if w != nil {
+			s.answer(w, codec.ErrTimeout)
+		}
 	}
 }
 

@@ -25,8 +25,7 @@ type cohort struct {
 	events      int
 }
 
-// add collects those events of an entry that the variant lets pass. It must be called once per entry
-// and event, in order.
+// collect keeps ev for the members of c if the variant lets it pass. Events come in order, each once.
 func (h *Hub) collect(c *cohort, rev int64, ev *Event) {
 	if ev.Delete && c.variant.noDelete || !ev.Delete && c.variant.noPut {
 		return

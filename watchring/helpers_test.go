@@ -63,6 +63,7 @@ type recorder struct {
 	got     []*etcdserverpb.WatchResponse
 	ended   []int64
 	blocked bool
+	onSend  func()
 }
 
 func (r *recorder) Send(msg []byte) {
@@ -71,6 +72,9 @@ func (r *recorder) Send(msg []byte) {
 		r.t.Fatalf("response %x: %v", msg, err)
 	}
 	r.got = append(r.got, m)
+	if r.onSend != nil {
+		r.onSend()
+	}
 }
 
 func (r *recorder) Blocked() bool    { return r.blocked }

@@ -94,6 +94,9 @@ type group struct {
 // NewHub makes a Hub. shardsOf returns the index of the shard that all keys of a range lie on, or All;
 // end is nil for a single key, and "\0" for all keys from key on. header is the template for responses;
 // its revision is not used.
+//
+// shardsOf is asked once a watch, when it is added: if keys move to another shard one day, the watches of
+// theirs that follow a single shard have to be removed and added again from Watcher.Delivered on.
 func NewHub(ring *Ring, frontier *Frontier, shardsOf func(key, end []byte) int, header codec.Header, stats *Stats, cfg HubConfig) *Hub {
 	d := &DefaultHubConfig
 	if stats == nil {

@@ -90,6 +90,7 @@ type modelWatcher struct {
 	want     []expectation
 	last     int64 // revision of the last event delivered
 	progress int64 // greatest R promised
+	gone     bool  // its start was compacted when it was added
 	partial  bool  // the last response was a fragment with more to come
 }
 
@@ -272,7 +273,7 @@ func (w *world) run() {
 func (w *world) odd() {
 	switch w.rng.IntN(5) {
 	case 0:
-		w.front.SetCompacted(w.front.Get(All) - w.rng.Int64N(20))
+		w.front.SetCompacted(min(w.handed, w.front.Get(All)+5) - w.rng.Int64N(20))
 	case 1:
 		w.ring.Trim(w.front.Get(All))
 	case 2:
@@ -332,6 +333,7 @@ func (s *modelStream) addWatcher() {
 		mw.Start = w.handed + 1
 	}
 	mw.progress = -1
+	mw.gone = mw.Start < w.front.Compacted() || mw.Start <= w.ring.Tail()
 	s.watchers[mw.ID] = mw
 	w.counts.watchers++
 	w.hub.Add(s.s, &mw.Watcher)
@@ -443,6 +445,8 @@ func (s *modelStream) Send(msg []byte) {
 			w.fail("canceled with header %d above what was delivered", rev)
 		}
 		s.forget(m.WatchId)
+	case mw.gone:
+		w.fail("watch %d from %d, which is compacted: %v", mw.ID, mw.Start, m)
 	case len(m.Events) == 0:
 		w.counts.periodic++
 		if s.blocked && w.notifying {

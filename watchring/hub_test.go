@@ -164,6 +164,26 @@ func TestHubCompacted(t *testing.T) {
 	r.expect(sink, "id=3 rev=13 a@13", fmt.Sprintf("id=2 rev=9 canceled compact=13 %q", codec.ErrCompacted.Msg))
 }
 
+// TestHubAddWithinSend: a watch that is added while the Hub is at work gets nothing from before its start,
+// though its cohort has collected just that.
+func TestHubAddWithinSend(t *testing.T) {
+	r := newRig(t, 1, HubConfig{MaxCollected: 1})
+	first, second, added := &recorder{t: t}, &recorder{t: t}, &recorder{t: t}
+	r.hub.Add(r.hub.NewStream(first), &Watcher{Key: "a", End: "aa", Start: 1})
+	r.hub.Add(r.hub.NewStream(second), &Watcher{Key: "a", End: "b", Start: 1})
+	first.onSend = func() {
+		first.onSend = nil
+		r.hub.Add(r.hub.NewStream(added), &Watcher{Key: "a", End: "b", Start: 2})
+	}
+	r.put(1, 0, "a")
+	r.put(2, 0, "a")
+	r.front.Set(0, 2)
+	pumpAll(t, r.hub)
+	r.expect(first, "id=0 rev=1 a@1", "id=0 rev=2 a@2")
+	r.expect(second, "id=0 rev=1 a@1", "id=0 rev=2 a@2")
+	r.expect(added, "id=0 rev=2 a@2")
+}
+
 func TestHubProgressWaits(t *testing.T) {
 	r := newRig(t, 1, HubConfig{})
 	sink := &recorder{t: t}

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 var binary struct {
@@ -197,6 +199,17 @@ func TestRunKeepsDataAndRevisions(t *testing.T) {
 	for _, kv := range resp.Kvs {
 		if string(kv.Value) != string(kv.Key) || kv.ModRevision != revs[string(kv.Key)] || kv.Version != 1 {
 			t.Errorf("after the restart: %v, written at %d", kv, revs[string(kv.Key)])
+		}
+	}
+	// The past is there too, though the new process remembers nothing of it.
+	for _, i := range []int{0, 7, keys / 2, keys - 1} {
+		k := fmt.Sprintf("run/%02d", i)
+		resp, err := c.Get(ctx, "run/", append(withPrefix(), clientv3.WithRev(revs[k]))...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.Kvs) != i+1 || string(resp.Kvs[i].Key) != k {
+			t.Errorf("at revision %d after the restart: %d keys, expected those up to %s", revs[k], len(resp.Kvs), k)
 		}
 	}
 	r, err := c.Put(ctx, "run/00", "again")

@@ -38,6 +38,7 @@ func (r *Run) check() error {
 		}
 	}
 	for _, o := range r.ops {
+		if zz!=nil && time.Duration(o.end-o.begin) > 7500*time.Millisecond { zz(o) }
 		r.stats.Slowest = max(r.stats.Slowest, time.Duration(o.end-o.begin))
 		if err := c.answer(o); err != nil {
 			return fmt.Errorf("%s: %w", o, err)
@@ -503,3 +504,5 @@ func (c *checker) event(f *fact) *mvccpb.Event {
 func (f *fact) kv() *mvccpb.KeyValue {
 	return &mvccpb.KeyValue{Key: []byte(f.key), CreateRevision: f.create, ModRevision: f.rev, Version: f.version, Value: []byte(f.value), Lease: leaseOf([]byte(f.key))}
 }
+
+var zz func(o *op)

@@ -195,6 +195,9 @@ func (c *call) arrive(back time.Duration) {
 	if w := c.l.net(); w.Trace != nil {
 		w.tracef("%s: #%d of %s applied: %s", e, c.id, c.l.host.Name, describeResponse(c.m, resp, st))
 	}
+	if w := c.l.net(); w.TamperReply != nil && st.Code == codec.OK {
+		resp = w.TamperReply(e.ID, c.m, c.req, resp)
+	}
 	if back >= 0 && !c.l.Hole {
 		c.complete(back, resp, st, true)
 	}

@@ -17,8 +17,9 @@ type Net struct {
 	Coord   *Cluster
 	Faults  Faults
 
-	// Tamper, if set, may change a request on its way.
-	Tamper func(to codec.ClusterID, m codec.Method, req []byte) []byte
+	// Tamper and TamperReply, if set, may change a request or an answer on its way.
+	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
+	TamperReply func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte
 	// Trace, if set, is given one line for everything that happens.
 	Trace func(line string)
 

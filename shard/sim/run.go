@@ -43,8 +43,9 @@ type Config struct {
 	SnapshotEvery   int
 
 	Sabotage shard.Sabotage
-	// Tamper, if set, may change a request on its way to a cluster: for planted bugs. m is the message type.
-	Tamper func(to codec.ClusterID, m codec.Method, req []byte) []byte
+	// Tamper and TamperReply plant bugs on the wire; see Net.
+	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
+	TamperReply func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte
 	// Trace, if set, gets a line for everything that happens.
 	Trace func(line string)
 }
@@ -174,7 +175,7 @@ type proxy struct {
 func Go(cfg Config) (Stats, error) {
 	r := &Run{Config: cfg, expired: map[expiry]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
-	r.net.Trace, r.net.Tamper = cfg.Trace, cfg.Tamper
+	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
 	for _, m := range r.net.Members {
 		m.MaxTxnOps, m.MaxRequestBytes = cfg.MaxTxnOps, cfg.MaxRequestBytes
 		m.AutoLease = leaseOf

@@ -6,8 +6,6 @@ import (
 	"strconv"
 	"testing"
 	"time"
-
-	"spindle/shard"
 )
 
 // The environment of the simulation's tests.
@@ -162,30 +160,5 @@ func TestDeterminism(t *testing.T) {
 				t.Fatalf("seed %d, line %d of the trace:\n%s\n%s", seed, i, a[i], other)
 			}
 		}
-	}
-}
-
-// TestItBites plants bugs, and wants each of them to be found.
-func TestItBites(t *testing.T) {
-	for _, bug := range []struct {
-		name string
-		plan shard.Sabotage
-	}{
-		{"guard dropped", shard.Sabotage{DropGuard: true}},
-		{"new range on a rejection without looking", shard.Sabotage{RetickWithoutLooking: true}},
-		{"frontier ignores open ranges", shard.Sabotage{FrontierIgnoresRanges: true}},
-	} {
-		t.Run(bug.name, func(t *testing.T) {
-			start := time.Now()
-			for seed := uint64(1); time.Since(start) < 20*time.Second; seed++ {
-				cfg := ConfigOf(seed)
-				cfg.Sabotage = bug.plan
-				if _, err := Go(cfg); err != nil {
-					t.Logf("found after %d seeds, %v: %s", seed, time.Since(start).Round(time.Millisecond), clip(err.Error()))
-					return
-				}
-			}
-			t.Error("not found")
-		})
 	}
 }

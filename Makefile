@@ -1,0 +1,66 @@
+# Targets for people; .ci/run uses the same ones. Nothing but Go (and a POSIX shell) is needed.
+
+GO ?= go
+BIN := .tmp/bin
+
+# Packages whose tests are worth their time under the race detector. server/e2e scales itself down there.
+RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
+
+# How long each fuzz target runs, and how many seeds `make sim` takes.
+FUZZTIME ?= 30s
+SEEDS ?= 20000
+
+.PHONY: help
+help: ## Show this
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: ## Run Spindle over three embedded member clusters, data in ./spindle.data
+	$(GO) run .
+
+.PHONY: build
+build: ## Build ./spindle
+	$(GO) build -o spindle .
+
+.PHONY: test
+test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
+	$(GO) test -timeout 8m ./...
+	.ci/etcdctl.sh
+	$(GO) test -race -short -timeout 8m $(RACE)
+
+.PHONY: race
+race: ## All tests under the race detector
+	$(GO) test -race -timeout 30m $(RACE)
+
+.PHONY: e2e
+e2e: ## Only the black-box tests, with their numbers
+	$(GO) test -count 1 -v -timeout 8m ./server/e2e
+
+.PHONY: etcdctl
+etcdctl: ## The real etcdctl against a running Spindle
+	.ci/etcdctl.sh
+
+.PHONY: sim
+sim: ## The simulation of the protocol, SEEDS=20000 of them
+	SPINDLE_SIM_SEEDS=$(SEEDS) $(GO) test -count 1 -v -timeout 24h -run 'TestSimulation$$' ./shard/sim
+
+.PHONY: fuzz
+fuzz: ## Every fuzz target for FUZZTIME=30s
+	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
+		for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$dir/*_test.go); do \
+			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir; \
+		done; \
+	done
+
+.PHONY: bench
+bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
+	$(GO) test -run '^$$' -bench . -benchmem ./codec/... ./revclock/... ./server ./shard ./watchring/...
+
+.PHONY: lint
+lint: ## gofmt and go vet
+	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+
+.PHONY: clean
+clean: ## Remove what was built (not ./spindle.data)
+	rm -rf .tmp spindle

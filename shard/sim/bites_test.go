@@ -1,0 +1,165 @@
+package sim
+
+import (
+	"encoding/binary"
+	"slices"
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// biteLimit is how long a planted bug may stay hidden.
+const biteLimit = 20 * time.Second
+
+// TestItBites plants bugs, one at a time, in the core or on the wire, and wants each of them to be found.
+func TestItBites(t *testing.T) {
+	for _, bug := range []struct {
+		name  string
+		plant func(*Config)
+	}{
+		{"guard dropped", func(c *Config) { c.Sabotage = shard.Sabotage{DropGuard: true} }},
+		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
+		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
+		{"guard lost on the wire", func(c *Config) {
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to >= 0 && writesClock(q) {
+					q.Compare = nil
+				}
+			})
+		}},
+		{"guards on create revisions lost", func(c *Config) {
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to >= 0 && writesClock(q) {
+					for _, o := range q.Success {
+						dropCreates(o.GetRequestTxn())
+					}
+				}
+			})
+		}},
+		{"filters of ticks empty", func(c *Config) {
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to == codec.Coordinator {
+					emptyFilters(q)
+				}
+			})
+		}},
+		{"deletes left out of records", func(c *Config) {
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				for _, o := range q.Success {
+					if p := o.GetRequestPut(); p != nil && string(p.Key) == keyClock && to >= 0 {
+						p.Value = withoutDeletes(p.Value)
+					}
+				}
+			})
+		}},
+		{"now is a stale read", func(c *Config) {
+			old := map[string][]byte{}
+			c.TamperReply = func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte {
+				q := &pb.TxnRequest{}
+				if from != codec.Coordinator || m != codec.MethodTxn || proto.Unmarshal(req, q) != nil || !readOnly(q) || len(q.Success) != 2 {
+					return resp
+				}
+				was := old[string(req)]
+				old[string(req)] = slices.Clone(resp)
+				if was == nil {
+					return resp
+				}
+				return slices.Clone(was)
+			}
+		}},
+	} {
+		t.Run(bug.name, func(t *testing.T) {
+			start := time.Now()
+			for seed := uint64(1); time.Since(start) < biteLimit; seed++ {
+				cfg := ConfigOf(seed)
+				bug.plant(&cfg)
+				if _, err := Go(cfg); err != nil {
+					t.Logf("found after %d seeds, %v: %s", seed, time.Since(start).Round(time.Millisecond), clip(err.Error()))
+					return
+				}
+			}
+			t.Error("not found")
+		})
+	}
+}
+
+func tamperTxn(f func(to codec.ClusterID, q *pb.TxnRequest)) func(codec.ClusterID, codec.Method, []byte) []byte {
+	return func(to codec.ClusterID, m codec.Method, req []byte) []byte {
+		q := &pb.TxnRequest{}
+		if m != codec.MethodTxn || proto.Unmarshal(req, q) != nil {
+			return req
+		}
+		f(to, q)
+		return encode(q)
+	}
+}
+
+// writesClock reports whether q is a batch.
+func writesClock(q *pb.TxnRequest) bool {
+	for _, o := range q.Success {
+		if p := o.GetRequestPut(); p != nil && string(p.Key) == keyClock && len(q.Compare) > 1 {
+			return true
+		}
+	}
+	return false
+}
+
+func dropCreates(q *pb.TxnRequest) {
+	if q == nil {
+		return
+	}
+	q.Compare = slices.DeleteFunc(q.Compare, func(c *pb.Compare) bool { return c.Target == pb.Compare_CREATE })
+	for _, o := range q.Success {
+		dropCreates(o.GetRequestTxn())
+	}
+}
+
+// emptyFilters rewrites every tick that q puts, without its filters.
+func emptyFilters(q *pb.TxnRequest) {
+	for _, ops := range [][]*pb.RequestOp{q.Success, q.Failure} {
+		for _, o := range ops {
+			if n := o.GetRequestTxn(); n != nil {
+				emptyFilters(n)
+			}
+			p := o.GetRequestPut()
+			if p == nil || string(p.Key) != "t" {
+				continue
+			}
+			v := p.Value
+			out := slices.Clone(v[:17])
+			v = v[17:]
+			num := func() uint64 {
+				x, n := binary.Uvarint(v)
+				v = v[n:]
+				out = binary.AppendUvarint(out, x)
+				return x
+			}
+			num()
+			for n := num(); n > 0; n-- {
+				num()
+				num()
+				num()
+				size, k := binary.Uvarint(v)
+				v = v[k+int(size):]
+				out = binary.AppendUvarint(out, 0)
+			}
+			p.Value = out
+		}
+	}
+}
+
+// withoutDeletes rewrites a clock record.
+func withoutDeletes(v []byte) []byte {
+	const fixed = 42
+	if len(v) <= fixed {
+		return v
+	}
+	_, n := binary.Uvarint(v[fixed:])
+	_, m := binary.Uvarint(v[fixed+n:])
+	return append(slices.Clone(v[:fixed+n+m]), 0, 0)
+}
