@@ -32,7 +32,7 @@ func (it *Fields) Next() bool {
 		return false
 	}
 	num, typ, n := protowire.ConsumeTag(it.Msg)
-	if n < 0 {
+	if n < 0 || num > protowire.MaxValidNumber {
 		it.Bad = true
 		return false
 	}

@@ -12,6 +12,8 @@ type snapState struct {
 	rev   int64 // revision that it folds
 	after int   // ticks after which this proxy writes the next one
 	wrote int64 // revision that the snapshot under way folds
+	// replaced is the revision that the snapshot before it folds.
+	replaced int64
 }
 
 // drawSnapshot decides after how many ticks this proxy writes a snapshot, if nobody else has.
@@ -27,6 +29,7 @@ func (c *Clock) sendSnapshot(now int64) {
 		return
 	}
 	s.busy, s.wrote = true, c.log.rev
+	s.replaced = s.rev // as of now: the watch may bring the new one before the reply does
 	c.val = c.log.AppendSnapshot(c.val[:0])
 	c.buf = appendSnapshotTxn(c.buf[:0], c.epoch, c.val, s.mod)
 	c.call(codec.MethodTxn, c.buf, 0, (*Clock).snapshotDone)
@@ -50,13 +53,12 @@ func (c *Clock) snapshotDone(_ uint64, resp []byte, st codec.Status, _ bool) {
 	}
 	s.retry = retry{}
 	c.stats.Snapshots++
-	old := s.rev
 	if r.rev > s.mod {
 		s.mod, s.rev, c.log.ticks = r.rev, s.wrote, 0
 		c.drawSnapshot()
 	}
-	if old > 0 && old < s.wrote {
-		c.buf = appendCompact(c.buf[:0], old)
+	if s.replaced > 0 && s.replaced < s.wrote {
+		c.buf = appendCompact(c.buf[:0], s.replaced)
 		c.call(codec.MethodCompact, c.buf, 0, (*Clock).compactDone)
 	}
 }

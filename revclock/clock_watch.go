@@ -121,7 +121,7 @@ func (k *watchSink) OnMessage(msg []byte) {
 // event takes one change on the coordinator. It returns whether the log moved.
 func (c *Clock) event(kv *codec.KV, del bool) bool {
 	switch string(kv.Key) {
-	case keyEpoch:
+	case KeyEpoch:
 		if kv.ModRevision <= c.epochMod {
 			return false // an older epoch, or the one that was read
 		}

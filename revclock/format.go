@@ -10,7 +10,8 @@ import (
 
 // The keys of the coordinator. Nothing else is in it.
 const (
-	keyEpoch    = "e"
+	// KeyEpoch is the coordinator's key that names the epoch.
+	KeyEpoch    = "e"
 	keySnapshot = "s"
 	keyTick     = "t"
 )

@@ -62,7 +62,7 @@ func appendGet(dst []byte, branch protowire.Number, key string, keysOnly bool) [
 // appendTickTxn appends the Txn of a tick: guarded by the epoch, and inside, with a compare that only
 // tells whether lastTick was the newest tick, the put.
 func appendTickTxn(dst, epoch, tick []byte, lastTick int64) []byte {
-	dst = appendCompareValue(dst, keyEpoch, epoch)
+	dst = appendCompareValue(dst, KeyEpoch, epoch)
 	dst, m := codec.BeginMessage(dst, txnSuccess)
 	dst, m2 := codec.BeginMessage(dst, opTxn)
 	dst = appendCompareMod(dst, keyTick, lastTick)
@@ -70,33 +70,33 @@ func appendTickTxn(dst, epoch, tick []byte, lastTick int64) []byte {
 	dst = appendPut(dst, txnFailure, keyTick, tick)
 	dst = codec.EndMessage(dst, m2)
 	dst = codec.EndMessage(dst, m)
-	return appendGet(dst, txnFailure, keyEpoch, false)
+	return appendGet(dst, txnFailure, KeyEpoch, false)
 }
 
 // appendStartTxn appends the read of everything, appendNowTxn that of `now`.
 func appendStartTxn(dst []byte) []byte {
-	dst = appendGet(dst, txnSuccess, keyEpoch, false)
+	dst = appendGet(dst, txnSuccess, KeyEpoch, false)
 	dst = appendGet(dst, txnSuccess, keySnapshot, false)
 	return appendGet(dst, txnSuccess, keyTick, true)
 }
 
 func appendNowTxn(dst []byte) []byte {
-	dst = appendGet(dst, txnSuccess, keyEpoch, false)
+	dst = appendGet(dst, txnSuccess, KeyEpoch, false)
 	return appendGet(dst, txnSuccess, keyTick, true)
 }
 
 // appendCreateTxn appends the Txn of the very first start.
 func appendCreateTxn(dst, epoch, snapshot []byte) []byte {
-	dst = appendCompareMod(dst, keyEpoch, 0)
+	dst = appendCompareMod(dst, KeyEpoch, 0)
 	dst = appendCompareMod(dst, keySnapshot, 0)
 	dst = appendCompareMod(dst, keyTick, 0)
-	dst = appendPut(dst, txnSuccess, keyEpoch, epoch)
+	dst = appendPut(dst, txnSuccess, KeyEpoch, epoch)
 	return appendPut(dst, txnSuccess, keySnapshot, snapshot)
 }
 
 // appendSnapshotTxn appends the Txn that replaces the snapshot that was written at revision mod.
 func appendSnapshotTxn(dst, epoch, snapshot []byte, mod int64) []byte {
-	dst = appendCompareValue(dst, keyEpoch, epoch)
+	dst = appendCompareValue(dst, KeyEpoch, epoch)
 	dst = appendCompareMod(dst, keySnapshot, mod)
 	return appendPut(dst, txnSuccess, keySnapshot, snapshot)
 }

@@ -316,7 +316,7 @@ func TestWatchCompacted(t *testing.T) {
 	f.create(&pb.WatchCreateRequest{Key: []byte("a"), StartRevision: 13})
 	f.create(&pb.WatchCreateRequest{Key: []byte("a"), StartRevision: 5})
 	f.expect("0@15 created", "1@15 created", "2@15 created",
-		"0@11 canceled compact=13 "+rpctypes.ErrCompacted.Error(), "1@15 a a a", "2@4 canceled compact=13 "+rpctypes.ErrCompacted.Error())
+		"0@11 canceled compact=13", "1@15 a a a", "2@4 canceled compact=13")
 	if len(f.s.watches) != 1 || f.s.conn.watches != 1 {
 		t.Errorf("%d watches, %d on the connection", len(f.s.watches), f.s.conn.watches)
 	}

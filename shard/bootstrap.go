@@ -112,7 +112,7 @@ func (p *probe) send() {
 	c := p.b.c
 	var body []byte
 	if p.id == codec.Coordinator {
-		body = codec.AppendString(body, rangeKey, "e")
+		body = codec.AppendString(body, rangeKey, revclock.KeyEpoch)
 		c.tr.Call(p.id, codec.MethodRange, body, c.cfg.ShardTimeout, p)
 		return
 	}
@@ -348,6 +348,12 @@ func (b *bootstrap) clockStarted() {
 		return
 	}
 	b.started = true
+	for i, s := range c.shards {
+		if seen := c.clock.Log().C(i); b.clocks[i] < seen {
+			c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from a backup, or is not the one it was; restore its newest state", s.name, b.clocks[i], seen))
+			return
+		}
+	}
 	n := c.clock.Log().N()
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
 	b.begun = len(c.shards)
@@ -386,14 +392,18 @@ func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
 func (b *bootstrap) open() {
 	c := b.c
 	c.ring = watchring.NewRing(c.cfg.RingSize, c.cfg.RingBytes, b.tail)
-	c.frontier = watchring.NewFrontier(len(c.shards), b.tail)
+	c.frontier = watchring.NewFrontier(len(c.shards), 0)
 	if c.compacted > 0 {
 		c.frontier.SetCompacted(c.compacted)
 	}
 	b.unread = len(c.shards)
 	for _, s := range c.shards {
 		s.points = append(s.points[:0], s.rec)
-		c.clock.Log().SetClock(s.idx, s.rec.last)
+		// A stream may begin below the tail: its record was the newest when it was probed. The frontier says
+		// what was seen, wherever the ring begins.
+		l := c.clock.Log()
+		l.SetClock(s.idx, s.rec.last)
+		c.frontier.Set(s.idx, l.Frontier(s.idx))
 		s.openStream()
 	}
 	for _, s := range c.shards {

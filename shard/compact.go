@@ -2,6 +2,7 @@ package shard
 
 import (
 	"spindle/codec"
+	"spindle/watchring"
 )
 
 // compaction is a Compact request on its way: recorded in the reserved keys of every shard first, then
@@ -45,7 +46,7 @@ func (c *Core) submitCompact(op *Op) {
 		default:
 			k.now = n
 			c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
-			c.awaitFrontier(-1, k.rev, k.decide)
+			c.awaitFrontier(watchring.All, k.rev, k.deadline, k.decide)
 		}
 	})
 }
@@ -220,9 +221,14 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 				}
 			}
 		}
+		if local > s.rec.local {
+			// The state at the last record cannot be read any more: an empty batch makes another one.
+			s.wantFence = true
+			s.touch()
+		}
 		if local > s.rec.local+1 {
 			s.from = local
-			if s.pos < local-1 || s.lastUnrecorded > s.rec.local {
+			if s.furthest < local-1 || s.lastUnrecorded > s.rec.local {
 				// Something changed, or may have, and waits for the next record.
 				s.torn = true
 				s.lastUnrecorded = max(s.lastUnrecorded, local-1)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -94,6 +95,7 @@ type Core struct {
 	dirty        bool // some shard has something to flush
 	nowQueue     []nowEntry
 	sweeping     bool
+	probing      bool
 	waiters      []frontierWaiter
 	frontierRose bool
 	stale        bool // the log or a stream moved: recompute frontiers
@@ -136,9 +138,10 @@ type nowWaiter interface {
 }
 
 type frontierWaiter struct {
-	shard int // or watchring.All
-	rev   int64
-	f     func()
+	shard    int // or watchring.All
+	rev      int64
+	deadline int64 // ns; dropped then: who waits has a timer of its own
+	f        func()
 }
 
 // NewCore makes a Core. Start begins its work.
@@ -331,38 +334,46 @@ func (w *nowCall) abandon(st codec.Status) {
 
 func (c *Core) awaitNow(w nowWaiter) {
 	c.nowQueue = append(c.nowQueue, nowEntry{c.clock.Now(), c.cfg.Now(), w})
+	c.armSweep()
+}
+
+func (c *Core) armSweep() {
 	if !c.sweeping {
 		c.sweeping = true
-		c.after(c.cfg.ShardTimeout/8, c.sweepNow)
+		c.after(c.cfg.ShardTimeout/8, c.sweep)
 	}
 }
 
-// sweepNow ends the wait of those who have waited for the coordinator for too long.
-func (c *Core) sweepNow() {
+// sweep ends the wait of those who have waited for the coordinator for too long, and forgets those whose
+// wait for a frontier has ended otherwise.
+func (c *Core) sweep() {
 	c.sweeping = false
-	limit := c.cfg.Now() - int64(c.cfg.ShardTimeout)
+	now := c.cfg.Now()
+	c.waiters = slices.DeleteFunc(c.waiters, func(w frontierWaiter) bool { return w.deadline <= now })
+	limit := now - int64(c.cfg.ShardTimeout)
 	k := 0
 	for k < len(c.nowQueue) && c.nowQueue[k].at <= limit {
 		k++
 	}
 	late := c.nowQueue[:k:k]
 	c.nowQueue = c.nowQueue[k:]
-	if len(c.nowQueue) > 0 {
-		c.sweeping = true
-		c.after(c.cfg.ShardTimeout/8, c.sweepNow)
+	if len(c.nowQueue) > 0 || len(c.waiters) > 0 {
+		c.armSweep()
 	}
 	for _, e := range late {
 		e.w.abandon(codec.ErrTimeout)
 	}
 }
 
-// awaitFrontier calls f once the frontier of shard (or All) is at rev, at once if it is there.
-func (c *Core) awaitFrontier(shard int, rev int64, f func()) {
+// awaitFrontier calls f once the frontier of shard (or All) is at rev, at once if it is there, never
+// after the deadline.
+func (c *Core) awaitFrontier(shard int, rev, deadline int64, f func()) {
 	if c.frontier.Get(shard) >= rev {
 		f()
 		return
 	}
-	c.waiters = append(c.waiters, frontierWaiter{shard, rev, f})
+	c.waiters = append(c.waiters, frontierWaiter{shard, rev, deadline, f})
+	c.armSweep()
 }
 
 // finish answers op with st. Resp must be complete when st is OK.
@@ -425,9 +436,6 @@ func (c *Core) moveFrontiers() {
 	}
 	l := c.clock.Log()
 	for i, s := range c.shards {
-		if !s.streaming {
-			continue
-		}
 		f := l.Frontier(i)
 		if c.cfg.Sabotage.FrontierIgnoresRanges {
 			f = l.N()
@@ -436,7 +444,9 @@ func (c *Core) moveFrontiers() {
 			c.frontier.Set(i, f)
 			c.frontierRose = true
 		}
-		s.watchOpenRanges()
+		if s.streaming {
+			s.watchOpenRanges()
+		}
 	}
 	if c.frontierRose {
 		c.ring.Trim(c.frontier.Get(watchring.All))

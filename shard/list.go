@@ -60,8 +60,15 @@ func (r *fixedRead) end(st codec.Status) {
 	if r.over {
 		return
 	}
-	r.over = true
-	r.c.finish(r.op, st)
+	op := r.op
+	r.drop()
+	r.c.finish(op, st)
+}
+
+// drop lets go of everything: a timer and perhaps a waiter still point at r for a while.
+func (r *fixedRead) drop() {
+	r.over, r.op, r.a = true, nil, nil
+	clear(r.parts)
 }
 
 func (r *fixedRead) abandon(st codec.Status) { r.end(st) }
@@ -100,6 +107,11 @@ func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
 		switch {
 		case st == codec.ErrCompacted && r.latest:
 			p.err = st // the state that belonged to now is gone: a new now
+			if p.local == p.s.rec.local {
+				// Somebody compacted the member up to its newest record: only another record helps.
+				p.s.wantFence = true
+				p.s.touch()
+			}
 		case st == codec.ErrCompacted:
 			r.end(st)
 			return
@@ -176,7 +188,7 @@ func (r *fixedRead) decide() {
 	}
 	r.c.stats.Rereads++
 	n := r.n
-	r.c.awaitFrontier(r.set(), n, func() { r.lookAt(n, n) })
+	r.c.awaitFrontier(r.set(), n, r.deadline, func() { r.lookAt(n, n) })
 }
 
 // set returns the shard set for the frontier: one shard, or all.
@@ -228,9 +240,9 @@ func (r *fixedRead) answer() {
 	for i := range r.parts {
 		parts[i] = r.parts[i].reply.resps[0]
 	}
-	r.over = true
 	op := r.op
 	op.Resp = op.core.plan.AnswerRange(op.Resp[:0], parts, hdr, nil)
+	r.drop()
 	c.finish(op, codec.Status{})
 }
 
@@ -274,7 +286,7 @@ func (c *Core) submitHistoryRange(op *Op) {
 				return
 			}
 			r := c.newFixedRead(op, c.readSet(op))
-			c.awaitFrontier(r.set(), rev, func() { r.lookAt(rev, n) })
+			c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
 		}
 	})
 }
@@ -319,8 +331,8 @@ func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
 	p := in.p
 	r := p.r
 	c := r.c
-	if r.over {
-		return
+	if r.over || in.waiting <= 0 {
+		return // the other look has ended this part already
 	}
 	if st.Code != codec.OK {
 		switch {
@@ -338,9 +350,6 @@ func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
 				}
 			})
 		}
-		return
-	}
-	if in.waiting <= 0 {
 		return
 	}
 	l.resp = append(l.resp[:0], resp...)

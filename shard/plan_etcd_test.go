@@ -26,11 +26,11 @@ func startPlanEtcd(t *testing.T, maxOps uint) pb.KVServer {
 	cfg.UnsafeNoFsync = true
 	cfg.MaxTxnOps = maxOps
 	cfg.TickMs, cfg.ElectionMs = 20, 200
-	any, err := url.Parse("http://127.0.0.1:0")
+	free, err := url.Parse("http://127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.ListenClientUrls, cfg.ListenPeerUrls = []url.URL{*any}, []url.URL{*any}
+	cfg.ListenClientUrls, cfg.ListenPeerUrls = []url.URL{*free}, []url.URL{*free}
 	cfg.AdvertiseClientUrls, cfg.AdvertisePeerUrls = cfg.ListenClientUrls, cfg.ListenPeerUrls
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	e, err := embed.StartEtcd(cfg)

@@ -57,19 +57,6 @@ func (p *Plan) parseSingle(kind planOpKind, msg []byte) bool {
 	return p.parseOp(0, kind, msg)
 }
 
-// nextField is Fields.Next, and refuses field numbers beyond protobuf's own as Go's protobuf does (which
-// protowire's tags leave to the caller).
-func nextField(it *codec.Fields) bool {
-	if !it.Next() {
-		return false
-	}
-	if it.Field.Num > protowire.MaxValidNumber {
-		it.Bad = true
-		return false
-	}
-	return true
-}
-
 // parseOp reads the body of a range, put or delete into ops[i].
 func (p *Plan) parseOp(i int, kind planOpKind, msg []byte) bool {
 	o := planOp{kind: kind}
@@ -92,7 +79,7 @@ func (p *Plan) parseOp(i int, kind planOpKind, msg []byte) bool {
 
 func parseRangeRequest(o *planOp, r *rangeSpec, msg []byte) bool {
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		switch f.Type {
 		case protowire.BytesType:
@@ -134,7 +121,7 @@ func parseRangeRequest(o *planOp, r *rangeSpec, msg []byte) bool {
 
 func parsePutRequest(o *planOp, msg []byte) bool {
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		switch f.Type {
 		case protowire.BytesType:
@@ -162,7 +149,7 @@ func parsePutRequest(o *planOp, msg []byte) bool {
 
 func parseDeleteRequest(o *planOp, msg []byte) bool {
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		switch {
 		case f.Num == 1 && f.Type == protowire.BytesType:
@@ -179,7 +166,7 @@ func parseDeleteRequest(o *planOp, msg []byte) bool {
 func parseCompare(c *planCompare, msg []byte) bool {
 	it := codec.Fields{Msg: msg}
 	union := protowire.Number(0)
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		switch f.Type {
 		case protowire.BytesType:
@@ -222,7 +209,7 @@ func (p *Plan) parseTxn(t int, msg []byte, ops, depth int) bool {
 	}
 	var n [4]int
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		if f := &it.Field; f.Type == protowire.BytesType && f.Num >= 1 && f.Num <= 3 {
 			n[f.Num]++
 		}
@@ -238,7 +225,7 @@ func (p *Plan) parseTxn(t int, msg []byte, ops, depth int) bool {
 	p.budget -= all
 	tx := planTxn{}
 	tx.cmps.from = int32(len(p.cmps))
-	for it = (codec.Fields{Msg: msg}); nextField(&it); {
+	for it = (codec.Fields{Msg: msg}); it.Next(); {
 		if f := &it.Field; f.Num == 1 && f.Type == protowire.BytesType {
 			p.cmps = append(p.cmps, planCompare{})
 			if !parseCompare(&p.cmps[len(p.cmps)-1], f.Bytes) {
@@ -267,7 +254,7 @@ func (p *Plan) parseBranch(num protowire.Number, n int, msg []byte, ops, depth i
 		p.ops = append(p.ops, planOp{})
 	}
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		if f.Num != num || f.Type != protowire.BytesType {
 			continue
@@ -299,7 +286,7 @@ func (p *Plan) parseBranch(num protowire.Number, n int, msg []byte, ops, depth i
 func requestOf(msg []byte, depth int) (kind planOpKind, body []byte, ok bool) {
 	owned := false
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		if f.Type != protowire.BytesType || f.Num < 1 || f.Num > 4 {
 			continue
@@ -331,7 +318,7 @@ func wellFormed(kind planOpKind, msg []byte, depth int) bool {
 		return wellFormedTxn(msg, depth-1)
 	}
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 	}
 	return !it.Bad && depth > 0
 }
@@ -341,13 +328,13 @@ func wellFormedTxn(msg []byte, depth int) bool {
 		return false
 	}
 	it := codec.Fields{Msg: msg}
-	for nextField(&it) {
+	for it.Next() {
 		f := &it.Field
 		if f.Type != protowire.BytesType || f.Num < 1 || f.Num > 3 {
 			continue
 		}
 		op := codec.Fields{Msg: f.Bytes}
-		for nextField(&op) {
+		for op.Next() {
 			g := &op.Field
 			if f.Num != 1 && g.Type == protowire.BytesType && g.Num >= 1 && g.Num <= 4 &&
 				!wellFormed(planOpKind(g.Num), g.Bytes, depth-1) {

@@ -231,10 +231,7 @@ func (r *planRig) sameError(req proto.Message, st codec.Status, err error) {
 	r.t.Helper()
 	text := ""
 	if err != nil {
-		text = "etcdserver: " + err.Error()
-		if text != codec.ErrKeyNotFound.Msg && err.Error() == codec.ErrKeyNotFound.Msg {
-			text = err.Error()
-		}
+		text = err.Error()
 	}
 	if st.Msg != text {
 		r.t.Fatalf("%v\nspindle: %q, etcd: %q", req, st.Msg, text)

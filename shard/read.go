@@ -70,6 +70,10 @@ func (c *Core) submitRange(op *Op) {
 // submitReadTxn routes a Txn that writes nothing.
 func (c *Core) submitReadTxn(op *Op) {
 	p := &op.core.plan
+	if p.Empty() { // no shard has a part in it
+		c.emptyTxn(op)
+		return
+	}
 	shard, one := c.shardOf(p)
 	if !one {
 		c.finish(op, errCrossShard)
@@ -94,8 +98,28 @@ func (c *Core) emptyRange(op *Op) {
 	})
 }
 
+// emptyTxn answers a Txn that touches no key that a client can see, at now.
+func (c *Core) emptyTxn(op *Op) {
+	c.Now(func(rev int64, st codec.Status) {
+		if st.Code != codec.OK {
+			c.finish(op, st)
+			return
+		}
+		hdr := c.hdr
+		hdr.Revision = rev
+		out, _, st := op.core.plan.Evaluate(op.Resp[:0], NewSnapshot(nil), hdr)
+		op.Resp = out
+		c.finish(op, st)
+	})
+}
+
 func (s *shardState) read(it readItem) {
+	if st := s.c.state; st == stateFailed || st == stateClosed {
+		it.fail(s, codec.ErrStopped)
+		return
+	}
 	s.reads = append(s.reads, it)
+	s.armExpiry()
 	s.touch()
 }
 
@@ -398,27 +422,16 @@ func (s *shardState) mayHaveChanged(ivs []Interval, from, upTo int64) bool {
 // awaitClock calls f with the shard's record once it covers rev.
 func (s *shardState) awaitClock(rev, deadline int64, f func(point, codec.Status)) {
 	c := s.c
-	done := false
-	c.awaitShard(s, rev, func() {
-		if !done {
-			done = true
-			f(s.rec, codec.Status{})
+	call := func(p point, st codec.Status) {
+		if g := f; g != nil {
+			f = nil // the timer must not hold what was answered
+			g(p, st)
 		}
-	})
-	if !done {
-		c.at(deadline, func() {
-			if !done {
-				done = true
-				f(point{}, codec.ErrTimeout)
-			}
-		})
 	}
-}
-
-// awaitShard calls f once the shard's stream has shown a record at or above rev, or nothing can come
-// below rev any more.
-func (c *Core) awaitShard(s *shardState, rev int64, f func()) {
-	c.awaitFrontier(s.idx, rev, f)
+	c.awaitFrontier(s.idx, rev, deadline, func() { call(s.rec, codec.Status{}) })
+	if f != nil {
+		c.at(deadline, func() { call(point{}, codec.ErrTimeout) })
+	}
 }
 
 // readAt looks a second time, at the shard's local revision.

@@ -43,8 +43,9 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
+	offline     bool // without a connection when last looked at; a timer looks again
 	expiring    bool
-	settledTo   int64 // own batches up to here are decided: the stream only has to show it
+	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too
 
 	// Reads.
 	reads         []readItem
@@ -63,6 +64,9 @@ type shardState struct {
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
+	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
+	furthest       int64 // the largest pos there was
+	stallTimer     bool
 	reopens        int // in a row, without a message
 	openTimer      int64
 	pendingTimer   bool
@@ -116,6 +120,7 @@ func (s *shardState) reopen() {
 		s.handle = nil
 	}
 	s.gen++
+	s.c.frontierRose = true // it holds no other shard back any more
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
@@ -131,7 +136,6 @@ func (k *streamSink) OnMessage(msg []byte) {
 	if k.gen != s.gen {
 		return
 	}
-	s.reopens = 0
 	if len(s.held) > 0 {
 		s.held = append(s.held, append([]byte(nil), msg...))
 		return
@@ -171,6 +175,7 @@ func (s *shardState) take(msg []byte) {
 		s.reopen()
 		return
 	}
+	s.reopens = 0
 	gen := s.gen
 	for len(events) > 0 {
 		local, n := eventLocal(events[0]), 1
@@ -209,7 +214,9 @@ func (s *shardState) hold(events [][]byte) {
 	s.held = append([][]byte{msg}, s.held...)
 	if !s.holding && s.handle != nil {
 		s.holding = true
+		s.holdUntil = s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)
 		s.handle.Hold(true)
+		s.c.at(s.holdUntil, s.resumeStream)
 	}
 }
 
@@ -256,10 +263,10 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	}
 	if !has {
 		s.unrecorded(local, events)
-		s.pos = local
+		s.pos, s.furthest = local, max(s.furthest, local)
 		return true
 	}
-	if rec.Last > c.ringRoom() {
+	if rec.Last > c.ringRoom() && !(s.holding && c.cfg.Now() >= s.holdUntil) {
 		// There is no room for it, but it says that nothing below its first revision will come. Without
 		// this the shard would wait for the frontier that it holds back itself.
 		if l := c.clock.Log(); l.Clock(s.idx) < rec.First-1 {
@@ -269,7 +276,7 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		return false
 	}
 	s.publish(local, &rec, events)
-	s.pos = local
+	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
 	return true
 }
@@ -303,16 +310,28 @@ func (s *shardState) unrecorded(local int64, events [][]byte) {
 		}
 		s.pending = append(s.pending, pendingEvent{append([]byte(nil), e...), local})
 	}
+	s.armPending()
+}
+
+// armPending sees to it that events which wait for a record get one, if need be from an empty batch.
+func (s *shardState) armPending() {
 	if len(s.pending) > 0 && !s.pendingTimer {
 		s.pendingTimer = true
 		s.c.after(s.c.jitter(fenceJitter), func() {
 			s.pendingTimer = false
-			if len(s.pending) > 0 && s.cur == nil {
-				s.wantFence = true
-				s.touch()
-			}
+			s.fencePending()
 		})
 	}
+}
+
+// fencePending sends an empty batch for the events that wait, unless a batch is on its way: then it
+// looks again later.
+func (s *shardState) fencePending() {
+	if len(s.pending) > 0 && s.cur == nil {
+		s.wantFence = true
+		s.touch()
+	}
+	s.armPending()
 }
 
 // reservedChanged looks at a change of one of Spindle's own keys.
@@ -362,6 +381,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	s.from, s.torn = 0, false
 	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)
 	c.stale = true
+	c.probeClock(rec.Last)
 	if rec.Proxy == c.cfg.Proxy {
 		s.sawOwnRecord(rec.Batch, local)
 	}
@@ -376,6 +396,24 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	if c.boot != nil {
 		c.boot.streamMoved(s)
 	}
+}
+
+// clockLag is how long the coordinator's watch may lack the tick of a record that a stream has shown.
+const clockLag = 500 * time.Millisecond
+
+// probeClock notices a coordinator's watch that has gone silent: a record was faster than its tick, and
+// stays so. A now tells the clock what it lacks.
+func (c *Core) probeClock(last int64) {
+	if c.probing || last <= c.clock.Log().N() {
+		return
+	}
+	c.probing = true
+	c.after(clockLag, func() {
+		c.probing = false
+		if c.state == stateReady && last > c.clock.Log().N() {
+			c.clock.Now()
+		}
+	})
 }
 
 // localAt returns the newest record at or below rev that the index knows, and the one after it if there
@@ -407,8 +445,8 @@ func (s *shardState) watchOpenRanges() {
 			return
 		}
 	}
-	if oldest.Holder == c.cfg.Proxy && oldest.Last <= s.settledTo {
-		return
+	if oldest.Last <= s.settledTo {
+		return // a batch of ours above it was decided: the stream only has to show it
 	}
 	if oldest.Holder == c.cfg.Proxy {
 		s.wantFence = true
@@ -426,6 +464,26 @@ func (s *shardState) watchOpenRanges() {
 		s.openTimer = due
 		c.at(due, func() { c.stale = true })
 	}
+}
+
+// streamStall is how long the stream may lack what a reply has shown to be there.
+const streamStall = 2 * time.Second
+
+// expectOnStream is told that the shard has reached a local revision. A stream that does not show it in
+// time is opened again, on another node if there is one.
+func (s *shardState) expectOnStream(local int64) {
+	if s.stallTimer || s.pos >= local {
+		return
+	}
+	s.stallTimer = true
+	gen := s.gen
+	s.c.after(streamStall, func() {
+		s.stallTimer = false
+		if s.gen == gen && s.pos < local && !s.holding && s.handle != nil {
+			s.c.log.Warn("the watch stream of a member cluster lags behind its answers; opening it again", "shard", s.name)
+			s.reopen()
+		}
+	})
 }
 
 // compactedUnder handles that the member compacted what the stream was to read: somebody else did, or

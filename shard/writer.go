@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -19,7 +20,8 @@ import (
 // retryDelay is the pause before a batch or a read is sent again, sendAgain how long a reply is waited
 // for before the same bytes go out again.
 const (
-	retryDelay = 10 * time.Millisecond
+	retryDelay    = 10 * time.Millisecond
+	maxRetryDelay = 500 * time.Millisecond // for a batch: the pause doubles
 	// fenceJitter delays the empty batch that gives waiting unrecorded events a revision, so that of
 	// several proxies mostly one sends it.
 	fenceJitter = 10 * time.Millisecond
@@ -43,6 +45,7 @@ type batch struct {
 	s      *shardState
 	id     uint64
 	state  batchState
+	tries  int // sends that told nothing
 	writes []*write
 	fence  bool
 	filter []byte
@@ -189,12 +192,23 @@ func (s *shardState) answerWith(w *write, out []byte, st codec.Status) {
 	s.c.finish(w.op, st)
 }
 
+// liveness is what a Transport may tell besides: whether a cluster has a live connection.
+type liveness interface{ Connected(codec.ClusterID) bool }
+
 // flushWrites closes the next batch if none is under way.
 func (s *shardState) flushWrites() {
 	if s.cur != nil || len(s.queue) == 0 && !s.wantFence {
 		return
 	}
 	c := s.c
+	if l, ok := c.tr.(liveness); ok && !l.Connected(s.cluster) {
+		// A range that nobody can fill would only hold the watches of all shards back.
+		if !s.offline {
+			s.offline = true
+			c.after(c.jitter(2*retryDelay), func() { s.offline = false; s.touch() })
+		}
+		return
+	}
 	into := s.spareWrites
 	s.spareWrites = nil
 	var canceled []*write
@@ -226,10 +240,13 @@ func (s *shardState) flushWrites() {
 	if b.fence {
 		c.stats.Fences++
 	}
-	c.clock.Request(revclock.Request{
+	if !c.clock.Request(revclock.Request{
 		Shard: s.idx, Count: n, Committed: s.rec.last, Turn: s.rejections >= turnAfter,
 		Filter: b.filter, Token: s.token,
-	})
+	}) {
+		c.fail(fmt.Errorf("the clock refused a request for %d revisions of member cluster %s", n, s.name))
+		return
+	}
 	s.armExpiry()
 }
 
@@ -267,13 +284,24 @@ func (s *shardState) expire() {
 		}
 	}
 	s.queue = keep
-	if len(s.queue) > 0 || s.cur != nil {
+	var lateReads []readItem
+	s.reads = slices.DeleteFunc(s.reads, func(it readItem) bool {
+		gone := it.deadline <= now || it.op != nil && it.op.canceled
+		if gone {
+			lateReads = append(lateReads, it)
+		}
+		return gone
+	})
+	if len(s.queue) > 0 || s.cur != nil || len(s.reads) > 0 {
 		s.armExpiry()
 	}
 	for _, w := range late {
 		if w != nil {
 			s.answer(w, codec.ErrTimeout)
 		}
+	}
+	for i := range lateReads {
+		lateReads[i].fail(s, codec.ErrTimeout)
 	}
 }
 
@@ -366,12 +394,13 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 			c.fail(fmt.Errorf("member cluster %s gave an answer that is not a TxnResponse", s.name))
 			return
 		}
+		s.expectOnStream(t.rev)
 		if t.succeeded {
 			s.committed(b, t)
 		} else {
 			s.rejected(b, t)
 		}
-	case !sent:
+	case !sent, st == codec.ErrTooManyRequests && !b.unknown:
 		s.retry(b)
 	case definite(st) && !b.unknown:
 		s.refused(b, st)
@@ -400,7 +429,9 @@ func definite(st codec.Status) bool {
 
 func (s *shardState) retry(b *batch) {
 	b.state = batchWaiting
-	s.c.after(s.c.jitter(retryDelay), func() {
+	d := min(retryDelay<<min(b.tries, 7), maxRetryDelay)
+	b.tries++
+	s.c.after(s.c.jitter(d), func() {
 		if s.cur == b && b.state == batchWaiting {
 			b.send()
 		}
@@ -416,7 +447,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 	hdr := c.hdr
 	var again []*write
 	i := 0
-	for _, w := range b.writes {
+	for at, w := range b.writes {
 		if w == nil {
 			continue
 		}
@@ -427,6 +458,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		payload := t.resps[i]
 		i++
 		hdr.Revision = w.rev
+		b.writes[at] = nil // from here on somebody else may use it
 		out, oc, st := w.plan.Answer(w.buffer(), payload, hdr, c.creates)
 		if oc != Answered {
 			again = append(again, w)
@@ -533,8 +565,12 @@ func (s *shardState) void(b *batch) {
 // refused handles an error that proves b unapplied: one request in it is at fault. Alone it gets the
 // error; among others each goes by itself.
 func (s *shardState) refused(b *batch, st codec.Status) {
-	// The range stays open: something must follow it at once.
-	s.wantFence = true
+	// The range stays open: something must follow it at once, or soon if it is the fence that is refused.
+	if b.fence {
+		s.c.after(s.c.jitter(20*retryDelay), func() { s.wantFence = true; s.touch() })
+	} else {
+		s.wantFence = true
+	}
 	s.dropBatch(b)
 	if len(b.writes) <= 1 {
 		for _, w := range b.writes {
@@ -587,6 +623,7 @@ func (s *shardState) recover(b *batch) {
 		s.dropBatch(b)
 		return
 	}
+	b.writes = nil // each has one owner: its recovery
 	for _, w := range ws {
 		(&recovery{b: b, w: w, deadline: s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)}).send()
 	}
@@ -610,7 +647,8 @@ func (r *recovery) Complete(resp []byte, st codec.Status, sent bool) {
 	b := r.b
 	s := b.s
 	c := s.c
-	if s.cur != b {
+	if s.cur != b { // the Core stops
+		s.answer(r.w, codec.ErrStopped)
 		return
 	}
 	switch {

@@ -89,7 +89,10 @@ func (r *recorder) take() []string {
 			s += " fragment"
 		}
 		if m.Canceled {
-			s += fmt.Sprintf(" canceled compact=%d %q", m.CompactRevision, m.CancelReason)
+			s += fmt.Sprintf(" canceled compact=%d", m.CompactRevision)
+			if m.CancelReason != "" {
+				s += fmt.Sprintf(" %q", m.CancelReason)
+			}
 		}
 		for _, ev := range m.Events {
 			s += fmt.Sprintf(" %s@%d", ev.Kv.Key, ev.Kv.ModRevision)

@@ -293,7 +293,7 @@ func (h *Hub) cancelCompacted(w *Watcher) {
 		WatchID:         w.ID,
 		Canceled:        true,
 		CompactRevision: max(h.frontier.Compacted(), h.ring.Tail()+1),
-		CancelReason:    codec.ErrCompacted.Msg,
+		// No CancelReason: etcd gives none here, the compact revision says it all.
 	})
 	if !s.closed {
 		s.sink.Ended(w)

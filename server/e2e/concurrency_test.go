@@ -20,7 +20,7 @@ import (
 const (
 	casWriters    = 64
 	casKeys       = 24
-	casIncrements = 120 // successful ones of each writer
+	casIncrements = 80 // successful ones of each writer
 	casPrefix     = "cas/"
 )
 

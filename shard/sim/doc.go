@@ -1,14 +1,22 @@
-// Package sim runs the protocol of Spindle (shard.Core and revclock.Clock, the real code) in a deterministic
-// simulation: modelled member clusters and a modelled coordinator, a network with delays and faults, and
-// virtual time. One seed is one run; the same seed is the same run, event by event.
+// Package sim runs the protocol of Spindle (shard.Core, revclock.Clock and watchring.Hub, the real code) in a
+// deterministic simulation: modelled member clusters and a modelled coordinator, a network with delays and
+// faults, and virtual time. One seed is one run; the same seed is the same run, event by event.
 //
 // The parts:
 //   - Etcd (model.go, txn.go, watch.go) is one modelled cluster. It works on the bytes that go over the wire, and
 //     a test compares it with etcd itself, request by request.
-//   - Net (net.go, link.go) is virtual time, and the connections between proxies and clusters with their faults.
-//   - Run (run.go, client.go) is one run: proxies, clients, watchers, crashes.
-//   - Check (history.go, check.go) computes from the clusters' full histories what happened at every
-//     revision, and compares with it everything that any client was told.
+//   - Net, Host, Link (net.go, link.go) are virtual time, and the connections of proxies to clusters with their
+//     faults: lost, late, refused requests, lost replies, resets, holes, lagging and standing streams.
+//   - Run (config.go, run.go, proxy.go, client.go, generate.go, follow.go, viewer.go, mischief.go, dead.go) is one
+//     run: proxies that crash and return, clients that contend for few keys, readers of the ring, watches on
+//     a Hub, keys that expire, members that are compacted behind everybody's back.
+//   - The check (history.go, eval.go, check.go, check_watch.go) reads from the clusters' full histories what
+//     happened at every revision, with its own reading of the stored formats, and compares with it everything
+//     that any client was told.
+//
+// What a run does not have: leases (the core refuses them; keys named x.. carry one on the members, so that
+// they may expire), writes by others than Spindle, a coordinator that loses its data, members restored from
+// backups, the range partitioner.
 //
 // Nothing here is built into Spindle itself, so it may use etcd's generated protobuf code.
 package sim

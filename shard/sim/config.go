@@ -1,0 +1,105 @@
+package sim
+
+import (
+	"math/rand/v2"
+	"time"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// Config is what one run is made of.
+type Config struct {
+	Seed    uint64
+	Shards  int
+	Proxies int
+	Clients int // per proxy
+	Keys    int // few keys contend
+	Ops     int // of all clients together
+	// Think is the longest pause of a client between two operations.
+	Think time.Duration
+	// Base and Jitter are the one-way delays of a link; Far is added for the last proxy.
+	Base, Jitter, Far time.Duration
+	// Faults are the chances per request while the chaos lasts.
+	Faults Faults
+	// Chaos is the mean time between two larger events, 0 for none, and Events chooses among them.
+	Chaos  time.Duration
+	Events ChaosEvents
+	// Dead lets shard 0 of the map be without a quorum from the first operation to the last. Half of the
+	// clients keep away from its keys.
+	Dead bool
+	// RingSize is the proxies' ring.
+	RingSize int
+	// MaxTxnOps and MaxRequestBytes are the members' limits; Pad is what values are padded with, at most.
+	MaxTxnOps, MaxRequestBytes, Pad int
+	// Window and Timeout are the core's ReorderWindow and ShardTimeout.
+	Window, Timeout time.Duration
+	SnapshotEvery   int
+
+	Sabotage shard.Sabotage
+	// Tamper and TamperReply plant bugs on the wire; see Net.
+	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
+	TamperReply func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte
+	// Trace, if set, gets a line for everything that happens.
+	Trace func(line string)
+}
+
+// ChaosEvents says which larger events may happen.
+type ChaosEvents struct {
+	Reset, Down, Hole, Pause, Lag, StreamHole, Crash, Expire bool
+	// Compact lets somebody else compact a member.
+	Compact bool
+}
+
+// ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
+func ConfigOf(seed uint64) Config {
+	r := rand.New(rand.NewPCG(seed, 0xc0f19))
+	ms := func(a, b int) time.Duration { return time.Duration(a+r.IntN(b-a+1)) * time.Millisecond }
+	some := func(p float64) float64 {
+		if r.IntN(2) == 0 {
+			return 0
+		}
+		return p * r.Float64()
+	}
+	c := Config{
+		Seed: seed, Shards: 1 + r.IntN(4), Proxies: 1 + r.IntN(3), Clients: 1 + r.IntN(5),
+		Keys: 2 + r.IntN(12), Ops: 60 + r.IntN(240),
+		Think: ms(0, 20), Base: time.Duration(50+r.IntN(500)) * time.Microsecond, Jitter: time.Duration(r.IntN(3000)) * time.Microsecond,
+		RingSize: 1 << 12, MaxTxnOps: 128, MaxRequestBytes: defaultMaxRequestBytes,
+		Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 5 + r.IntN(100),
+	}
+	if r.IntN(3) == 0 {
+		c.Far = ms(1, 8)
+	}
+	if r.IntN(6) == 0 {
+		c.RingSize = 32
+	}
+	if r.IntN(3) == 0 {
+		c.SnapshotEvery = 1 + r.IntN(8)
+	}
+	switch r.IntN(6) {
+	case 0:
+		c.MaxTxnOps = 12 + r.IntN(30)
+	case 1:
+		c.MaxRequestBytes, c.Pad = 4<<10, 600
+	}
+	switch r.IntN(6) {
+	case 0:
+		c.Think = ms(100, 400)
+	case 1, 2: // crowded: batches of many
+		c.Think, c.Clients, c.Shards = 0, 4+r.IntN(12), 1+r.IntN(2)
+		c.Keys = 8 + r.IntN(30)
+	}
+	if r.IntN(5) > 0 {
+		c.Faults = Faults{
+			LoseRequest: some(0.04), LoseReply: some(0.08), Late: some(0.06), Refused: some(0.03),
+			NoLeader: some(0.05), Unsent: some(0.04), SlowReply: some(0.05), SlowRequest: some(0.05),
+		}
+	}
+	if r.IntN(5) > 0 {
+		on := func() bool { return r.IntN(2) == 0 }
+		c.Chaos = ms(10, 150)
+		c.Events = ChaosEvents{Reset: on(), Down: on(), Hole: r.IntN(4) == 0, Pause: on(), Lag: on(), StreamHole: on(), Crash: r.IntN(3) == 0, Expire: on(), Compact: r.IntN(6) == 0}
+	}
+	return c
+}

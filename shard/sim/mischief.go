@@ -1,0 +1,148 @@
+package sim
+
+import (
+	"time"
+
+	"spindle/codec"
+)
+
+// mischief does one of the larger things that can go wrong, and comes back.
+func (r *Run) mischief() {
+	if !r.chaos {
+		return
+	}
+	w := r.net
+	p := r.proxies[w.Rand.IntN(len(r.proxies))]
+	id := codec.ClusterID(w.Rand.IntN(r.Shards+1) - 1)
+	ev := &r.Events
+	long := w.Between(0, 300*time.Millisecond)
+	if w.Chance(0.1) {
+		long = w.Between(0, 7*time.Second)
+	}
+	kinds := []struct {
+		on bool
+		f  func()
+	}{
+		{ev.Reset && p.up, func() { p.host.Link(id).Reset() }},
+		{ev.Down && p.up, func() {
+			l := p.host.Link(id)
+			w.tracef("%s-%s: down for %v", p.host.Name, l.cluster, long)
+			l.Reset()
+			l.Down = true
+			w.After(long, func() { l.Down = false })
+		}},
+		{ev.Hole && p.up, func() {
+			l := p.host.Link(id)
+			w.tracef("%s-%s: a hole for %v", p.host.Name, l.cluster, long)
+			l.Hole = true
+			w.After(long, func() {
+				w.tracef("%s-%s: the hole ends in a reset", p.host.Name, l.cluster)
+				l.Resume()
+				l.Reset()
+			})
+		}},
+		{ev.Pause, func() {
+			c := w.cluster(id)
+			if c.paused {
+				return
+			}
+			w.tracef("%s: paused for %v", c, long)
+			c.Pause()
+			w.After(long, func() {
+				w.tracef("%s: goes on", c)
+				c.Resume()
+			})
+		}},
+		{ev.Lag && p.up, func() {
+			l := p.host.Link(id)
+			lag := w.Between(0, 300*time.Millisecond)
+			w.tracef("%s-%s: streams lag by %v for %v", p.host.Name, l.cluster, lag, long)
+			l.StreamLag = lag
+			w.After(long, func() { l.StreamLag = 0 })
+		}},
+		{ev.StreamHole && p.up, func() {
+			l := p.host.Link(id)
+			d := min(long, 2*time.Second)
+			w.tracef("%s-%s: streams stand still for %v", p.host.Name, l.cluster, d)
+			l.StreamHole = true
+			w.After(d, func() { l.Resume() })
+		}},
+		{ev.Crash && p.ready && r.stats.Crashes < maxCrashes, func() {
+			r.stats.Crashes++
+			p.crash()
+			p.boot(long)
+		}},
+		{ev.Expire && id >= 0, func() {
+			c := w.cluster(id)
+			if c.paused {
+				return
+			}
+			var keys []string
+			for range 1 + w.Rand.IntN(3) {
+				if k := r.key(); leaseOf([]byte(k)) != 0 {
+					keys = append(keys, k)
+				}
+			}
+			before := c.Rev()
+			c.Expire(keys...)
+			if c.Rev() != before {
+				w.tracef("%s: %v expire at L%d", c, keys, c.Rev())
+				r.expired[expiry{int(id), c.Rev()}] = true
+			}
+		}},
+	}
+	if ev.Compact && id >= 0 && w.Chance(0.3) {
+		r.forceCompact(w.Members[id])
+	}
+	for range 20 {
+		if k := kinds[w.Rand.IntN(len(kinds))]; k.on {
+			k.f()
+			break
+		}
+	}
+	w.After(w.Between(0, 2*r.Chaos), r.mischief)
+}
+
+// forceCompact compacts a member behind the proxies' backs.
+func (r *Run) forceCompact(c *Cluster) {
+	at := c.Rev() - int64(r.net.Rand.IntN(10))
+	clock := c.at([]byte(keyClock), c.Rev())
+	if c.paused || clock == nil || at <= c.Compacted() {
+		return
+	}
+	c.compact = at
+	if rec, err := parseRecord(clock.KV.Value); err == nil {
+		// What has no record yet will have one of the next revisions.
+		r.forced = max(r.forced, rec.last+maxBatch)
+	}
+	r.stats.Compactions++
+	r.net.tracef("%s: somebody compacts it at L%d", c, at)
+}
+
+// maxBatch is more than the revisions between two records of a run.
+const maxBatch = 200
+
+// calm ends all faults. Those that end by themselves have their time.
+func (r *Run) calm() {
+	r.chaos = false
+	r.net.Faults = Faults{}
+	for _, c := range append([]*Cluster{r.net.Coord}, r.net.Members...) {
+		if c.paused {
+			c.Resume()
+		}
+	}
+	for _, p := range r.proxies {
+		if p.host == nil {
+			continue
+		}
+		for _, id := range p.host.ids() {
+			l := p.host.Link(id)
+			l.Down, l.StreamLag = false, 0
+			if l.Hole {
+				l.Resume()
+				l.Reset()
+			}
+			l.Resume()
+		}
+	}
+}

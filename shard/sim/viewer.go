@@ -1,0 +1,258 @@
+package sim
+
+import (
+	"fmt"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
+	"spindle/watchring"
+)
+
+// viewer is a client with one Watch stream at a proxy: it begins behind something that it, or somebody
+// else, was told ("list at H, watch from H+1"), reads slowly now and then, and asks for progress. It is the
+// stream's Sink.
+type viewer struct {
+	p       *proxy
+	hub     *watchring.Hub
+	stream  *watchring.Stream
+	name    string
+	views   []*view1
+	blocked bool
+	dead    bool
+	owed    []int64 // nows of progress requests that are not answered yet
+}
+
+// view1 is one watch of a viewer.
+type view1 struct {
+	w        *watchring.Watcher
+	got      []*delivered
+	promised int64 // everything up to here was delivered, as it was told
+	ended    bool
+}
+
+// watchNow opens a stream with one or two watches.
+func (p *proxy) watchNow() {
+	r := p.r
+	g := r.net.Rand
+	if p.hub == nil {
+		part := p.core.Partition()
+		p.hub = watchring.NewHub(p.core.Ring(), p.core.Frontier(), func(key, end []byte) int {
+			shard, all := part.ShardsOf(key, end)
+			if all {
+				return watchring.All
+			}
+			return shard
+		}, codec.Header{ClusterID: 1, MemberID: 1, RaftTerm: 1}, nil, watchring.HubConfig{PumpRevisions: 1 + g.IntN(40), TurnRevisions: 1 + g.IntN(20)})
+	}
+	v := &viewer{p: p, hub: p.hub, name: fmt.Sprintf("%s/v%d", p.host.Name, len(r.viewers))}
+	r.viewers = append(r.viewers, v)
+	p.viewers = append(p.viewers, v)
+	v.stream = p.hub.NewStream(v)
+	for id := range 1 + g.IntN(2) {
+		w := &watchring.Watcher{ID: int64(id), Key: "k", End: "y", PrevKV: g.IntN(3) > 0, Start: r.shown + 1}
+		switch g.IntN(4) {
+		case 0:
+			w.Key, w.End = r.key(), ""
+		case 1:
+			w.Key, w.End = "\x01", "\x00"
+		}
+		switch g.IntN(6) {
+		case 0:
+			w.Start = max(1, r.shown-int64(g.IntN(40)))
+		case 1:
+			w.Start = r.shown + int64(g.IntN(20))
+		case 2:
+			if n := len(r.ops); n > 0 {
+				if o := r.ops[g.IntN(n)]; o.rev > 0 {
+					w.Start = o.rev + 1
+				}
+			}
+		}
+		v.views = append(v.views, &view1{w: w, promised: w.Start - 1})
+		p.hub.Add(v.stream, w)
+		r.net.tracef("%s: watch %d of %s from %d", v.name, id, describeKey([]byte(w.Key), []byte(w.End)), w.Start)
+	}
+	p.pump = true
+	v.live()
+}
+
+// live does something with the stream now and then.
+func (v *viewer) live() {
+	w := v.p.r.net
+	w.After(w.Between(0, 100*time.Millisecond), func() {
+		if v.dead || !v.p.r.chaos {
+			v.unblock()
+			return
+		}
+		switch w.Rand.IntN(6) {
+		case 0:
+			v.blocked = true
+		case 1, 2:
+			v.unblock()
+		case 3:
+			v.askProgress()
+		}
+		v.live()
+	})
+}
+
+func (v *viewer) unblock() {
+	if v.blocked && !v.dead {
+		v.blocked = false
+		v.stream.Drained()
+		v.p.pump = true
+		v.p.turn()
+	}
+}
+
+func (v *viewer) askProgress() {
+	if v.dead {
+		return
+	}
+	v.p.core.Now(func(rev int64, st codec.Status) {
+		if v.dead || st.Code != codec.OK {
+			return
+		}
+		v.owed = append(v.owed, rev)
+		v.stream.Progress(rev)
+		v.p.pump = true
+	})
+	v.p.turn()
+}
+
+// Send implements watchring.Sink.
+func (v *viewer) Send(msg []byte) {
+	r := v.p.r
+	m := &pb.WatchResponse{}
+	if err := proto.Unmarshal(msg, m); err != nil || m.Header == nil {
+		r.fail("%s: a response cannot be read: %v", v.name, err)
+		return
+	}
+	h := m.Header.Revision
+	if r.net.Trace != nil {
+		r.net.tracef("%s: %s", v.name, describeWatchResponse(msg))
+	}
+	if m.Canceled {
+		if m.CompactRevision == 0 {
+			r.fail("%s: watch %d is canceled without a compact revision", v.name, m.WatchId)
+		}
+		return
+	}
+	r.show(h)
+	if len(m.Events) == 0 {
+		if m.WatchId == -1 {
+			for len(v.owed) > 0 && v.owed[0] <= h {
+				v.owed = v.owed[1:]
+			}
+		}
+		for _, o := range v.views {
+			if !o.ended && (m.WatchId == -1 || m.WatchId == o.w.ID) {
+				if h < o.promised {
+					r.fail("%s: progress of watch %d runs back from %d to %d", v.name, o.w.ID, o.promised, h)
+				}
+				o.promised = max(o.promised, h)
+			}
+		}
+		return
+	}
+	o := v.views[m.WatchId]
+	for i, e := range m.Events {
+		rev := e.Kv.ModRevision
+		n := len(o.got)
+		switch {
+		case o.ended:
+			r.fail("%s: an event of a watch that was canceled", v.name)
+		case rev > h:
+			r.fail("%s: an event of %d under header revision %d", v.name, rev, h)
+		case rev <= o.promised:
+			r.fail("%s: an event of %d, and everything up to %d was said to be delivered", v.name, rev, o.promised)
+		case n > 0 && rev < o.got[n-1].rev, n > 0 && rev == o.got[n-1].rev && (i == 0 || m.Events[i-1].Kv.ModRevision != rev):
+			r.fail("%s: an event of %d follows one of %d, in another response", v.name, rev, o.got[n-1].rev)
+		}
+		if n == 0 || o.got[n-1].rev < rev {
+			o.got = append(o.got, &delivered{rev: rev})
+			n++
+		}
+		o.got[n-1].events = append(o.got[n-1].events, e)
+	}
+	// A client resumes behind the last event: it has everything up to there.
+	o.promised = max(o.promised, m.Events[len(m.Events)-1].Kv.ModRevision)
+}
+
+// Blocked implements watchring.Sink.
+func (v *viewer) Blocked() bool { return v.blocked }
+
+// Ended implements watchring.Sink.
+func (v *viewer) Ended(w *watchring.Watcher) {
+	v.views[w.ID].ended = true
+	v.p.r.stats.Canceled++
+}
+
+// died ends the viewer with its proxy.
+func (v *viewer) died() { v.dead = true }
+
+// settled reports whether every watch has been told of everything up to now.
+func (v *viewer) settled(now int64) bool {
+	if v.dead {
+		return true
+	}
+	behind := false
+	for _, o := range v.views {
+		if o.ended {
+			continue
+		}
+		if o.w.Start > now+1 {
+			return true // as with etcd, a stream with a watch of the future gets no progress
+		}
+		behind = behind || o.promised < now
+	}
+	return !behind
+}
+
+// viewed checks that a watch got exactly what happened to its keys, from its start to what it was promised.
+func (c *checker) viewed(v *viewer, o *view1) error {
+	got, gone := o.got, c.compactedUpTo()
+	for _, rev := range c.h.revs {
+		if rev < o.w.Start || rev > o.promised {
+			continue
+		}
+		var want []*mvccpb.Event
+		for _, f := range c.h.byRev[rev] {
+			if within(f.key, o.w.Key, o.w.End) {
+				e := c.event(f)
+				if !o.w.PrevKV {
+					e.PrevKv = nil
+				}
+				want = append(want, e)
+			}
+		}
+		if len(want) == 0 {
+			continue
+		}
+		if len(got) == 0 || got[0].rev != rev {
+			return fmt.Errorf("%v was never delivered, and everything up to %d was promised", want[0], o.promised)
+		}
+		d := got[0]
+		got = got[1:]
+		if len(d.events) != len(want) {
+			return fmt.Errorf("at %d it got %v, must be %v", rev, d.events, want)
+		}
+		for i := range want {
+			if d.events[i].PrevKv == nil && rev <= gone {
+				want[i].PrevKv = nil
+			}
+			if !proto.Equal(d.events[i], want[i]) {
+				return fmt.Errorf("at %d it got %v, must be %v", rev, d.events[i], want[i])
+			}
+		}
+		c.r.stats.Viewed += len(want)
+	}
+	if len(got) > 0 {
+		return fmt.Errorf("it got events of %d (%v), where nothing happened", got[0].rev, got[0].events)
+	}
+	return nil
+}
