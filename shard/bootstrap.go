@@ -348,12 +348,46 @@ func (b *bootstrap) clockStarted() {
 		return
 	}
 	b.started = true
+	b.compareClocks()
+}
+
+// compareClocks refuses a shard that has lost data: one whose clock is below what a proxy has seen
+// committed there. A probe may merely be older than the tick that says so: then the shard is read again.
+func (b *bootstrap) compareClocks() {
+	c := b.c
 	for i, s := range c.shards {
-		if seen := c.clock.Log().C(i); b.clocks[i] < seen {
-			c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from a backup, or is not the one it was; restore its newest state", s.name, b.clocks[i], seen))
-			return
+		seen := c.clock.Log().C(i)
+		if b.clocks[i] >= seen {
+			continue
 		}
+		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+			if c.state != stateStarting {
+				return
+			}
+			if st.Code != codec.OK {
+				c.after(c.jitter(20*retryDelay), b.compareClocks)
+				return
+			}
+			kv, _ := firstKV(resp)
+			rec, ok := ParseRecord(kv.Value)
+			switch {
+			case !ok:
+				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
+			case rec.Last < seen:
+				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from a backup, or is not the one it was; restore its newest state", s.name, rec.Last, seen))
+			default:
+				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.compareClocks()
+			}
+		}))
+		return
 	}
+	b.findStarts()
+}
+
+// findStarts looks for the record behind which each stream begins.
+func (b *bootstrap) findStarts() {
+	c := b.c
 	n := c.clock.Log().N()
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
 	b.begun = len(c.shards)

@@ -85,26 +85,3 @@ func TestDecideGuards(t *testing.T) {
 		})
 	}
 }
-
-// TestConditionalDelete: whether the put creates its key depends on a branch, so it must be decided. (Of
-// deletes before a put of the same key etcd lets only those to infinity pass.)
-func TestConditionalDelete(t *testing.T) {
-	for _, exists := range []bool{true, false} {
-		r := newPlanRig(t, planSeed)
-		r.run(&pb.PutRequest{Key: []byte("k")})
-		if exists {
-			r.run(&pb.PutRequest{Key: []byte("x")})
-		}
-		del := &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte("k"), RangeEnd: []byte{0}}}}
-		put := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte("k"), Value: []byte("v")}}}
-		hasX := &pb.Compare{Key: []byte("x"), Target: pb.Compare_VERSION, Result: pb.Compare_GREATER}
-		r.run(&pb.TxnRequest{Success: []*pb.RequestOp{
-			nestedOp(&pb.TxnRequest{Compare: []*pb.Compare{hasX}, Success: []*pb.RequestOp{del}}),
-			nestedOp(&pb.TxnRequest{Success: []*pb.RequestOp{put}}),
-		}})
-		if r.stats["slow"] != 1 {
-			t.Error("it was not decided")
-		}
-		r.run(&pb.RangeRequest{Key: []byte("k")})
-	}
-}

@@ -68,7 +68,9 @@ func (r *fixedRead) end(st codec.Status) {
 // drop lets go of everything: a timer and perhaps a waiter still point at r for a while.
 func (r *fixedRead) drop() {
 	r.over, r.op, r.a = true, nil, nil
-	clear(r.parts)
+	for i := range r.parts {
+		r.parts[i] = part{r: r} // calls under way still complete it
+	}
 }
 
 func (r *fixedRead) abandon(st codec.Status) { r.end(st) }

@@ -116,7 +116,7 @@ type PutSlot struct {
 	Key   []byte
 	Lease int64
 	// Proven is what the request itself proves about the key at the moment of this put: 0, it is absent
-	// (a compare that guards the branch, or a delete before it); X > 0, its mod revision is X; -1,
+	// (a compare that guards the branch); X > 0, its mod revision is X; -1,
 	// nothing.
 	Proven int64
 	// Create is what the Core believes of the key, if Known. Where Proven is 0 it is not looked at.
@@ -245,8 +245,7 @@ func reuseBytes(b []byte) []byte {
 func (p *Plan) ReadOnly() bool { return len(p.Writes) == 0 }
 
 // Slow says that a write must be decided in the proxy first (Decide): a compare that a shard cannot make
-// on stamped values, a put with ignore_value or ignore_lease, or a put whose key a conditional delete
-// before it may have removed. It stays true when it has been decided.
+// on stamped values, or a put with ignore_value or ignore_lease. It stays true when it has been decided.
 func (p *Plan) Slow() bool { return p.slow }
 
 // NeedsHistory says that a range inside a Txn names a revision.

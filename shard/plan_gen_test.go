@@ -182,9 +182,18 @@ func (g *planGen) op(depth int) *pb.RequestOp {
 	case k < 8:
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: g.put()}}
 	case k < 12:
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: g.del()}}
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: finite(g.del())}}
 	}
 	return &pb.RequestOp{Request: &pb.RequestOp_RequestTxn{RequestTxn: g.txn(depth - 1)}}
+}
+
+// finite keeps deletes to infinity out of Txns: with a put behind one, etcd can be killed for good, and
+// Spindle refuses it (deletesFirst).
+func finite(d *pb.DeleteRangeRequest) *pb.DeleteRangeRequest {
+	if string(d.RangeEnd) == "\x00" {
+		d.RangeEnd = []byte("\xff\xff")
+	}
+	return d
 }
 
 func (g *planGen) txn(depth int) *pb.TxnRequest {
@@ -239,7 +248,7 @@ func (g *planGen) siblings() *pb.TxnRequest {
 		if g.one(3) {
 			d.RangeEnd = []byte{0}
 		}
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: d}}
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: finite(d)}}
 	}
 	r := &pb.TxnRequest{}
 	for range 1 + g.n(3) {

@@ -30,6 +30,10 @@ func (w *Net) NewHost(name string, base, jitter time.Duration) *Host {
 // Link returns the link to a cluster.
 func (h *Host) Link(id codec.ClusterID) *Link { return h.links[id] }
 
+// Connected reports whether the host has a connection to the cluster; the core asks before it hands out
+// revisions that it could not use. (A hole looks like a connection.)
+func (h *Host) Connected(id codec.ClusterID) bool { return !h.links[id].Down }
+
 // Kill ends the process: nothing is reported to it any more. Requests that are under way arrive, or not.
 func (h *Host) Kill() {
 	h.dead = true
