@@ -1,0 +1,251 @@
+package shard
+
+import (
+	"fmt"
+	"slices"
+
+	"spindle/codec"
+	"spindle/revclock"
+)
+
+// This file is what happens to a write before it is in a batch: it is routed to its shard, what its bytes
+// need is looked up, and it waits in the shard's queue for the next batch, for the shard timeout at most.
+
+// submitWrite routes a Put, DeleteRange or writing Txn.
+func (c *Core) submitWrite(op *Op) {
+	p := &op.core.plan
+	if st := c.refuseLeases(p); st.Code != codec.OK {
+		c.finish(op, st)
+		return
+	}
+	shard, one := c.shardOf(p)
+	if !one {
+		if op.Kind == OpDeleteRange {
+			c.submitDeleteAll(op)
+			return
+		}
+		c.finish(op, errCrossShard)
+		return
+	}
+	w := &op.core.w
+	*w = write{op: op, plan: p, since: c.cfg.Now()}
+	c.prepare(c.shards[shard], w)
+}
+
+// errCrossShard is the answer to a Txn whose keys lie on more than one shard.
+var errCrossShard = codec.Status{Code: codec.InvalidArgument,
+	Msg: "spindle: the keys of this txn lie on more than one shard, and a txn over several shards is not built yet: use keys of one shard, or several txns"}
+
+// refuseLeases answers a put that names a lease: no lease can exist yet, so it is one that does not.
+func (c *Core) refuseLeases(p *Plan) codec.Status {
+	if p.HasLease() {
+		return codec.ErrLeaseNotFound
+	}
+	return codec.Status{}
+}
+
+// shardOf returns the shard on which everything that p may touch lies.
+func (c *Core) shardOf(p *Plan) (shard int, one bool) {
+	shard = -1
+	for _, list := range [2][]Interval{p.Writes, p.Reads} {
+		for _, iv := range list {
+			i, all := c.part.ShardsOf(iv.Key, iv.End)
+			if all {
+				if len(c.shards) > 1 {
+					return 0, false
+				}
+				i = 0
+			}
+			if shard >= 0 && i != shard {
+				return 0, false
+			}
+			shard = i
+		}
+	}
+	return max(shard, 0), true
+}
+
+// prepare brings w to the shard's queue: at once if everything that its bytes need is known, else after
+// a read.
+func (c *Core) prepare(s *shardState, w *write) {
+	if w.plan.Slow() || !c.knowCreates(w.plan) {
+		s.lookup(w)
+		return
+	}
+	s.enqueue(w)
+}
+
+// knowCreates fills in the create revisions of the keys that p puts, from memory.
+func (c *Core) knowCreates(p *Plan) bool {
+	known := true
+	for i := range p.PutSlots {
+		slot := &p.PutSlots[i]
+		if slot.Known {
+			continue
+		}
+		if slot.Proven == 0 {
+			slot.Create, slot.Known, slot.Guard = Create{}, true, false
+			continue
+		}
+		local, meta, mod, ok := c.creates.Get(slot.Key)
+		if !ok {
+			known = false
+			continue
+		}
+		slot.Create, slot.Known = Create{Local: local, Meta: meta}, true
+		// The request's own compare proves the incarnation when it names a revision of its life.
+		slot.Guard = !(slot.Proven > 0 && local > 0 && meta <= slot.Proven && slot.Proven <= mod)
+	}
+	return known
+}
+
+func (s *shardState) enqueue(w *write) {
+	s.queue = append(s.queue, w)
+	s.armExpiry()
+	s.touch()
+}
+
+// requeue puts writes back in front, in order.
+func (s *shardState) requeue(ws []*write) {
+	for _, w := range ws {
+		w.rev = 0
+	}
+	s.queue = append(append(make([]*write, 0, len(ws)+len(s.queue)), ws...), s.queue...)
+	s.touch()
+}
+
+func (s *shardState) touch() { s.c.dirty = true }
+
+// answer ends w with an error. Whoever waits may use the Op anew at once: w must not be looked at again.
+func (s *shardState) answer(w *write, st codec.Status) {
+	if w.finish != nil {
+		w.finish(w, nil, st)
+		return
+	}
+	s.c.finish(w.op, st)
+}
+
+// answerWith ends w with a complete response message.
+func (s *shardState) answerWith(w *write, out []byte, st codec.Status) {
+	if w.finish != nil {
+		w.finish(w, out, st)
+		return
+	}
+	w.op.Resp = out
+	s.c.finish(w.op, st)
+}
+
+// liveness is what a Transport may tell besides: whether a cluster has a live connection.
+type liveness interface{ Connected(codec.ClusterID) bool }
+
+// flushWrites closes the next batch if none is under way.
+func (s *shardState) flushWrites() {
+	if s.cur != nil || len(s.queue) == 0 && !s.wantFence {
+		return
+	}
+	c := s.c
+	if l, ok := c.tr.(liveness); ok && !l.Connected(s.cluster) {
+		// A range that nobody can fill would only hold the watches of all shards back.
+		if !s.offline {
+			s.offline = true
+			c.after(c.jitter(2*retryDelay), func() { s.offline = false; s.touch() })
+		}
+		return
+	}
+	into := s.spareWrites
+	s.spareWrites = nil
+	var canceled []*write
+	ws, rest := s.former.form(s.queue, batchLimits{c.cfg.MemberMaxTxnOps, c.cfg.MemberMaxRequestBytes},
+		into, func(w *write) { canceled = append(canceled, w) })
+	for i := len(rest); i < len(s.queue); i++ {
+		s.queue[i] = nil
+	}
+	s.queue = rest
+	for _, w := range canceled {
+		s.answer(w, statusCanceled)
+	}
+	if len(ws) == 0 && !s.wantFence {
+		return
+	}
+	s.wantFence = false
+	s.batchID++
+	b := &batch{s: s, id: s.batchID, writes: ws, fence: len(ws) == 0,
+		deadline: c.cfg.Now() + int64(c.cfg.ShardTimeout)}
+	b.spare = len(s.pending) > 0 && len(ws) > 0
+	b.filter = batchFilter(nil, ws)
+	s.cur = b
+	n := len(ws)
+	if b.spare || b.fence {
+		n++
+	}
+	c.nextToken++
+	s.token = c.nextToken
+	if b.fence {
+		c.stats.Fences++
+	}
+	if !c.clock.Request(revclock.Request{
+		Shard: s.idx, Count: n, Committed: s.rec.last, Turn: s.rejections >= turnAfter,
+		Filter: b.filter, Token: s.token,
+	}) {
+		c.fail(fmt.Errorf("the clock refused a request for %d revisions of member cluster %s", n, s.name))
+		return
+	}
+	s.armExpiry()
+}
+
+// armExpiry sees to it that what waits too long is answered; one timer serves a shard.
+func (s *shardState) armExpiry() {
+	if !s.expiring {
+		s.expiring = true
+		s.c.after(s.c.cfg.ShardTimeout/8, s.expire)
+	}
+}
+
+// expire answers the clients of a batch, and of requests in the queue, that have waited for the shard
+// timeout.
+func (s *shardState) expire() {
+	s.expiring = false
+	now := s.c.cfg.Now()
+	var late []*write
+	if b := s.cur; b != nil && now >= b.deadline && b.state != batchRecovering {
+		late = append(late, b.writes...)
+		b.writes = nil
+		if b.state == batchTicking {
+			b.fence = true // the range will come; nothing but a record is written under it
+		} else {
+			s.dropBatch(b) // its range stays open until another record passes it
+			s.wantFence = true
+		}
+	}
+	limit := now - int64(s.c.cfg.ShardTimeout)
+	keep := s.queue[:0]
+	for _, w := range s.queue {
+		if w.since <= limit {
+			late = append(late, w)
+		} else {
+			keep = append(keep, w)
+		}
+	}
+	s.queue = keep
+	var lateReads []readItem
+	s.reads = slices.DeleteFunc(s.reads, func(it readItem) bool {
+		gone := it.deadline <= now || it.op != nil && it.op.canceled
+		if gone {
+			lateReads = append(lateReads, it)
+		}
+		return gone
+	})
+	if len(s.queue) > 0 || s.cur != nil || len(s.reads) > 0 {
+		s.armExpiry()
+	}
+	for _, w := range late {
+		if w != nil {
+			s.answer(w, codec.ErrTimeout)
+		}
+	}
+	for i := range lateReads {
+		lateReads[i].fail(s, codec.ErrTimeout)
+	}
+}
+
+var statusCanceled = codec.Status{Code: codec.Canceled, Msg: "context canceled"}

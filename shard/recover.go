@@ -1,0 +1,134 @@
+package shard
+
+import (
+	"spindle/codec"
+)
+
+// This file settles batches whose reply was lost: did they commit, and if so, what were the answers?
+
+// settle decides a batch that was rejected after an earlier copy's outcome was not learned, once the
+// stream has come as far as the clock that rejected it.
+func (s *shardState) settle(b *batch) {
+	if b.seenAt > 0 {
+		s.recover(b)
+		return
+	}
+	if s.rec.local < b.settleAt {
+		return
+	}
+	s.c.stats.Settled++
+	if b.blind {
+		s.unknowable(b)
+		return
+	}
+	s.void(b)
+}
+
+// unknowable ends b when the history that tells whether it committed was compacted: nothing of it goes
+// again.
+func (s *shardState) unknowable(b *batch) {
+	ws := b.writes
+	b.writes = nil
+	s.settledTo = b.last
+	s.dropBatch(b)
+	for _, w := range ws {
+		if w != nil {
+			s.answer(w, codec.ErrTimeout)
+		}
+	}
+}
+
+// sawOwnRecord is called by the stream when it meets a record of this process.
+func (s *shardState) sawOwnRecord(id uint64, local int64) {
+	b := s.cur
+	if b == nil || b.id != id {
+		return
+	}
+	b.seenAt = local
+	if b.state == batchSettling || b.state == batchWaiting && b.unknown {
+		s.recover(b)
+	}
+}
+
+// recover answers the requests of a batch that committed while its reply was lost: every compare saw
+// the state just before it, so the answers are computed again from there.
+func (s *shardState) recover(b *batch) {
+	s.c.stats.Settled++
+	b.state = batchRecovering
+	s.settledTo = b.last
+	var ws []*write
+	for _, w := range b.writes {
+		if w != nil {
+			ws = append(ws, w)
+		}
+	}
+	b.pending = len(ws)
+	if b.pending == 0 {
+		s.rejections = 0
+		s.dropBatch(b)
+		return
+	}
+	b.writes = nil // each has one owner: its recovery
+	for _, w := range ws {
+		(&recovery{b: b, w: w, deadline: s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)}).send()
+	}
+}
+
+// recovery computes one lost answer. It is the Completion of its history read.
+type recovery struct {
+	b        *batch
+	w        *write
+	deadline int64
+}
+
+func (r *recovery) send() {
+	s := r.b.s
+	body, _ := r.w.plan.AppendSnapshotOps(s.c.scratch[:0], r.b.seenAt-1)
+	s.c.scratch = body
+	s.c.tr.Call(s.cluster, codec.MethodTxn, body, s.c.cfg.ShardTimeout, r)
+}
+
+func (r *recovery) Complete(resp []byte, st codec.Status, sent bool) {
+	b := r.b
+	s := b.s
+	c := s.c
+	if s.cur != b { // the Core stops
+		s.answer(r.w, codec.ErrStopped)
+		return
+	}
+	switch {
+	case st.Code == codec.OK:
+		r.evaluate(resp)
+	case st == codec.ErrCompacted || c.cfg.Now() > r.deadline:
+		// It committed, but what it saw cannot be known any more.
+		s.answer(r.w, codec.ErrTimeout)
+	default:
+		c.after(c.jitter(retryDelay), r.send)
+		return
+	}
+	b.pending--
+	if b.pending == 0 {
+		s.rejections = 0
+		s.dropBatch(b)
+	}
+}
+
+func (r *recovery) evaluate(resp []byte) {
+	s := r.b.s
+	c := s.c
+	w := r.w
+	t, ok := parseTxnReply(resp, nil)
+	if !ok {
+		s.answer(w, codec.ErrTimeout)
+		return
+	}
+	snap := NewSnapshot(t.resps)
+	if !w.plan.GuardsHold(snap) {
+		s.again(w) // the shard refused it: it was not applied
+		return
+	}
+	hdr := c.hdr
+	hdr.Revision = w.rev
+	out, _, st := w.plan.Evaluate(w.buffer(), snap, hdr)
+	s.answerWith(w, out, st)
+}
