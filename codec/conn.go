@@ -16,6 +16,9 @@ type ConnConfig struct {
 	// what comes all the same: the owner watches Queued and OnDrained. A stream that sends when
 	// hardQueueFactor times as much waits is reset (ENHANCE_YOUR_CALM; ResourceExhausted to a client).
 	MaxQueuedBytes int
+	// FirstStreamID is the identifier of a client's first stream (0: 1). Tests of long-lived connections use
+	// it: a client has 2^30 streams, and Open returns nil when they are used up.
+	FirstStreamID uint32
 }
 
 // Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.

@@ -147,6 +147,50 @@ func TestConnToConnAllocatesNothing(t *testing.T) {
 	}
 }
 
+// Turns with many calls and turns with one: the memory of Output comes from the pools, and begins at the size of
+// the last turns.
+func TestTurnsOfManyCallsAllocateNothing(t *testing.T) {
+	e := &replyer{reply: make([]byte, 340)}
+	srv := NewServerConn(ConnConfig{}, e)
+	e.c = srv
+	ev := &endCounter{}
+	cl := NewClientConn(ConnConfig{}, "h", ev)
+	msg := make([]byte, 700)
+	path := MethodPath(MethodTxn)
+	turn := func(calls int) {
+		for range calls {
+			s := cl.Open(path, false, 0)
+			cl.Send(s, msg)
+			cl.CloseSend(s)
+		}
+		for range 2 {
+			if err := srv.Feed(cl.Output()); err != nil {
+				t.Fatal(err)
+			}
+			cl.Flushed()
+			if err := cl.Feed(srv.Output()); err != nil {
+				t.Fatal(err)
+			}
+			srv.Flushed()
+		}
+	}
+	run := func() {
+		turn(32)
+		for range 8 {
+			turn(1)
+		}
+	}
+	for range 5 {
+		run()
+	}
+	if n := testing.AllocsPerRun(500, run); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	if ev.ended != ev.msgs || ev.bad != 0 {
+		t.Errorf("%+v", ev)
+	}
+}
+
 type endCounter struct{ msgs, ended, bad int }
 
 func (e *endCounter) OnMessage(*Stream, []byte) { e.msgs++ }

@@ -77,7 +77,7 @@ type Conn struct {
 	// Streams (conn_stream.go).
 	streams   streamTable
 	free      []*Stream
-	nextID    uint32 // client
+	nextID    uint32 // client; above maxStreamID: no further Open
 	writtenID uint32 // client: HEADERS of streams below it were taken by the socket
 	closedIDs closedRing
 }
@@ -122,7 +122,7 @@ func NewServerConn(cfg ConnConfig, ev ServerEvents) *Conn {
 func NewClientConn(cfg ConnConfig, authority string, ev ClientEvents) *Conn {
 	c := newConn(cfg)
 	c.client, c.cli = true, ev
-	c.nextID = 1
+	c.nextID = c.cfg.FirstStreamID | 1
 	c.req.authority = authority
 	out := append(c.o(), clientPreface...)
 	out = appendFrameHeader(out, 3*6, frameSettings, 0, 0)
@@ -193,7 +193,7 @@ func (c *Conn) Flushed() {
 		c.control = 0
 	}
 	if b := c.outBuf; b != nil {
-		c.outHint = max(len(c.out), c.outHint/2)
+		c.outHint = min(max(len(c.out), c.outHint/2), maxOutHint)
 		b.b = c.out[:0]
 		c.out, c.outBuf = nil, nil
 		putBuffer(b)
@@ -312,6 +312,9 @@ func (c *Conn) Close() {
 	c.leave()
 	c.free = nil
 }
+
+// Greeted says that the peer's SETTINGS were here: it speaks HTTP/2.
+func (c *Conn) Greeted() bool { return c.sawSettings }
 
 // usable says that frames may still be sent.
 func (c *Conn) usable() bool { return c.err == nil && !c.closed }

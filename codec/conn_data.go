@@ -36,12 +36,19 @@ func (c *Conn) beginData(h frameHeader, p []byte) error {
 	overhead := int(h.length) - payload - pad
 	s := c.streams.get(h.stream)
 	if s == nil || s.stream.remoteClosed {
-		_, byUs := c.closedIDs.find(h.stream)
-		if s != nil || !byUs {
+		known, byUs := c.closedIDs.find(h.stream)
+		var err error
+		switch {
+		case s != nil || known && !byUs:
 			// RFC 9113 5.1: closed, or half-closed by the peer.
-			if err := c.streamErr(h.stream, h2StreamClosed, "DATA after the end of the stream"); err != nil {
-				return err
-			}
+			err = c.streamErr(h.stream, h2StreamClosed, "DATA after the end of the stream")
+		case !known:
+			// It ended too long ago to tell by whom. What an honest peer has under way when we end many
+			// streams at once comes so late, so it must not cost the budget of resets.
+			err = c.spendIdle()
+		}
+		if err != nil {
+			return err
 		}
 		c.dataEnd = false
 		c.consumedConn(overhead)

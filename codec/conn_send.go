@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Writing. A message goes straight into Output when nothing stands before it and the windows allow; else it
-// waits on its stream, and the streams take turns of one DATA frame (at most maxFrameSize) each.
+// Writing. A message goes straight into Output when nothing stands before it, Output is below outputTarget and
+// the windows allow; else it waits on its stream, and the streams take turns of one DATA frame (at most maxFrameSize) each.
 
 // Send queues one gRPC message on s; msg is copied (or framed into Output) before return.
 func (c *Conn) Send(s *Stream, msg []byte) {
@@ -20,7 +20,7 @@ func (c *Conn) Send(s *Stream, msg []byte) {
 	}
 	var room [prefixLen]byte
 	prefix := appendPrefix(room[:0], len(msg))
-	if st.q.n == 0 && c.ready.head == nil && !c.blocked && min(st.sendWin, c.sendWin) >= prefixLen {
+	if st.q.n == 0 && c.ready.head == nil && !c.blocked && len(c.out) < outputTarget && min(st.sendWin, c.sendWin) >= prefixLen {
 		msg = c.sendDirect(s, prefix, msg)
 		if len(msg) == 0 {
 			return
@@ -238,8 +238,8 @@ func (c *Conn) giveUp(s *Stream) {
 	c.release(s)
 }
 
-// Open starts an RPC (client role). It returns nil when the peer's stream limit is reached or the
-// connection is going away. The deadline itself is the owner's (Reset).
+// Open starts an RPC (client role). It returns nil when the peer's stream limit is reached, the identifiers are
+// used up or the connection is going away. The deadline itself is the owner's (Reset).
 func (c *Conn) Open(path string, hasLeader bool, timeout time.Duration) *Stream {
 	if !c.client || !c.usable() || c.goneAway || c.nextID > maxStreamID || c.streams.n >= int(c.peerStreams) {
 		return nil

@@ -136,3 +136,97 @@ func TestFairTurns(t *testing.T) {
 		t.Errorf("the small message came after %d bytes", small)
 	}
 }
+
+// One Output is bounded also when many messages that are small come in one turn, and what does not fit follows.
+func TestOutputOfManyMessagesIsBounded(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	r.feed(appendSetting(appendFrameHeader(nil, 6, frameSettings, 0, 0), settingInitialWindowSize, maxWindow))
+	r.feed(appendWindowUpdate(nil, 0, 1<<30))
+	var all []*Stream
+	r.e.onReq = func(s *Stream) { all = append(all, s) }
+	const streams, size = 200, 10 << 10
+	for range streams {
+		r.feed(r.headers("/t/Hang", false))
+	}
+	r.flush()
+	for _, s := range all {
+		r.c.Send(s, make([]byte, size))
+		r.c.Finish(s, Status{})
+	}
+	if want := streams*size - outputTarget - 2*size; r.c.Queued() < want {
+		t.Errorf("%d bytes wait, want %d at least", r.c.Queued(), want)
+	}
+	total, ends := 0, 0
+	for out := r.flush(); len(out) > 0; out = r.flush() {
+		if len(out) > outputTarget+2*maxFrameSize {
+			t.Fatalf("one Output of %d bytes", len(out))
+		}
+		total += len(out)
+		ends += bytes.Count(out, []byte("grpc-status"))
+	}
+	if total < streams*size || ends != streams || r.c.Queued() != 0 {
+		t.Errorf("%d bytes, %d of %d answers, %d queued", total, ends, streams, r.c.Queued())
+	}
+	if r.c.outHint > maxOutHint {
+		t.Errorf("the next Output begins with %d bytes", r.c.outHint)
+	}
+}
+
+// DATA that was under way when this side ended its stream is no offence, however many streams ended since.
+func TestLateDataIsNotAReset(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	var all []*Stream
+	r.e.onReq = func(s *Stream) { all = append(all, s) }
+	const streams = 3 * resetBurst
+	for range streams {
+		r.feed(r.headers("/t/Hang", false))
+	}
+	var late []byte
+	for _, s := range all {
+		late = append(appendFrameHeader(late, 8, frameData, flagEndStream, s.ID), make([]byte, 8)...)
+		r.c.Reset(s)
+	}
+	r.flush()
+	resets := r.c.resets
+	r.feed(late)
+	if out := r.flush(); len(out) != 0 || r.c.resets != resets {
+		t.Errorf("%d resets of the budget used, % x", resets-r.c.resets, out)
+	}
+	if used := int64(r.c.cfg.ConnWindow) - r.c.recvWin - r.c.recvUnacked; used != 0 {
+		t.Errorf("%d bytes of the connection's window are lost", used)
+	}
+	// It is still a frame without use.
+	n := r.until(h2EnhanceYourCalm, 2*idleFrameBurst, func() []byte { return appendFrameHeader(nil, 0, frameData, flagEndStream, 1) })
+	if n > idleFrameBurst {
+		t.Errorf("stopped after %d", n)
+	}
+}
+
+// A client has 2^30 streams; then Open says that it has no more, and the others go on.
+func TestStreamIDsRunOut(t *testing.T) {
+	ev := newClientEvents()
+	cl := NewClientConn(ConnConfig{FirstStreamID: maxStreamID - 2}, "h", ev)
+	e := &echo{}
+	e.c = NewServerConn(ConnConfig{}, e)
+	for id := uint32(maxStreamID - 2); id <= maxStreamID; id += 2 {
+		s := cl.Open("/t/Unary", false, 0)
+		if s == nil || s.ID != id {
+			t.Fatalf("want stream %d, got %+v", id, s)
+		}
+		s.User = &rpc{msgs: make(chan []byte, 1), end: make(chan rpcEnd, 1)}
+		cl.Send(s, []byte("x"))
+		cl.CloseSend(s)
+	}
+	for range 2 {
+		if s := cl.Open("/t/Unary", false, 0); s != nil {
+			t.Fatalf("stream %d", s.ID)
+		}
+	}
+	if err := e.c.Feed(cl.Output()); err != nil {
+		t.Fatal(err)
+	}
+	cl.Flushed()
+	if err := cl.Feed(e.c.Output()); err != nil || cl.Streams() != 0 || e.requests != 2 {
+		t.Errorf("%v, %d streams left, %d requests", err, cl.Streams(), e.requests)
+	}
+}

@@ -63,8 +63,10 @@ const (
 	clientStreamsBeforeSettings = 100
 
 	// minOutput and smallFrame are sizes of memory for Output: at first, and free before a small frame.
+	// maxOutHint bounds what the size of the last ones makes it begin with.
 	minOutput  = 4 << 10
 	smallFrame = 128
+	maxOutHint = 2 * outputTarget
 
 	// maxFreeStreams and the sizes below bound what an idle connection keeps for its next request.
 	maxFreeStreams  = 256

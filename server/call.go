@@ -95,7 +95,7 @@ func (c *clientConn) submit(k *call, msg []byte) {
 	c.ops++
 	c.opsBytes += len(msg)
 	if home := c.eng.loops[0]; home == c.loop {
-		c.eng.core.Submit(op)
+		c.loop.submit(op)
 	} else {
 		home.post(letter{kind: letterSubmit, call: k})
 	}
@@ -151,7 +151,7 @@ func (k *call) abandon() {
 // cancelAtCore runs on the core's loop.
 func (k *call) cancelAtCore(home *Loop) {
 	if !k.coreDone {
-		home.eng.core.Cancel(k.op)
+		home.cancel(k.op)
 	}
 	if k.loop == home {
 		k.acknowledged()
@@ -206,6 +206,9 @@ func (k *call) ended(st codec.Status) {
 	streamsOpen.Add(-1)
 	if k.route.kind == routeUnary {
 		k.loop.inflight.Add(-1)
+	}
+	if k.handler != nil {
+		delete(k.conn.streaming, k)
 	}
 	k.route.count(st.Code, k.loop.now()-k.start)
 }

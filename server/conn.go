@@ -1,7 +1,9 @@
 package server
 
 import (
+	"errors"
 	"log/slog"
+	"time"
 
 	"github.com/panjf2000/gnet/v2"
 
@@ -23,7 +25,17 @@ const (
 	// maxBlockedControl is how many bytes of frames other than DATA may be added to a blocked
 	// connection's buffer: answers to a flood of PING, SETTINGS or the like. It is dropped beyond.
 	maxBlockedControl = 1 << 20
+	// maxStalledReplies is how many bytes of answers may wait for HTTP/2 window for longer than
+	// Config.StallTimeout while none of them is taken; the connection is dropped beyond. A stream (a Watch)
+	// that its client reads late is no such answer: it is held back on its own, and up to maxStalledStream
+	// of it do not count.
+	maxStalledReplies = 1 << 20
+	maxStalledStream  = watchHoldBytes
+	// greetTimeout is how long a client may take until its preface and SETTINGS are here.
+	greetTimeout = 20 * time.Second
 )
+
+var errNotGreeted = errors.New("no HTTP/2 preface came")
 
 // clientConn is one client's connection: gnet's socket on one side, the codec on the other. What the
 // codec wants to send collects during a turn and is written once, at the turn's end. It belongs to its
@@ -47,6 +59,11 @@ type clientConn struct {
 	stalled  int64 // when that was seen, in Loop.now
 	added    int   // bytes written since it was blocked
 
+	opened    int64              // in Loop.now
+	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
+	waiting   int                // bytes of answers that waited for window when second looked
+	waitSince int64              // when second last saw that they were few, or fewer than before
+
 	ops      int // unary requests with the core, canceled ones included
 	opsBytes int // the size of their messages
 }
@@ -63,6 +80,7 @@ func newClientConn(l *Loop) *clientConn {
 // OnOpen implements shard.LoopConn.
 func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.sock = sock
+	c.opened = c.loop.now()
 	c.eng.conns.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
@@ -190,9 +208,31 @@ func (c *clientConn) retry(now int64) {
 	}
 }
 
+// second looks, once a second, for a client that has said nothing yet or takes none of its answers. A blocked
+// connection is retry's.
+func (c *clientConn) second(now int64) {
+	c.h2.Tick()
+	if !c.h2.Greeted() && now-c.opened >= int64(greetTimeout) {
+		c.end(errNotGreeted)
+		return
+	}
+	waiting := c.h2.Queued()
+	if waiting > maxStalledReplies {
+		for k := range c.streaming {
+			waiting -= min(k.stream.Queued(), maxStalledStream)
+		}
+	}
+	if c.blocked || waiting <= maxStalledReplies || waiting < c.waiting {
+		c.waitSince = now
+	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
+		c.drop("client gives no window for its answers")
+	}
+	c.waiting = waiting
+}
+
 func (c *clientConn) drop(why string) {
 	metricConnsDropped.Inc()
-	c.log.Warn("connection dropped: "+why, "client", c.sock.RemoteAddr(), "buffered", c.sock.OutboundBuffered())
+	c.log.Warn("connection dropped: "+why, "client", c.sock.RemoteAddr(), "buffered", c.sock.OutboundBuffered(), "queued", c.h2.Queued())
 	c.kill()
 }
 
@@ -238,6 +278,10 @@ func (c *clientConn) OnRequest(s *codec.Stream) {
 		k := new(RPC)
 		k.open(c, s, r)
 		k.handler = r.newStream(c.loop)
+		if c.streaming == nil {
+			c.streaming = make(map[*call]struct{})
+		}
+		c.streaming[&k.call] = struct{}{}
 		k.handler.Open(k)
 	default:
 		k := c.loop.newCall()

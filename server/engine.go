@@ -21,7 +21,8 @@ import (
 
 // Limits and times of an Engine where Config leaves them 0.
 const (
-	// defaultStallTimeout is how long a client may leave a full socket buffer untouched.
+	// defaultStallTimeout is how long a client may leave a full socket buffer, or answers that wait for
+	// window, untouched.
 	defaultStallTimeout = 30 * time.Second
 	// defaultDrainTimeout bounds how long Stop waits for requests that are under way.
 	defaultDrainTimeout = 2 * time.Second
@@ -67,9 +68,10 @@ type Config struct {
 	// BeforeClose is called by Stop, on its goroutine, once the requests under way were answered and before
 	// any socket is closed: those who have enrolled sockets of their own close them here.
 	BeforeClose func()
-	// OnPanic hears of panics in handlers, which are logged and survived. A caller that prefers to stop
-	// the process does it here. It may be called on any loop.
-	OnPanic func(error)
+	// OnPanic hears of panics, which are logged and survived. fatal says that what all clients share may be
+	// left half-changed (the core, connections to members, hooks), so that the caller should stop; else
+	// it was one client's connection, which is closed. It may be called on any loop.
+	OnPanic func(err error, fatal bool)
 }
 
 // Engine is the server's side towards clients: listeners, event loops, connections.

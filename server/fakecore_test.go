@@ -158,7 +158,7 @@ func startServer(t testing.TB, cfg Config, setup ...func(*Engine)) *testServer {
 	if os.Getenv("SPINDLE_TEST_LOG") != "" {
 		cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
-	cfg.OnPanic = func(err error) {
+	cfg.OnPanic = func(err error, _ bool) {
 		buf := make([]byte, 1<<16)
 		t.Errorf("%v\n%s", err, buf[:runtime.Stack(buf, false)])
 	}

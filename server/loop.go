@@ -46,6 +46,7 @@ type Loop struct {
 
 	inTurn bool
 	nested bool  // an event came while the end of the turn was running
+	inCore bool  // within a method of the core, called for a client
 	clock  int64 // Engine.now of this turn, 0 when not asked yet
 
 	conns    map[*clientConn]struct{} // open client connections
@@ -160,7 +161,7 @@ func (l *Loop) deliver(m *letter) {
 	case letterFunc:
 		m.f()
 	case letterSubmit:
-		l.eng.core.Submit(m.call.op)
+		l.submit(m.call.op)
 	case letterCancel:
 		m.call.cancelAtCore(l)
 	case letterDone:
@@ -168,6 +169,22 @@ func (l *Loop) deliver(m *letter) {
 	case letterAck:
 		m.call.acknowledged()
 	}
+}
+
+// submit hands op to the core. On the core's loop.
+func (l *Loop) submit(op *shard.Op) {
+	outer := l.inCore
+	l.inCore = true
+	l.eng.core.Submit(op)
+	l.inCore = outer
+}
+
+// cancel ends op at the core. On the core's loop.
+func (l *Loop) cancel(op *shard.Op) {
+	outer := l.inCore
+	l.inCore = true
+	l.eng.core.Cancel(op)
+	l.inCore = outer
 }
 
 // OnTurnEnd implements shard.Loop.
@@ -273,7 +290,7 @@ func (l *Loop) flush() {
 func (l *Loop) flushOne(c *clientConn) {
 	defer func() {
 		if r := recover(); r != nil {
-			l.panicked("flush", r)
+			l.panicked("flush", r, true)
 			c.kill()
 		}
 	}()
@@ -306,8 +323,9 @@ func (l *Loop) tick() {
 
 // second is posted about once a second while there are clients.
 func (l *Loop) second() {
+	now := l.now()
 	for c := range l.conns {
-		c.h2.Tick()
+		c.second(now)
 	}
 }
 
@@ -320,15 +338,18 @@ func (l *Loop) guard(where string, f func()) {
 // recovered is to be deferred.
 func (l *Loop) recovered(where string) {
 	if r := recover(); r != nil {
-		l.panicked(where, r)
+		l.panicked(where, r, false)
 	}
 }
 
-func (l *Loop) panicked(where string, r any) {
+// panicked tells of a panic; oneClient says that it happened while a single client's connection was served.
+func (l *Loop) panicked(where string, r any, oneClient bool) {
 	metricPanics.Inc()
 	l.log.Error("panic on an event loop", "where", where, "loop", l.index, "panic", r, "stack", string(debug.Stack()))
+	fatal := l.inCore || !oneClient
+	l.inCore = false
 	if l.eng.cfg.OnPanic != nil {
-		l.eng.cfg.OnPanic(fmt.Errorf("spindle: panic in %s: %v", where, r))
+		l.eng.cfg.OnPanic(fmt.Errorf("spindle: panic in %s: %v", where, r), fatal)
 	}
 }
 
@@ -352,13 +373,19 @@ func (a *attachment) event(c gnet.Conn, f func(*attachment, gnet.Conn)) (open bo
 func (a *attachment) handle(c gnet.Conn, f func(*attachment, gnet.Conn)) {
 	defer func() {
 		if r := recover(); r != nil {
-			a.loop.panicked(fmt.Sprintf("%T", a.h), r)
+			a.loop.panicked(fmt.Sprintf("%T", a.h), r, a.client())
 			if !a.closed {
 				_ = a.loop.el.Close(c)
 			}
 		}
 	}()
 	f(a, c)
+}
+
+// client says that the connection is a client's, not one to a member.
+func (a *attachment) client() bool {
+	_, ok := a.h.(*clientConn)
+	return ok
 }
 
 func attachmentOpen(a *attachment, c gnet.Conn) {
@@ -373,7 +400,11 @@ func (a *attachment) close(c gnet.Conn, err error) {
 	outer := a.loop.begin()
 	a.closed = true
 	func() {
-		defer a.loop.recovered("close")
+		defer func() {
+			if r := recover(); r != nil {
+				a.loop.panicked("close", r, a.client())
+			}
+		}()
 		a.h.OnClose(c, err)
 	}()
 	a.loop.end(outer)

@@ -136,9 +136,9 @@ func (p *panicConn) OnTraffic(gnet.Conn)            { panic("boom") }
 func (p *panicConn) OnClose(_ gnet.Conn, err error) { p.closed <- err }
 
 func TestPanicClosesTheConnection(t *testing.T) {
-	panics := make(chan error, 10)
+	panics := make(chan bool, 10)
 	s := startServer(t, Config{Loops: 1})
-	s.cfg.OnPanic = func(err error) { panics <- err }
+	s.cfg.OnPanic = func(_ error, fatal bool) { panics <- fatal }
 	l := s.Loops()[0]
 	near, far := tcpPair(t)
 	h := &panicConn{closed: make(chan error, 2)}
@@ -149,12 +149,16 @@ func TestPanicClosesTheConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	receive(t, "OnClose", h.closed)
-	receive(t, "OnPanic", panics)
+	if !receive(t, "OnPanic", panics) {
+		t.Error("a panic of an enrolled connection is not fatal")
+	}
 	if _, err := far.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Errorf("the peer read %v", err)
 	}
 	l.Post(func() { panic("in the mailbox") })
-	receive(t, "OnPanic", panics)
+	if !receive(t, "OnPanic", panics) {
+		t.Error("a panic in the mailbox is not fatal")
+	}
 	onLoop(l, func() {}) // still alive
 }
 

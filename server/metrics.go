@@ -14,7 +14,7 @@ import (
 var (
 	metricConns        = metrics.NewCounter(`spindle_client_connections_total`)
 	metricConnsRefused = metrics.NewCounter(`spindle_client_connections_refused_total`) // over Config.MaxConns
-	metricConnsDropped = metrics.NewCounter(`spindle_client_connections_dropped_total`) // did not read
+	metricConnsDropped = metrics.NewCounter(`spindle_client_connections_dropped_total`) // did not read, or gave no window
 	metricBytesIn      = metrics.NewCounter(`spindle_client_received_bytes_total`)
 	metricBytesOut     = metrics.NewCounter(`spindle_client_sent_bytes_total`)
 	metricRefused      = metrics.NewCounter(`spindle_requests_refused_total`) // over a connection's limits

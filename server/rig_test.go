@@ -2,7 +2,9 @@ package server
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
+	"net"
 	"testing"
 	"time"
 
@@ -20,6 +22,7 @@ type rig struct {
 	att  *attachment
 	sock *fakeSock
 	core *fixedCore
+	el   *fakeEL
 
 	frame []byte // HEADERS and DATA of one request
 	ids   []int  // where the stream's identifier stands in it
@@ -37,6 +40,33 @@ func (f *fakeSock) Peek(int) ([]byte, error)    { return f.in, nil }
 func (f *fakeSock) Discard(n int) (int, error)  { f.in = f.in[n:]; return n, nil }
 func (f *fakeSock) Write(p []byte) (int, error) { f.written += len(p); return len(p), nil }
 func (f *fakeSock) OutboundBuffered() int       { return 0 }
+func (f *fakeSock) RemoteAddr() net.Addr        { return &net.UnixAddr{} }
+
+// fakeEL is a gnet.EventLoop whose mailbox the test empties, by rig.mail.
+type fakeEL struct {
+	gnet.EventLoop // nil
+	r              *rig
+	rung           []gnet.Runnable
+}
+
+func (f *fakeEL) Execute(_ context.Context, x gnet.Runnable) error {
+	f.rung = append(f.rung, x)
+	return nil
+}
+
+func (f *fakeEL) Close(c gnet.Conn) error {
+	f.r.att.close(c, nil)
+	return nil
+}
+
+// mail runs turns until the mailbox is empty.
+func (r *rig) mail() {
+	for len(r.el.rung) > 0 {
+		x := r.el.rung[0]
+		r.el.rung = r.el.rung[1:]
+		_ = x.Run(context.Background())
+	}
+}
 
 // fixedCore answers everything at once with the same bytes.
 type fixedCore struct {
@@ -51,22 +81,28 @@ func (f *fixedCore) Submit(op *shard.Op) {
 }
 func (f *fixedCore) Cancel(*shard.Op) {}
 
-func newRig(t testing.TB, timeout string) *rig {
-	t.Helper()
+// openRig opens a connection on which nothing was said yet.
+func openRig(t testing.TB) *rig {
 	base := time.Now()
 	e := newEngine(Config{
 		Log: quiet(), Now: func() int64 { return int64(time.Since(base)) + 1 },
 		MaxOutbound: 1 << 20, StallTimeout: time.Minute,
-		OnPanic: func(err error) { t.Error(err) },
+		OnPanic: func(err error, _ bool) { t.Error(err) },
 	})
 	r := &rig{sock: &fakeSock{}, core: &fixedCore{resp: bytes.Repeat([]byte("r"), 340)}, id: 1}
-	r.loop = newLoop(e, 0, nil)
+	r.el = &fakeEL{r: r}
+	r.loop = newLoop(e, 0, r.el)
 	e.loops = []*Loop{r.loop}
 	e.SetCore(r.core)
 	r.conn = newClientConn(r.loop)
 	r.att = &attachment{loop: r.loop, h: r.conn}
 	r.att.event(r.sock, attachmentOpen)
+	return r
+}
 
+func newRig(t testing.TB, timeout string) *rig {
+	t.Helper()
+	r := openRig(t)
 	var buf, hdr bytes.Buffer
 	fr := http2.NewFramer(&buf, nil)
 	buf.WriteString(http2.ClientPreface)

@@ -18,6 +18,8 @@ const (
 	// beyond is refused: created and canceled, with etcd's "too many requests" as the reason.
 	defaultWatchesPerStream = 100_000
 	defaultWatchesPerConn   = 100_000
+	// defaultWatchKeyBytes bounds the keys and range ends of those watches together; refused likewise.
+	defaultWatchKeyBytes = 64 << 20
 	// defaultProgressInterval is etcd's --watch-progress-notify-interval.
 	defaultProgressInterval = 10 * time.Minute
 )
@@ -39,6 +41,7 @@ type WatchConfig struct {
 
 	WatchesPerStream int
 	WatchesPerConn   int
+	KeyBytesPerConn  int
 	Hub              watchring.HubConfig
 }
 
@@ -70,6 +73,7 @@ func NewWatchService(e *Engine, cfg WatchConfig) *WatchService {
 func newWatchService(cfg WatchConfig) *WatchService {
 	cfg.WatchesPerStream = orDefault(cfg.WatchesPerStream, defaultWatchesPerStream)
 	cfg.WatchesPerConn = orDefault(cfg.WatchesPerConn, defaultWatchesPerConn)
+	cfg.KeyBytesPerConn = orDefault(cfg.KeyBytesPerConn, defaultWatchKeyBytes)
 	cfg.ProgressInterval = orDefault(cfg.ProgressInterval, defaultProgressInterval)
 	return &WatchService{cfg: cfg}
 }
@@ -137,6 +141,7 @@ type watchLoop struct {
 // watchConn is what the streams of one client connection have in common.
 type watchConn struct {
 	streams, watches int
+	keyBytes         int // of the watches' keys and range ends
 }
 
 func (svc *WatchService) addLoop(post, postHome func(func())) *watchLoop {

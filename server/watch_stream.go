@@ -68,6 +68,7 @@ var (
 // watch is one watch of a client.
 type watch struct {
 	watchring.Watcher
+	size     int // bytes of its keys, in watchConn.keyBytes
 	created  bool
 	canceled bool // by the client, before it was created
 }
@@ -146,6 +147,9 @@ func (s *watchStream) Drained() {
 	}
 	s.hub.Drained()
 	s.loop.dirty = true
+	if l := s.loop.loop; l != nil && l.inTurn {
+		l.nested = true // this comes from the turn's own output: its hooks have run, and are to run once more
+	}
 }
 
 // Send implements watchring.Sink.
@@ -158,8 +162,11 @@ func (s *watchStream) Blocked() bool { return s.rpc.Queued() >= watchHighWater }
 func (s *watchStream) Ended(w *watchring.Watcher) { s.forget(w.ID) }
 
 func (s *watchStream) forget(id int64) {
-	delete(s.watches, id)
-	s.conn.watches--
+	if w := s.watches[id]; w != nil {
+		delete(s.watches, id)
+		s.conn.watches--
+		s.conn.keyBytes -= w.size
+	}
 }
 
 func (s *watchStream) finish(st codec.Status) {
@@ -180,6 +187,9 @@ func (s *watchStream) close() {
 	l.waiting.remove(s)
 	l.asked.remove(s)
 	s.conn.watches -= len(s.watches)
+	for _, w := range s.watches {
+		s.conn.keyBytes -= w.size
+	}
 	if s.conn.streams--; s.conn.streams == 0 {
 		delete(l.conns, s.key)
 	}
@@ -199,10 +209,11 @@ func (s *watchStream) create(r *watchRequest) {
 		w := &watch{Watcher: watchring.Watcher{
 			ID: r.id, Key: string(r.key), End: string(r.end), Start: r.start,
 			PrevKV: r.prevKV, NoPut: r.noPut, NoDelete: r.noDelete, Fragment: r.fragment, ProgressNotify: r.progress,
-		}}
+		}, size: len(r.key) + len(r.end)}
 		p.w = w
 		s.watches[w.ID] = w
 		s.conn.watches++
+		s.conn.keyBytes += w.size
 		if w.Start == 0 {
 			p.now = nowWanted
 			s.loop.waiting.add(s)
@@ -231,7 +242,8 @@ func (s *watchStream) check(r *watchRequest) (reason string) {
 		return reasonEmptyRange
 	}
 	c := &s.loop.svc.cfg
-	if len(s.watches) >= c.WatchesPerStream || s.conn.watches >= c.WatchesPerConn {
+	if len(s.watches) >= c.WatchesPerStream || s.conn.watches >= c.WatchesPerConn ||
+		s.conn.keyBytes+len(r.key)+len(r.end) > c.KeyBytesPerConn {
 		metricWatchesRefused.Inc()
 		return codec.ErrTooManyRequests.Msg
 	}

@@ -392,6 +392,62 @@ func TestWatchLimits(t *testing.T) {
 	r.expectNothingLeft()
 }
 
+// TestWatchKeyBytes: the keys of one client's watches are bounded together, and free places come back by every end
+// that a watch may have.
+func TestWatchKeyBytes(t *testing.T) {
+	r := newWatchRig(t, func(c *WatchConfig) { c.KeyBytesPerConn = 100 })
+	f, g, other := r.open("c"), r.open("c"), r.open("d")
+	key := func(n int) *pb.WatchCreateRequest {
+		return &pb.WatchCreateRequest{Key: []byte(strings.Repeat("k", n)), RangeEnd: []byte(strings.Repeat("l", n)), StartRevision: 11}
+	}
+	refused := "-1@10 created canceled " + rpctypes.ErrTooManyRequests.Error()
+	f.create(key(40))
+	g.create(key(11))
+	other.create(key(11))
+	g.create(key(10))
+	f.expect("0@10 created")
+	g.expect(refused, "0@10 created")
+	other.expect("0@10 created")
+	f.cancel(0)
+	f.cancel(0)
+	f.got = nil
+	f.create(key(40))
+	f.expect("1@10 created")
+	f.s.Cancel()
+	f = r.open("c")
+	f.create(key(40))
+	f.expect("0@10 created")
+	// Compacted: the Hub ends it.
+	f.cancel(0)
+	f.got = nil
+	r.front.SetCompacted(9)
+	compacted := key(40)
+	compacted.StartRevision = 5
+	f.create(compacted)
+	f.expect("1@10 created", "1@4 canceled compact=11")
+	if n := f.s.conn.keyBytes; n != 20 {
+		t.Errorf("%d bytes are counted", n)
+	}
+	// Canceled before it was created.
+	now := key(40)
+	now.StartRevision = 0
+	f.create(now)
+	f.cancel(2)
+	r.turn()
+	r.now(10, codec.Status{})
+	f.expect("2@10 created", "2@10 canceled")
+	if n := f.s.conn.keyBytes; n != 20 {
+		t.Errorf("%d bytes are counted", n)
+	}
+	g.s.Cancel()
+	if n := f.s.conn.keyBytes; n != 0 {
+		t.Errorf("%d bytes are left", n)
+	}
+	f.s.Cancel()
+	other.s.Cancel()
+	r.expectNothingLeft()
+}
+
 // TestWatchClosedWithinSend: sending may find out that the connection is gone.
 func TestWatchClosedWithinSend(t *testing.T) {
 	r := newWatchRig(t)

@@ -51,6 +51,10 @@ const (
 	outboundLowWater  = 256 << 10
 	blockedTick       = 5 * time.Millisecond
 
+	// renewStreamID is the identifier of a stream from which on a connection is replaced: a client has those
+	// below 2^31, each once, and the ones that are left are for the time until the successor is ready.
+	renewStreamID = 1 << 30
+
 	// codecTick is how often codec.Conn.Tick is called while there are connections.
 	codecTick = time.Second
 
@@ -85,6 +89,8 @@ type PoolConfig struct {
 	PingTimeout  time.Duration // silence after the ping that makes the connection a dead one
 	BackoffMin   time.Duration // wait before the first new dial
 	BackoffMax   time.Duration // and the longest one
+
+	firstStreamID uint32 // of tests
 }
 
 // Validate reports the first endpoint that a Pool could not use.
@@ -306,7 +312,7 @@ func (p *Pool) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec
 		}
 		w.link, w.stream = l, s
 		s.User = w
-		l.opened()
+		l.opened(s)
 		l.conn.Send(s, req)
 		l.touch()
 	}

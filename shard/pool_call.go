@@ -75,7 +75,7 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 	}
 	c.link, c.stream = l, s
 	s.User = c
-	l.opened()
+	l.opened(s)
 	l.conn.Send(s, req) // an end that this causes is reported from the codec's Output
 	l.conn.CloseSend(s)
 	l.touch()

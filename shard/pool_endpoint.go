@@ -238,6 +238,7 @@ func (p *Pool) Unreachable(id codec.ClusterID) string {
 type poolSlot struct {
 	ep       *poolEndpoint
 	link     *poolLink // nil while dialing or waiting
+	old      *poolLink // serves until its successor, link, is ready; nil if none
 	attempts int       // failures in a row
 	timer    poolTimer // the next dial
 }

@@ -20,7 +20,8 @@ var (
 // poolLink is one HTTP/2 connection, from Enroll to the end of the socket. Owned by the loop.
 //
 // Its life: enrolled (gc is nil); open; ready, once the server's first bytes were good HTTP/2; possibly
-// draining, after the server's GOAWAY, while its streams finish and its slot has a new link already;
+// renewing, when it has used half of its stream identifiers: it goes on, while its slot dials for a successor;
+// draining, after the server's GOAWAY or when the successor is ready, while its streams finish;
 // dead. A dead link touches neither its gnet.Conn nor its codec.Conn.
 type poolLink struct {
 	pool *Pool
@@ -30,6 +31,7 @@ type poolLink struct {
 	conn *codec.Conn
 
 	ready    bool
+	renewing bool
 	draining bool
 	dead     bool
 	lost     codec.Status // what streams get when it dies
@@ -69,6 +71,7 @@ func (l *poolLink) OnOpen(gc gnet.Conn) {
 		ConnWindow:      memberConnWindow,
 		MaxMessageBytes: maxMemberMessageBytes,
 		MaxQueuedBytes:  maxMemberQueuedBytes,
+		FirstStreamID:   l.pool.cfg.firstStreamID,
 	}, l.ep.addr.authority, l)
 	l.touch()
 }
@@ -134,6 +137,9 @@ func (l *poolLink) becomeReady(now int64) {
 	l.pool.timers.cancel(&l.timer)
 	l.ep.up()
 	l.ep.cluster.linkReady(l.pool, l)
+	if old := l.slot.old; old != nil {
+		old.drain()
+	}
 }
 
 // touch puts l on the list of those that Flush looks at.
@@ -144,12 +150,42 @@ func (l *poolLink) touch() {
 	}
 }
 
-// opened follows a new stream. Pings run only while there are streams: etcd takes others for an attack. The first
+// opened follows a new stream, s. Pings run only while there are streams: etcd takes others for an attack. The first
 // stream after a silence has a ping follow at once, since the peer may be gone unnoticed.
-func (l *poolLink) opened() {
+func (l *poolLink) opened(s *codec.Stream) {
 	if l.conn.Streams() == 1 && l.pinged == 0 {
 		l.pool.timers.set(&l.timer, max(l.lastRecv+int64(l.pool.cfg.PingInterval), l.pool.timers.now()))
 	}
+	if s.ID >= renewStreamID && !l.renewing {
+		l.renew()
+	}
+}
+
+// renew has the slot dial for a successor. Until that is ready l takes streams as before, so no call notices.
+func (l *poolLink) renew() {
+	l.renewing = true
+	l.slot.old = l
+	l.vacate(true)
+	l.slot.dial()
+}
+
+// vacate takes l from its slot, which dials anew: with the shortest wait, if l was of use for a while.
+func (l *poolLink) vacate(wasReady bool) {
+	l.slot.link = nil
+	if wasReady && l.pool.timers.now()-l.born >= int64(backoffResetAge) {
+		l.slot.attempts = 0
+	}
+}
+
+// drain ends the opening of streams on l. Flush closes it when the last one is done.
+func (l *poolLink) drain() {
+	l.draining = true
+	if l.slot.old == l {
+		l.slot.old = nil
+	}
+	l.retire()
+	l.ep.cluster.linkGone(l.pool, l)
+	l.touch()
 }
 
 // reset abandons a stream.
@@ -275,11 +311,11 @@ func (l *poolLink) die(err error) {
 	l.lost = codec.Status{Code: codec.Unavailable, Msg: l.ep.cluster.label + ": connection to " + l.ep.url + " lost: " + briefError(err)}
 	wasReady := l.ready
 	l.retire()
+	if l.slot.old == l {
+		l.slot.old = nil
+	}
 	if l.slot.link == l {
-		l.slot.link = nil
-		if wasReady && p.timers.now()-l.born >= int64(backoffResetAge) {
-			l.slot.attempts = 0
-		}
+		l.vacate(wasReady)
 		l.slot.retry(err)
 	}
 	if !l.draining {
@@ -331,18 +367,12 @@ func (l *poolLink) OnGoAway() {
 	if l.dead || l.draining {
 		return
 	}
-	l.draining = true
 	wasReady := l.ready
-	l.retire()
-	l.ep.cluster.linkGone(l.pool, l)
+	l.drain()
 	if l.slot.link == l {
-		l.slot.link = nil
-		if wasReady && l.pool.timers.now()-l.born >= int64(backoffResetAge) {
-			l.slot.attempts = 0
-		}
+		l.vacate(wasReady)
 		l.slot.retry(nil)
 	}
-	l.touch()
 }
 
 // OnPong implements codec.ClientEvents. Any bytes are a sign of life; there is nothing to add.

@@ -374,3 +374,68 @@ func TestPoolReentrancy(t *testing.T) {
 		t.Error("a stream that was closed has ended too")
 	}
 }
+
+// A connection whose stream identifiers come to an end is replaced by another, and nobody notices: no call fails, and
+// a watch goes on where it is.
+func TestPoolLinkRenewsItself(t *testing.T) {
+	m := newFakeMember(t, echo)
+	e := newPoolEnv(t, []string{m.url()}, func(c *PoolConfig) { c.firstStreamID = renewStreamID - 5 })
+	e.connected(0)
+	cl := e.pool.clusters[0]
+	var first *poolLink
+	e.loop.do(func() { first = cl.ready[0] })
+	sink, h := e.watch([]byte("one"))
+	sink.message(t)
+	for e.counter(metricPoolConnects, "shard-1") < 4 { // each connection takes three calls without a thought
+		var dones []chanDone
+		for range 4 {
+			dones = append(dones, e.begin(0, codec.MethodRange, []byte("x"), testGuard))
+		}
+		for _, d := range dones {
+			if r := d.wait(t); r.st.Code != codec.OK || string(r.resp) != "x" {
+				t.Fatalf("%+v", r)
+			}
+		}
+	}
+	e.until("the first one drains", func() bool { return first.draining && len(cl.ready) == 1 })
+	e.loop.do(func() {
+		if first.dead || first.slot.link == first || first.slot.old == first {
+			t.Error("the first connection did not stay for its watch alone")
+		}
+		h.Send([]byte("two"))
+	})
+	if got := sink.message(t); string(got) != "two" {
+		t.Errorf("the watch got %q", got)
+	}
+	e.loop.do(h.Close)
+	e.until("the first one is closed", func() bool { return first.dead })
+	if l := e.log.lines("does not answer"); len(l) != 0 {
+		t.Errorf("logged as a failure: %q", l)
+	}
+}
+
+// While the member takes no new connection, the old one goes on; when it dies, its slot still dials.
+func TestPoolLinkRenewsLate(t *testing.T) {
+	m := newFakeMember(t, echo)
+	r := newRelay(t, "127.0.0.1:0", m.addr())
+	e := newPoolEnv(t, []string{r.url()}, func(c *PoolConfig) { c.firstStreamID = renewStreamID + 1 })
+	e.connected(0)
+	gone := freePort(t)
+	r.mu.Lock()
+	r.target = gone
+	r.mu.Unlock()
+	for range 20 {
+		if got := e.call(codec.MethodRange, []byte("x")); got.st.Code != codec.OK {
+			t.Fatalf("%+v", got)
+		}
+	}
+	r.mu.Lock()
+	r.target = m.addr()
+	r.mu.Unlock()
+	r.kill()
+	e.until("the old one is noticed", func() bool { return e.counter(metricPoolDisconnect, "shard-1") > 0 })
+	e.connected(0)
+	if got := e.call(codec.MethodRange, []byte("x")); got.st.Code != codec.OK {
+		t.Errorf("%+v", got)
+	}
+}

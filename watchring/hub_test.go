@@ -309,3 +309,35 @@ func TestHubBudget(t *testing.T) {
 		t.Errorf("%d events", n)
 	}
 }
+
+// A Sink that panics (the loop survives that) does not leave a Hub that seems at work for ever.
+func TestHubSurvivesPanic(t *testing.T) {
+	r := newRig(t, 1, HubConfig{})
+	sink := &recorder{t: t}
+	s := r.hub.NewStream(sink)
+	r.hub.Add(s, &Watcher{ID: 1, Key: "a", Start: 1, ProgressNotify: true})
+	r.expect(sink)
+	survive := func(work func()) {
+		t.Helper()
+		sink.onSend = func() { panic("boom") }
+		defer func() {
+			if recover() == nil {
+				t.Error("nothing was sent")
+			}
+			sink.onSend = nil
+			sink.take()
+		}()
+		work()
+	}
+	survive(func() { r.hub.Notify(); r.hub.Notify() })
+	r.put(1, 0, "a")
+	r.front.Set(0, 1)
+	r.expect(sink, "id=1 rev=1 a@1")
+	s.Progress(1)
+	survive(func() { r.hub.Pump() })
+	r.put(2, 0, "a")
+	r.front.Set(0, 2)
+	if r.hub.Pump(); !slices.Contains(sink.take(), "id=1 rev=2 a@2") {
+		t.Error("no events after the panic")
+	}
+}

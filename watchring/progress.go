@@ -15,6 +15,7 @@ func (h *Hub) Notify() {
 		return
 	}
 	h.working = true
+	defer h.finish()
 	for i := 0; i < len(h.notify); i++ {
 		w := h.notify[i]
 		if w.closed {
@@ -25,7 +26,6 @@ func (h *Hub) Notify() {
 		}
 		w.quiet = true
 	}
-	h.finish()
 }
 
 func (h *Hub) progress(s *Stream, id, rev int64) {

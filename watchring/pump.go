@@ -11,6 +11,7 @@ func (h *Hub) Pump() (more bool) {
 		return true
 	}
 	h.working = true
+	defer h.finish() // also when a Sink panics: a Hub that seems at work for ever would send nothing more
 	h.revs, h.work = 0, 0
 	// Each Pump begins with another group, so that a busy one cannot keep the others waiting.
 	h.first = (h.first + 1) % len(h.groups)
@@ -25,7 +26,6 @@ func (h *Hub) Pump() (more bool) {
 		more = true
 	}
 	h.answer()
-	h.finish()
 	return more
 }
 

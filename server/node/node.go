@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"log/slog"
 	mrand "math/rand/v2"
 	"net"
@@ -95,6 +96,7 @@ func Start(cfg Config) (*Node, error) {
 		Log:        cfg.Log,
 
 		BeforeClose: n.unwire,
+		OnPanic:     n.panicked,
 	})
 	if err != nil {
 		_ = n.metrics.Close()
@@ -161,33 +163,58 @@ func (n *Node) awaitConnections() {
 			n.core.Start()
 		}
 	}
-	missing := len(n.cfg.Shards) + 1
-	n.pool.OnConnected(func(codec.ClusterID) {
-		if missing--; missing == 0 {
-			start()
-		}
-	})
+	n.pool.OnConnected(whenAll(len(n.cfg.Shards)+1, start))
 	loop := n.engine.Loops()[0]
 	time.AfterFunc(connectGrace, func() { loop.Post(start) })
+}
+
+// whenAll returns a function that calls f once it was told of n clusters, each of them perhaps several times.
+func whenAll(n int, f func()) func(codec.ClusterID) {
+	seen := make(map[codec.ClusterID]bool, n)
+	return func(id codec.ClusterID) {
+		if seen[id] = true; len(seen) == n {
+			f()
+		}
+	}
+}
+
+// panicked is server.Config.OnPanic: with what all clients share perhaps half-changed, this proxy must not go on. It
+// has no data of its own, so the next one begins with what the members have. On any loop.
+func (n *Node) panicked(err error, fatal bool) {
+	if fatal {
+		err = fmt.Errorf("%w; the log has the details, start Spindle again", err)
+		n.engine.Loops()[0].Post(func() { n.giveUp(err) })
+	}
+}
+
+// giveUp says that the proxy cannot go on. The first reason counts. On the first loop.
+func (n *Node) giveUp(err error) {
+	if n.gaveUp {
+		return
+	}
+	n.gaveUp = true
+	n.engine.SetReady(false)
+	n.status.Store(&status{reason: err.Error()})
+	select {
+	case n.failed <- err:
+	default: // the engine has stopped by itself
+	}
 }
 
 // turnEnd looks whether the core has become ready, or has given up. On the first loop.
 func (n *Node) turnEnd() {
 	ok, why := n.core.Ready()
 	switch {
-	case !n.begunCore:
+	case n.gaveUp || !n.begunCore:
 	case ok && !n.wasReady:
 		n.wasReady = true
 		n.serveWatch()
 		n.engine.SetReady(true)
 		n.status.Store(&status{ready: true})
 		close(n.ready)
-	case ok || n.gaveUp:
+	case ok:
 	case n.core.Failed() != "":
-		n.gaveUp = true
-		n.engine.SetReady(false)
-		n.status.Store(&status{reason: why})
-		n.failed <- errors.New(why)
+		n.giveUp(errors.New(why))
 	case why != n.status.Load().reason:
 		n.status.Store(&status{reason: why})
 	}
