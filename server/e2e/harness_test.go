@@ -108,6 +108,8 @@ func startEtcd(t testing.TB) string {
 // nodeConfig is a proxy over m, with ports of the kernel's choice.
 func nodeConfig(t testing.TB, m *embedded.Members) node.Config {
 	cfg := node.Config{
+		// These tests ask what is answered, not how fast: a busy machine must not look like a lost shard.
+		ShardTimeout:      30 * time.Second,
 		ListenClientURLs:  []string{"http://127.0.0.1:0"},
 		ListenMetricsURLs: []string{"http://127.0.0.1:0"},
 		Coordinator:       []string{m.Coordinator},
