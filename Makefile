@@ -10,6 +10,9 @@ RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 FUZZTIME ?= 30s
 SEEDS ?= 20000
 
+# What the tests of kube-apiserver's storage run over: spindle or etcd.
+KUBE_BACKEND ?= spindle
+
 .PHONY: help
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +29,7 @@ build: ## Build ./spindle
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
 	$(GO) test -timeout 8m ./...
 	.ci/etcdctl.sh
+	$(MAKE) kube
 	$(GO) test -race -short -timeout 8m $(RACE)
 
 .PHONY: race
@@ -39,6 +43,11 @@ e2e: ## Only the black-box tests, with their numbers
 .PHONY: etcdctl
 etcdctl: ## The real etcdctl against a running Spindle
 	.ci/etcdctl.sh
+
+.PHONY: kube
+kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: over a plain etcd)
+	cd server/e2e/kube && $(GO) vet ./... && SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) $(GO) test ./...
+	SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) GO='$(GO)' server/e2e/kube/run.sh
 
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of them
