@@ -10,6 +10,9 @@ RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 FUZZTIME ?= 30s
 SEEDS ?= 20000
 
+# How long `make soak` runs.
+SOAK ?= 3m
+
 # What the tests of kube-apiserver's storage run over: spindle or etcd.
 KUBE_BACKEND ?= spindle
 
@@ -48,6 +51,10 @@ etcdctl: ## The real etcdctl against a running Spindle
 kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: over a plain etcd)
 	cd server/e2e/kube && $(GO) vet ./... && SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) $(GO) test ./...
 	SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) GO='$(GO)' server/e2e/kube/run.sh
+
+.PHONY: soak
+soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
+	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
 
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of them
