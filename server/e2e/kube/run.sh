@@ -1,6 +1,7 @@
 #!/bin/sh
 # Runs the tests of k8s.io/apiserver's etcd storage and of the cache above it, unchanged, against Spindle
-# (SPINDLE_KUBE_BACKEND=spindle, the default) or a plain etcd (=etcd). RUN=pattern chooses tests.
+# (SPINDLE_KUBE_BACKEND=spindle, the default) or a plain etcd (=etcd). RUN=pattern chooses tests, SKIP=no
+# runs those of skip.txt too.
 #
 # The apiserver module is copied, because one package of the copy is replaced: the one that starts etcd.
 # The tests mostly wait, so several processes share them.
@@ -30,7 +31,7 @@ $GO mod edit -replace "k8s.io/apiserver=$copy" "$work/go.mod"
 
 # skips PACKAGE: one pattern of what is skipped there
 skips() {
-	[ "$backend" = etcd ] || awk -v pkg="$1" '$1 == pkg || $1 == "*" { printf "%s%s", sep, $2; sep = "|" }' skip.txt
+	[ "$backend" = etcd ] || [ "${SKIP:-}" = no ] || awk -v pkg="$1" '$1 == pkg || $1 == "*" { printf "%s%s", sep, $2; sep = "|" }' skip.txt
 }
 
 run=$(mktemp -d)
