@@ -62,7 +62,7 @@ sim: ## The simulation of the protocol, SEEDS=20000 of them
 
 .PHONY: fuzz
 fuzz: ## Every fuzz target for FUZZTIME=30s
-	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
+	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' --exclude-dir=.tmp . | xargs -n1 dirname | sort -u); do \
 		for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$dir/*_test.go); do \
 			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir; \
 		done; \
@@ -74,7 +74,7 @@ bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
 
 .PHONY: lint
 lint: ## gofmt and go vet
-	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
+	@out=$$(gofmt -l *.go */); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 
 .PHONY: clean

@@ -44,6 +44,7 @@ for pkg in etcd3 cacher; do
 		awk -v jobs="$JOBS" -v out="$run/$pkg" '{ f = out "-" NR % jobs; printf "%s%s", (f in seen ? "|" : ""), $0 >f; seen[f] }'
 done
 for list in "$run"/*-*; do
+	[ -e "$list" ] || { echo "no test is called like that"; exit 1; }
 	pkg=$(basename "${list%-*}")
 	skip=$(skips "$pkg")
 	(
