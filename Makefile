@@ -10,6 +10,12 @@ RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 FUZZTIME ?= 30s
 SEEDS ?= 20000
 
+# How long `make soak` runs.
+SOAK ?= 3m
+
+# What the tests of kube-apiserver's storage run over: spindle or etcd.
+KUBE_BACKEND ?= spindle
+
 .PHONY: help
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +32,7 @@ build: ## Build ./spindle
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
 	$(GO) test -timeout 8m ./...
 	.ci/etcdctl.sh
+	$(MAKE) kube
 	$(GO) test -race -short -timeout 8m $(RACE)
 
 .PHONY: race
@@ -40,13 +47,22 @@ e2e: ## Only the black-box tests, with their numbers
 etcdctl: ## The real etcdctl against a running Spindle
 	.ci/etcdctl.sh
 
+.PHONY: kube
+kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: over a plain etcd)
+	cd server/e2e/kube && $(GO) vet ./... && SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) $(GO) test ./...
+	SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) GO='$(GO)' server/e2e/kube/run.sh
+
+.PHONY: soak
+soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
+	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
+
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of them
 	SPINDLE_SIM_SEEDS=$(SEEDS) $(GO) test -count 1 -v -timeout 24h -run 'TestSimulation$$' ./shard/sim
 
 .PHONY: fuzz
 fuzz: ## Every fuzz target for FUZZTIME=30s
-	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
+	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' --exclude-dir=.tmp . | xargs -n1 dirname | sort -u); do \
 		for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$dir/*_test.go); do \
 			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir; \
 		done; \
@@ -58,7 +74,7 @@ bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
 
 .PHONY: lint
 lint: ## gofmt and go vet
-	@out=$$(gofmt -l .); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
+	@out=$$(gofmt -l *.go */); if [ -n "$$out" ]; then echo "not gofmt'ed:"; echo "$$out"; exit 1; fi
 	$(GO) vet ./...
 
 .PHONY: clean
