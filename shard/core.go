@@ -105,7 +105,9 @@ type Core struct {
 	resps     [][]byte
 	part1     [1][]byte
 	freeReads []*readBatch
-	stats     Stats
+
+	rangeStreams int // open
+	stats        Stats
 }
 
 type coreState uint8
