@@ -270,12 +270,12 @@ func (p *pagePart) pageLimit() int64 {
 	r := p.r
 	limit := int64(math.MaxInt64)
 	if r.spec.limit > 0 {
-		limit = shareOf(r.spec.limit-min(r.sent, r.spec.limit-1), len(r.parts))
+		limit = r.c.shareOf(r.spec.limit-min(r.sent, r.spec.limit-1), len(r.parts))
 	}
 	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
 		return limit
 	}
-	want := int64(firstPageKeys)
+	want := int64(r.c.cfg.PageKeys)
 	if p.limit > 0 {
 		want = min(r.c.pageBytes(len(r.parts))/max(p.perKey, 1), p.limit*pageGrowth, maxPageKeys)
 	}
@@ -286,8 +286,11 @@ func (p *pagePart) pageLimit() int64 {
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
-func shareOf(limit int64, n int) int64 {
+func (c *Core) shareOf(limit int64, n int) int64 {
 	share := limit / int64(n)
+	if c.cfg.PageKeys < firstPageKeys {
+		return max(share, 1)
+	}
 	return min(limit, share+int64(shareSpread*math.Sqrt(float64(share)))+pageSlack)
 }
 
@@ -560,7 +563,7 @@ func (r *pagedRead) mergeOn() {
 		p.it.have = false
 		p.taken++
 		r.sent++
-		if r.stream != nil && len(r.out) >= streamChunkBytes {
+		if r.stream != nil && len(r.out) >= r.c.cfg.ChunkBytes {
 			r.emit()
 		}
 	}
@@ -682,6 +685,6 @@ func (r *pagedRead) emit() {
 	s.wanted = false
 	s.Chunk(s, chunk)
 	if !r.over {
-		r.out = beginChunk(make([]byte, 0, streamChunkBytes+chunkSlack))
+		r.out = beginChunk(make([]byte, 0, r.c.cfg.ChunkBytes+chunkSlack))
 	}
 }

@@ -112,7 +112,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 // shape gives a list limits, sort orders and filters.
 func (c *client) shape(q *pb.RangeRequest, g *rand.Rand) {
 	if g.IntN(3) == 0 {
-		q.Limit = int64(1 + g.IntN(4))
+		q.Limit = int64(1 + g.IntN(4+c.p.r.Keys))
 	}
 	switch g.IntN(10) {
 	case 0:
