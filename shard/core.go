@@ -284,8 +284,6 @@ func (c *Core) Submit(op *Op) {
 			return
 		}
 		switch {
-		case p.NeedsHistory():
-			c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: a range with a revision inside a txn is not built yet"})
 		case op.Kind == OpRange:
 			c.submitRange(op)
 		case p.ReadOnly():

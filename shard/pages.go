@@ -56,7 +56,7 @@ type pagedRead struct {
 	emitted  bool
 	over     bool
 	merging  bool
-	cut      bool // the limit is reached and there is more: only the count is missing
+	cut      bool  // the limit is reached and there is more: only the count is missing
 	deadline int64 // for the state to be fixed, and of a unary answer as a whole
 }
 

@@ -59,7 +59,7 @@ func (c *client) openStream(o *op, msg []byte) {
 					c.doneStream(o, nil, codec.Status{Code: codec.Canceled})
 				}
 			})
-		case r.net.Chance(0.1):
+		case r.Chaos > 0 && r.net.Chance(0.1):
 			r.net.After(r.net.Between(0, 300*time.Millisecond), pull)
 		default:
 			r.net.After(r.net.Between(0, time.Millisecond), pull)
