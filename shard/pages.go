@@ -3,6 +3,7 @@ package shard
 import (
 	"bytes"
 	"math"
+	"slices"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -24,9 +25,15 @@ const (
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
 	// many streams share pageBudget: the bytes that the pages of all streams may hold.
 	maxPageKeys  = 4096
-	maxPageBytes = 1 << 20
+	maxPageBytes = 512 << 10
 	minPageBytes = 32 << 10
-	pageBudget   = 32 << 20
+	pageBudget   = 16 << 20
+	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
+	// that ordinary lists take one page; its further ones aim at wholePageBytes.
+	wholeFactor    = 32
+	wholePageBytes = 4 << 20
+	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
+	maxReserve = 256 << 20
 	// pageSlack is what a shard is asked for beyond its share of a limit, plus shareSpread times the
 	// share's square root: a hash spreads keys evenly, but not exactly.
 	pageSlack   = 4
@@ -57,7 +64,7 @@ type pagedRead struct {
 	over     bool
 	merging  bool
 	cut      bool  // the limit is reached and there is more: only the count is missing
-	deadline int64 // for the state to be fixed, and of a unary answer as a whole
+	deadline int64 // for the state to be fixed
 }
 
 // pagePart is one shard's share.
@@ -103,18 +110,18 @@ func (c *Core) newPagedRead(op *Op, stream *RangeStream) *pagedRead {
 		r.parts[i] = pagePart{r: r, s: s}
 	}
 	c.at(r.deadline, func() {
-		if !r.over && (r.stream == nil || !r.fixed) {
+		if !r.over && !r.fixed { // from then on each page has a deadline of its own
 			r.end(codec.ErrTimeout)
 		}
 	})
 	return r
 }
 
-// paged says that p, a Range, is better read page by page: a limit that shards share, or a state inside
-// a batch, where nothing but a list of keys can tell a count.
+// paged says that p, a Range, is read page by page: a list in the order of keys, and a count at a
+// revision, which inside a batch nothing but a list can tell.
 func (p *Plan) paged() bool {
 	r := &p.ranges[0]
-	return p.ops[0].end != nil && r.plain() && (r.limit > 0 && !r.countOnly || r.countOnly && r.rev > 0)
+	return p.ops[0].end != nil && r.plain() && (!r.countOnly || r.rev > 0)
 }
 
 // begin reads the first page of every shard beside now.
@@ -275,14 +282,38 @@ func (p *pagePart) pageLimit() int64 {
 	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
 		return limit
 	}
-	want := int64(r.c.cfg.PageKeys)
+	want, aim := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts))
+	if r.whole() && want >= firstPageKeys {
+		want, aim = want*wholeFactor, wholePageBytes
+	}
 	if p.limit > 0 {
-		want = min(r.c.pageBytes(len(r.parts))/max(p.perKey, 1), p.limit*pageGrowth, maxPageKeys)
+		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, maxPageKeys)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
 	}
 	return max(min(want, limit), 1)
+}
+
+// whole says that the answer is unary and has no limit.
+func (r *pagedRead) whole() bool { return r.stream == nil && r.spec.limit <= 0 }
+
+// reserve makes room for a unary answer, as large as the first pages make it seem.
+func (r *pagedRead) reserve() {
+	size, keys := int64(0), int64(math.MaxInt64)
+	if r.spec.limit > 0 {
+		keys = r.spec.limit
+	}
+	for i := range r.parts {
+		p := &r.parts[i]
+		n := min(p.total, keys, maxReserve)
+		size += min(n*min(p.perKey, maxReserve/max(n, 1)+1), maxReserve)
+	}
+	if r.spec.limit > 0 {
+		size /= int64(len(r.parts)) // each was counted as if it had them all
+		size += size / 4
+	}
+	r.out = slices.Grow(r.out, int(min(size, maxReserve)))
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
@@ -370,7 +401,7 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 		r.compacted(p)
 	case definite(st) && st != codec.ErrFutureRev:
 		r.end(st)
-	case st.Code != codec.OK && (c.cfg.Now() >= q.deadline || r.stream == nil && c.cfg.Now() >= r.deadline):
+	case st.Code != codec.OK && c.cfg.Now() >= q.deadline:
 		r.end(codec.ErrTimeout)
 	case st.Code != codec.OK:
 		c.after(c.jitter(retryDelay), func() {
@@ -499,7 +530,7 @@ func (p *pagePart) advance() bool {
 		}
 		p.page, p.ahead, p.full = p.ahead, p.page, false
 		p.it = partIter{it: codec.Fields{Msg: p.page}}
-		if p.r.stream != nil {
+		if p.r.stream != nil || p.r.whole() {
 			p.fetch() // the next one comes while this one is merged
 		}
 	}
@@ -559,6 +590,9 @@ func (r *pagedRead) mergeOn() {
 			return
 		}
 		p := &r.parts[best]
+		if r.sent == 0 && r.stream == nil {
+			r.reserve()
+		}
 		r.out = r.spec.appendKV(r.out, &p.it.kv.KV)
 		p.it.have = false
 		p.taken++

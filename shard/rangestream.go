@@ -10,7 +10,7 @@ import (
 
 const (
 	// streamChunkBytes is the size that a chunk is closed at; one key may go beyond it.
-	streamChunkBytes = 512 << 10
+	streamChunkBytes = 256 << 10
 	// maxRangeStreams bounds the RangeStreams that are open at a time. Beyond: ResourceExhausted
 	// "etcdserver: too many requests".
 	maxRangeStreams = 1024
