@@ -22,9 +22,11 @@ const (
 	// pageGrowth bounds how much larger than the last one a page may be, so that a region of large
 	// values behind one of small values is met by few of them.
 	pageGrowth = 4
+	// pageShrink is how much smaller a page is asked for that turned out to be too large for one answer.
+	pageShrink = 8
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
 	// many streams share pageBudget: the bytes that the pages of all streams may hold.
-	maxPageKeys  = 4096
+	maxPageKeys  = 2048
 	maxPageBytes = 512 << 10
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
@@ -401,6 +403,10 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 		r.compacted(p)
 	case definite(st) && st != codec.ErrFutureRev:
 		r.end(st)
+	case st.Code == codec.ResourceExhausted && st != codec.ErrTooManyRequests && p.limit > 1:
+		// The page is larger than any answer that a member may give: large values follow small ones.
+		p.limit = max(p.limit/pageShrink, 1)
+		q.send()
 	case st.Code != codec.OK && c.cfg.Now() >= q.deadline:
 		r.end(codec.ErrTimeout)
 	case st.Code != codec.OK:
