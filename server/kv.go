@@ -2,7 +2,7 @@ package server
 
 import "spindle/shard"
 
-// kvService is etcd's key-value API. RangeStream is new in 3.7; its clients fall back to Range.
+// kvService is etcd's key-value API. RangeStream (new in 3.7) is served once ServeRangeStream was called.
 var kvService = service{"etcdserverpb.KV", []method{
 	unary("Range", shard.OpRange),
 	unary("Put", shard.OpPut),

@@ -47,6 +47,11 @@ type CoreConfig struct {
 	// SnapshotEvery is the number of ticks between two snapshots on the coordinator.
 	SnapshotEvery int
 
+	// PageKeys and ChunkBytes are the size of a stream's first page of a shard, in keys, and what a chunk
+	// of it is closed at. For tests: with fewer keys than the default nothing beyond a shard's share of a
+	// limit is asked for either.
+	PageKeys, ChunkBytes int
+
 	// Sabotage plants bugs for the simulation to find. Never set outside of tests.
 	Sabotage Sabotage
 }
@@ -105,7 +110,9 @@ type Core struct {
 	resps     [][]byte
 	part1     [1][]byte
 	freeReads []*readBatch
-	stats     Stats
+
+	rangeStreams int // open
+	stats        Stats
 }
 
 type coreState uint8
@@ -167,6 +174,8 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	def(&cfg.Limits.MaxTxnOps, 128)
 	def(&cfg.Limits.MaxRequestBytes, 1536<<10)
 	def(&cfg.MemberMaxTxnOps, 128)
+	def(&cfg.PageKeys, firstPageKeys)
+	def(&cfg.ChunkBytes, streamChunkBytes)
 	def(&cfg.MemberMaxRequestBytes, 1536<<10)
 	c := &Core{cfg: cfg, tr: tr, log: cfg.Log, reason: "starting", compacted: -1}
 	c.clock = revclock.New(revclock.Config{
@@ -275,8 +284,6 @@ func (c *Core) Submit(op *Op) {
 			return
 		}
 		switch {
-		case p.NeedsHistory():
-			c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: a range with a revision inside a txn is not built yet"})
 		case op.Kind == OpRange:
 			c.submitRange(op)
 		case p.ReadOnly():

@@ -265,6 +265,9 @@ func (e *evaluation) appendOp(dst []byte, o *planOp, full *codec.Header) []byte 
 	switch o.kind {
 	case planRange:
 		dst = e.appendHeader(dst, full)
+		if past, ok := e.p.pastBody(o.idx); ok {
+			return append(dst, past...)
+		}
 		from, to := keysIn(e.kvs, o.interval())
 		return e.p.ranges[o.idx].appendSnapshot(dst, e.kvs[from:to])
 	case planPut:

@@ -41,6 +41,10 @@ type part struct {
 // submitList reads a range over all shards: first beside now; if no batch was in flight anywhere that
 // is the answer, else each shard is read again at the state that belongs to now.
 func (c *Core) submitList(op *Op) {
+	if op.core.plan.paged() {
+		c.newPagedRead(op, nil).begin()
+		return
+	}
 	r := c.newFixedRead(op, c.shards)
 	r.latest = true
 	r.begin()
@@ -258,6 +262,13 @@ func (c *Core) readSet(op *Op) []*shardState {
 
 // submitSerializable answers from this proxy's frontier, without the coordinator.
 func (c *Core) submitSerializable(op *Op) {
+	if op.core.plan.paged() {
+		r := c.newPagedRead(op, nil)
+		r.latest = true
+		f := c.frontier.Get(r.set())
+		r.lookAt(f, f)
+		return
+	}
 	r := c.newFixedRead(op, c.readSet(op))
 	r.latest = true
 	f := c.frontier.Get(r.set())
@@ -285,6 +296,11 @@ func (c *Core) submitHistoryRange(op *Op) {
 				hdr.Revision = n
 				op.Resp = op.core.plan.AnswerRange(op.Resp[:0], nil, hdr, nil)
 				c.finish(op, codec.Status{})
+				return
+			}
+			if op.core.plan.paged() {
+				r := c.newPagedRead(op, nil)
+				c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
 				return
 			}
 			r := c.newFixedRead(op, c.readSet(op))

@@ -19,11 +19,16 @@ import (
 // ok is false when the bytes are not well-formed, a value has no stamp, or the record does not explain a
 // key that is gone.
 func MergeAtRevision(dst, after, before []byte, r int64, rec *Record) (out []byte, ok bool) {
-	late, ok := storedKVs(after)
+	return mergeAtRevision(dst, after, before, r, rec, nil)
+}
+
+// mergeAtRevision is MergeAtRevision for pages: keys behind last are left out, unless it is nil.
+func mergeAtRevision(dst, after, before []byte, r int64, rec *Record, last []byte) (out []byte, ok bool) {
+	late, ok := storedKVs(after, last)
 	if !ok {
 		return dst, false
 	}
-	early, ok := storedKVs(before)
+	early, ok := storedKVs(before, last)
 	if !ok {
 		return dst, false
 	}
@@ -80,7 +85,7 @@ type storedKV struct {
 	mod      int64
 }
 
-func storedKVs(resp []byte) (kvs []storedKV, ok bool) {
+func storedKVs(resp, last []byte) (kvs []storedKV, ok bool) {
 	it := codec.Fields{Msg: resp}
 	for it.Next() {
 		if it.Field.Num != 2 {
@@ -89,6 +94,9 @@ func storedKVs(resp []byte) (kvs []storedKV, ok bool) {
 		var kv snapKV
 		if stamped, ok := parseStored(it.Field.Bytes, &kv); !ok || !stamped {
 			return nil, false
+		}
+		if last != nil && bytes.Compare(kv.Key, last) > 0 {
+			continue
 		}
 		kvs = append(kvs, storedKV{kv.Key, it.Field.Bytes, kv.ModRevision})
 	}

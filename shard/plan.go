@@ -38,7 +38,8 @@ type Plan struct {
 	root   planSpan  // of ops: the one operation of a request that is not a Txn
 
 	slow, history, lease bool
-	budget               int // operations that Parse may still store
+	past                 []pastRange // by range; what readPast learned
+	budget               int         // operations that Parse may still store
 
 	decided bool
 	guards  []planGuard // of a decided plan

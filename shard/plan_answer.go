@@ -234,6 +234,9 @@ func (a *answering) appendOp(dst []byte, o *planOp, body []byte, full *codec.Hea
 	switch o.kind {
 	case planRange:
 		dst = a.appendHeader(dst, full)
+		if past, ok := a.p.pastBody(o.idx); ok {
+			return append(dst, past...), true
+		}
 		one := [1][]byte{body}
 		return a.p.merge.appendRange(dst, &a.p.ranges[o.idx], one[:], a.learn)
 	case planPut:

@@ -32,6 +32,7 @@ func (p *Plan) check(msg []byte, lim *Limits) codec.Status {
 		return errReserved
 	}
 	p.touches()
+	p.slow = p.slow || p.history
 	for i := range p.cmps {
 		c := &p.cmps[i]
 		c.form = formOf(c)

@@ -133,7 +133,11 @@ func (p *Plan) appendOps(dst []byte, num protowire.Number, span planSpan, rev in
 		dst, m2 = codec.BeginMessage(dst, protowire.Number(o.kind))
 		switch o.kind {
 		case planRange:
-			dst = p.ranges[o.idx].appendMember(dst, o.interval(), 0)
+			r := p.ranges[o.idx]
+			if _, past := p.pastBody(o.idx); past {
+				r = rangeSpec{countOnly: true} // only its place in the answer counts
+			}
+			dst = r.appendMember(dst, o.interval(), 0)
 		case planPut:
 			dst = p.appendPut(dst, o, rev)
 		case planDelete:

@@ -107,9 +107,7 @@ func (c *Core) emptyTxn(op *Op) {
 		}
 		hdr := c.hdr
 		hdr.Revision = rev
-		out, _, st := op.core.plan.Evaluate(op.Resp[:0], NewSnapshot(nil), hdr)
-		op.Resp = out
-		c.finish(op, st)
+		c.answerTxn(op, NewSnapshot(nil), hdr)
 	})
 }
 
@@ -476,9 +474,10 @@ func (s *shardState) answerRead(it *readItem, parts [][]byte, hdr codec.Header) 
 		c.finish(op, codec.Status{})
 		return
 	}
-	out, _, st := p.Evaluate(op.Resp[:0], NewSnapshot(parts), hdr)
-	op.Resp = out
-	c.finish(op, st)
+	if p.NeedsHistory() {
+		parts = ownParts(parts)
+	}
+	c.answerTxn(op, NewSnapshot(parts), hdr)
 }
 
 // lookedUp goes on with a write whose keys were read at the shard's local revision.
@@ -489,7 +488,12 @@ func (s *shardState) lookedUp(w *write, parts [][]byte, local int64) {
 	}
 	snap := NewSnapshot(parts)
 	if w.plan.Slow() {
-		if st := w.plan.Decide(snap, local); st.Code != codec.OK {
+		st := w.plan.Decide(snap, local)
+		if ops := w.plan.pastOf(snap); len(ops) > 0 {
+			s.decidedPast(w, ops, st)
+			return
+		}
+		if st.Code != codec.OK {
 			s.answer(w, st)
 			return
 		}

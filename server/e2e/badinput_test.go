@@ -181,9 +181,6 @@ func TestBadInput(t *testing.T) {
 			if (errs[0] == nil) != c.ok {
 				t.Fatalf("the test is wrong: etcd says %v", errs[0])
 			}
-			if !txnRevisions && status.Code(errs[1]) == codes.Unimplemented && strings.Contains(errs[1].Error(), "range with a revision inside a txn") {
-				t.Skip("not built yet, and says so")
-			}
 			if a, b := errText(errs[0]), errText(errs[1]); a != b {
 				t.Errorf("etcd:    %s\nspindle: %s", a, b)
 			}

@@ -72,13 +72,18 @@ func (p *pair) step(ctx context.Context) error {
 
 	var resps [2]any
 	var errs [2]error
+	send := call
+	if r, ok := reqs[0].(*pb.RangeRequest); ok && p.gen.chance(30) && (r.SortOrder != pb.RangeRequest_NONE || r.SortTarget == pb.RangeRequest_KEY) {
+		send = rangeStream
+		p.history[len(p.history)-1] += " as a stream"
+	}
 	for side := range 2 {
-		resps[side], errs[side] = call(ctx, p.side[side], reqs[side])
+		resps[side], errs[side] = send(ctx, p.side[side], reqs[side])
 	}
 	if r, ok := reqs[1].(*pb.RangeRequest); ok && r.Serializable && errs[1] == nil && r.Revision <= 0 {
 		// A serializable answer may be old; wait until it is not.
 		for deadline := time.Now().Add(callTimeout); header(resps[1]).Revision < p.last[1]; {
-			if resps[1], errs[1] = call(ctx, p.side[1], reqs[1]); errs[1] != nil {
+			if resps[1], errs[1] = send(ctx, p.side[1], reqs[1]); errs[1] != nil {
 				return fmt.Errorf("serializable: %w", errs[1])
 			}
 			if time.Now().After(deadline) {

@@ -26,9 +26,6 @@ type generator struct {
 const (
 	noLease   = 0x7abc
 	futureRev = int64(1) << 40
-
-	// txnRevisions allows ranges with a revision inside a Txn.
-	txnRevisions = false
 )
 
 func (g *generator) key() []byte { return []byte(g.keys[g.r.IntN(len(g.keys))]) }
@@ -284,13 +281,13 @@ func (g *generator) op(keys []string, key []byte, depth int) *pb.RequestOp {
 			r.RangeEnd = append(append([]byte(nil), key...), 0)
 			r.Limit = int64(g.r.IntN(3))
 		}
-		if txnRevisions {
-			switch g.r.IntN(20) {
-			case 0, 1:
-				r.Revision = g.rev()
-			case 2:
-				r.Revision = futureRev
-			}
+		switch g.r.IntN(40) {
+		case 0, 1, 2, 3, 4:
+			r.Revision = g.rev()
+		case 5:
+			r.Revision = futureRev
+		case 6:
+			r.Revision = -3
 		}
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: r}}
 	case n < 90 || depth >= 2:

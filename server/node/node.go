@@ -209,6 +209,7 @@ func (n *Node) turnEnd() {
 	case ok && !n.wasReady:
 		n.wasReady = true
 		n.serveWatch()
+		server.ServeRangeStream(n.engine, n.core)
 		n.engine.SetReady(true)
 		n.status.Store(&status{ready: true})
 		close(n.ready)

@@ -78,8 +78,13 @@ func (c *checker) compactedFor(o *op) bool {
 	asks := int64(1) << 62
 	switch q := o.req.(type) {
 	case *pb.RangeRequest:
-		if q.Revision > 0 {
+		switch {
+		case q.Revision > 0:
 			asks = q.Revision
+		case o.stream && q.Serializable:
+			asks = 0
+		case o.stream: // its revision may be compacted while it lasts
+			asks = o.floor
 		}
 	case *pb.CompactionRequest:
 		asks = q.Revision - 1

@@ -26,6 +26,7 @@ type op struct {
 	floor  int64 // the largest revision that anyone had been shown when it began
 	rev    int64 // header.revision of the answer
 	facts  int   // of the history that belong to it
+	stream bool  // a RangeStream
 }
 
 func (o *op) String() string {
@@ -58,6 +59,7 @@ type client struct {
 	name  string
 	cur   *op
 	sop   *shard.Op
+	list  *shard.RangeStream
 	idle  bool // waits for the proxy to be ready
 	alive bool // keeps away from a dead shard
 	n     int
@@ -107,6 +109,11 @@ func (c *client) issue() {
 	r.net.tracef("%s: op%d begins, floor %d: %s", c.name, o.id, o.floor, short(req))
 	if _, ok := req.(*pb.WatchProgressRequest); ok {
 		c.askNow(o)
+		return
+	}
+	if q, ok := req.(*pb.RangeRequest); ok && streams(q) && r.net.Chance(0.3) {
+		o.stream = true
+		c.openStream(o, msg)
 		return
 	}
 	s := &shard.Op{Kind: kind, Msg: msg}
@@ -198,7 +205,7 @@ func (c *client) proxyDied() {
 		o.ended, o.end, o.st = true, c.p.r.net.now, codec.Status{Code: codec.Unavailable, Msg: errNoAnswer.Error()}
 		c.p.r.open--
 		c.p.r.stats.Unknown++
-		c.cur, c.sop = nil, nil
+		c.cur, c.sop, c.list = nil, nil, nil
 		c.next()
 	}
 }

@@ -35,6 +35,8 @@ type Config struct {
 	// Window and Timeout are the core's ReorderWindow and ShardTimeout.
 	Window, Timeout time.Duration
 	SnapshotEvery   int
+	// PageKeys and ChunkBytes make the pages and chunks of lists small.
+	PageKeys, ChunkBytes int
 
 	Sabotage shard.Sabotage
 	// Tamper and TamperReply plant bugs on the wire; see Net.
@@ -89,6 +91,9 @@ func ConfigOf(seed uint64) Config {
 	case 1, 2: // crowded: batches of many
 		c.Think, c.Clients, c.Shards = 0, 4+r.IntN(12), 1+r.IntN(2)
 		c.Keys = 8 + r.IntN(30)
+	}
+	if r.IntN(4) > 0 {
+		c.PageKeys, c.ChunkBytes = 1+r.IntN(4), 1+r.IntN(200)
 	}
 	if r.IntN(5) > 0 {
 		c.Faults = Faults{

@@ -7,7 +7,7 @@
 //     a test compares it with etcd itself, request by request.
 //   - Net, Host, Link (net.go, link.go) are virtual time, and the connections of proxies to clusters with their
 //     faults: lost, late, refused requests, lost replies, resets, holes, lagging and standing streams.
-//   - Run (config.go, run.go, proxy.go, client.go, generate.go, follow.go, viewer.go, mischief.go, dead.go) is one
+//   - Run (config.go, run.go, proxy.go, client.go, stream.go, generate.go, follow.go, viewer.go, mischief.go, dead.go) is one
 //     run: proxies that crash and return, clients that contend for few keys, readers of the ring, watches on
 //     a Hub, keys that expire, members that are compacted behind everybody's back.
 //   - The check (history.go, eval.go, check.go, check_watch.go) reads from the clusters' full histories what

@@ -112,7 +112,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 // shape gives a list limits, sort orders and filters.
 func (c *client) shape(q *pb.RangeRequest, g *rand.Rand) {
 	if g.IntN(3) == 0 {
-		q.Limit = int64(1 + g.IntN(4))
+		q.Limit = int64(1 + g.IntN(4+c.p.r.Keys))
 	}
 	switch g.IntN(10) {
 	case 0:
@@ -183,6 +183,9 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(k), PrevKv: g.IntN(3) == 0}}})
 			default:
 				q := &pb.RangeRequest{Key: []byte(k)}
+				if g.IntN(4) == 0 {
+					q.Revision = max(1, r.shown-int64(g.IntN(40)))
+				}
 				if r.Shards == 1 && g.IntN(3) == 0 {
 					q.RangeEnd = []byte{0}
 					if c.shape(q, g); q.SortTarget == pb.RangeRequest_MOD {

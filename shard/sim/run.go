@@ -46,6 +46,8 @@ type Run struct {
 // Stats tells what a run did.
 type Stats struct {
 	Events, Ops, OK, Unknown, Crashes, Failures, Lapped, Facts, Compactions int
+	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
+	Streams, Chunks int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.

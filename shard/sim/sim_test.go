@@ -100,6 +100,8 @@ func TestSimulation(t *testing.T) {
 		sum.Lapped += stats.Lapped
 		sum.Compactions += stats.Compactions
 		sum.Viewed += stats.Viewed
+		sum.Streams += stats.Streams
+		sum.Chunks += stats.Chunks
 		sum.Canceled += stats.Canceled
 		sum.Slowest = max(sum.Slowest, stats.Slowest)
 		sum.Core = addStats(sum.Core, stats.Core)
