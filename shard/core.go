@@ -33,6 +33,9 @@ type CoreConfig struct {
 	// etcd's "request timed out".
 	ShardTimeout time.Duration
 
+	// HistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
+	HistoryBytes int
+
 	// Limits are enforced towards clients.
 	Limits Limits
 	// MemberMaxTxnOps and MemberMaxRequestBytes are what the members accept (etcd's --max-txn-ops and
@@ -88,6 +91,7 @@ type Core struct {
 	onFrontier func()
 	creates    *CreateCache
 	compacted  int64 // what clients compacted, -1 for nothing
+	histories  []*History
 
 	timers   timerHeap
 	timerSeq uint64
@@ -164,6 +168,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		cfg.RingBytes = 256 << 20
 	}
 	def(&cfg.RingSize, 1<<16)
+	def(&cfg.HistoryBytes, defaultHistoryBytes)
 	def(&cfg.Limits.MaxTxnOps, 128)
 	def(&cfg.Limits.MaxRequestBytes, 1536<<10)
 	def(&cfg.MemberMaxTxnOps, 128)
@@ -248,6 +253,9 @@ func (c *Core) stop(st codec.Status) {
 	c.state = stateFailed
 	for _, s := range c.shards {
 		s.stop(st)
+	}
+	for len(c.histories) > 0 {
+		c.histories[0].Close()
 	}
 	c.clock.Stop()
 	queue := c.nowQueue
@@ -395,6 +403,7 @@ func (c *Core) Flush() {
 		if c.frontierRose {
 			c.frontierRose = false
 			c.wakeWaiters()
+			c.tryHistories()
 			if c.onFrontier != nil {
 				c.onFrontier()
 			}
