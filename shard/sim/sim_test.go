@@ -101,6 +101,8 @@ func TestSimulation(t *testing.T) {
 		sum.Compactions += stats.Compactions
 		sum.Viewed += stats.Viewed
 		sum.Canceled += stats.Canceled
+		sum.Histories += stats.Histories
+		sum.PastEntries += stats.PastEntries
 		sum.Slowest = max(sum.Slowest, stats.Slowest)
 		sum.Core = addStats(sum.Core, stats.Core)
 	}
