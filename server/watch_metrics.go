@@ -11,8 +11,8 @@ var watchStats watchring.Stats
 
 var (
 	_ = gaugeOf(`spindle_watch_watchers`, &watchStats.Watchers)
-	_ = gaugeOf(`spindle_watch_watchers_lagging`, &watchStats.Lagging) // behind, each reads the ring on its own
-	_ = gaugeOf(`spindle_watch_watchers_reading_history`, &watchStats.Deep)    // further behind: the shards' history
+	_ = gaugeOf(`spindle_watch_watchers_lagging`, &watchStats.Lagging)      // behind, each reads the ring on its own
+	_ = gaugeOf(`spindle_watch_watchers_reading_history`, &watchStats.Deep) // further behind: the shards' history
 
 	_ = counterOf(`spindle_watch_events_sent_total`, func() uint64 { return watchStats.Events.Load() })
 	_ = counterOf(`spindle_watch_responses_sent_total`, func() uint64 { return watchStats.Responses.Load() })

@@ -62,6 +62,8 @@ type Sabotage struct {
 	RetickWithoutLooking bool
 	// FrontierIgnoresRanges moves the frontier to N whatever ranges are open.
 	FrontierIgnoresRanges bool
+	// HistoryAhead lets a read of the past go on before every shard's stream has come there.
+	HistoryAhead bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member

@@ -165,7 +165,9 @@ func (h *History) try() {
 			upTo = h.pos
 		case p.seen < p.s.rec.local:
 			p.open()
-			upTo = min(upTo, p.clock)
+			if !c.cfg.Sabotage.HistoryAhead {
+				upTo = min(upTo, p.clock)
+			}
 		}
 	}
 	if upTo <= h.pos {
