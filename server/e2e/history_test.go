@@ -374,14 +374,14 @@ func TestSlowWatcherLosesNothing(t *testing.T) {
 
 // A slow watcher reads a history that is far larger than what may be held in memory for it.
 func TestHistoryMemory(t *testing.T) {
-	const value, total, bound = 100 << 10, 200 << 20, 128 << 20
+	const value, total, bound, writers = 20 << 10, 200 << 20, 128 << 20, 16
 	if testing.Short() || raceEnabled {
 		t.Skip("writes 200 MB")
 	}
 	members := startMembers(t, 3)
 	url := freeURL(t)
 	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", members.Coordinator,
-		"--ring-size", "64", "--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
+		"--ring-size", strconv.Itoa(smallRing), "--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
 	for i, u := range members.Shards {
 		args = append(args, "--shard", members.Names[i]+"="+u)
 	}
@@ -396,9 +396,9 @@ func TestHistoryMemory(t *testing.T) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var last int64
-	for w := range 4 {
+	for w := range writers {
 		wg.Go(func() {
-			for i := range total / value / 4 {
+			for i := range total / value / writers {
 				resp, err := s.kv.Put(context.Background(), &pb.PutRequest{Key: fmt.Appendf(nil, "h/%d/%d", w, i%50), Value: random})
 				if err != nil {
 					t.Errorf("put: %v", err)
@@ -437,8 +437,8 @@ func TestHistoryMemory(t *testing.T) {
 	}
 	peak := rss(t, p.cmd.Process.Pid, "VmHWM")
 	t.Logf("%d events, %d MiB, read in %v: resident %d MiB before, %d MiB at most", count, count*value>>20, time.Since(begun).Round(time.Millisecond), before>>20, peak>>20)
-	if count != total/value/4*4 {
-		t.Errorf("%d events, %d written", count, total/value/4*4)
+	if count != total/value/writers*writers {
+		t.Errorf("%d events, %d written", count, total/value/writers*writers)
 	}
 	if peak-before > bound {
 		t.Errorf("the proxy grew by %d MiB, by more than %d", (peak-before)>>20, bound>>20)
