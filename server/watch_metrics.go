@@ -17,6 +17,7 @@ var (
 	_ = counterOf(`spindle_watch_events_sent_total`, func() uint64 { return watchStats.Events.Load() })
 	_ = counterOf(`spindle_watch_responses_sent_total`, func() uint64 { return watchStats.Responses.Load() })
 	_ = counterOf(`spindle_watch_canceled_compacted_total`, func() uint64 { return watchStats.Compacted.Load() })
+	_ = counterOf(`spindle_watch_history_reads_total`, func() uint64 { return watchStats.Histories.Load() })
 	_ = counterOf(`spindle_watch_progress_sent_total`, func() uint64 { return watchStats.Progress.Load() })
 
 	metricWatchesRefused = metrics.NewCounter(`spindle_watch_refused_total`) // over a client's limits

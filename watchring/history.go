@@ -155,6 +155,7 @@ func (h *Hub) readerFor(w *Watcher) *reader {
 	}
 	r := &reader{group: w.group, pos: w.pos, src: h.history.OpenHistory(w.group.set, w.pos+1)}
 	h.readers = append(h.readers, r)
+	h.stats.Histories.Add(1)
 	return r
 }
 

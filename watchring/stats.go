@@ -10,5 +10,6 @@ type Stats struct {
 	Events    atomic.Uint64 // events sent, counted per watcher
 	Responses atomic.Uint64 // responses with events sent (fragments of one count once)
 	Compacted atomic.Uint64 // watchers canceled because what they needed is gone
+	Histories atomic.Uint64 // reads of the shards' history begun
 	Progress  atomic.Uint64 // progress notifications sent, periodic and on demand
 }

@@ -370,11 +370,18 @@ func TestSlowWatcherLosesNothing(t *testing.T) {
 	if len(at) > 0 {
 		t.Errorf("%d events of %d were lost", len(at), events)
 	}
+	if _, body := httpGet(t, n.MetricsURLs()[0]+"/metrics"); strings.Contains(body, "spindle_watch_history_reads_total 0\n") {
+		t.Error("it has read nothing but the ring: the test has become blind")
+	}
 }
 
 // A slow watcher reads a history that is far larger than what may be held in memory for it.
 func TestHistoryMemory(t *testing.T) {
-	const value, total, bound, writers = 20 << 10, 200 << 20, 128 << 20, 16
+	const value, bound, writers = 20 << 10, 160 << 20, 16
+	total := 200 << 20
+	if mb, err := strconv.Atoi(os.Getenv("SPINDLE_HISTORY_MB")); err == nil {
+		total = mb << 20
+	}
 	if testing.Short() || raceEnabled {
 		t.Skip("writes 200 MB")
 	}
