@@ -3,7 +3,7 @@ package watchring
 import "slices"
 
 // HistorySource reads what happened before the ring's tail. The Hub calls it on its own goroutine, from within
-// Pump.
+// Pump; Close also from within Remove and Stream.Close.
 type HistorySource interface {
 	// OpenHistory begins to read what happened on a shard (or All) from revision from on.
 	OpenHistory(set int, from int64) HistoryReader
@@ -32,8 +32,6 @@ type HistoryChunk struct {
 
 // Bounds of the reads of the past.
 const (
-	// maxReaders is how many a Hub has at a time. Watchers beyond share one of them, or wait.
-	maxReaders = 4
 	// historyChunk is how much a reader is asked for at a time, bytes.
 	historyChunk = 1 << 20
 	// shareSpan is how many revisions a watcher lets a shared reader pass over for others before it asks for
@@ -49,8 +47,9 @@ type reader struct {
 	pos      int64 // everything up to here was handed to the watchers
 	watchers []*Watcher
 	chunk    HistoryChunk
-	arrived  bool
-	closed   bool
+	arrived  bool // chunk is to be handed out
+	paused   bool // what is left of chunk waits for the only watcher's sink
+	closed   bool // and src with it; the next Pump takes it off the list
 	onChunk  func(HistoryChunk)
 }
 
@@ -66,9 +65,9 @@ func (h *Hub) dive(w *Watcher) {
 
 // surface takes w out of its reader, or of those that wait for one.
 func (h *Hub) surface(w *Watcher) {
-	list := &h.divers
-	if w.reader != nil {
-		list = &w.reader.watchers
+	list, r := &h.divers, w.reader
+	if r != nil {
+		list = &r.watchers
 	}
 	last := len(*list) - 1
 	(*list)[w.slot] = (*list)[last]
@@ -78,31 +77,34 @@ func (h *Hub) surface(w *Watcher) {
 	w.reader = nil
 	w.stream.deep--
 	h.stats.Deep.Add(-1)
+	if r != nil && len(r.watchers) == 0 && !r.closed {
+		r.closed = true
+		r.src.Close()
+	}
 }
 
 // readPast hands out what the readers have brought, and gives readers to those who wait for one.
 func (h *Hub) readPast() (more bool) {
 	for _, r := range h.readers {
-		if r.arrived && !r.closed {
+		if r.arrived && !r.closed && !(r.paused && r.waits()) {
 			h.takeChunk(r)
 		}
 	}
-	for i := 0; i < len(h.readers); {
-		r := h.readers[i]
-		if len(r.watchers) > 0 && !r.closed {
-			i++
-			continue
-		}
-		r.closed = true
-		r.src.Close()
-		h.readers = slices.Delete(h.readers, i, i+1)
-	}
+	h.sweepReaders()
 	h.assign()
 	for _, r := range h.readers {
-		more = more || r.arrived
+		more = more || r.arrived && !r.paused
 	}
 	return more
 }
+
+func (h *Hub) sweepReaders() {
+	h.readers = slices.DeleteFunc(h.readers, func(r *reader) bool { return r.closed })
+}
+
+// waits reports whether the reader has one watcher only, whose sink is blocked. Then it stays where it is: to
+// begin again costs the members more than to wait, and it holds back nobody else.
+func (r *reader) waits() bool { return len(r.watchers) == 1 && r.watchers[0].stream.sink.Blocked() }
 
 // assign gives readers to those who wait for one, the furthest behind first.
 func (h *Hub) assign() {
@@ -150,7 +152,10 @@ func (h *Hub) readerFor(w *Watcher) *reader {
 			best = r
 		}
 	}
-	if best != nil && w.pos-best.pos <= shareSpan || len(h.readers) >= maxReaders {
+	if best != nil && w.pos-best.pos <= shareSpan {
+		return best
+	}
+	if len(h.readers) >= h.maxReaders && (best != nil || !h.evict()) {
 		return best
 	}
 	r := &reader{group: w.group, pos: w.pos, src: h.history.OpenHistory(w.group.set, w.pos+1)}
@@ -159,16 +164,30 @@ func (h *Hub) readerFor(w *Watcher) *reader {
 	return r
 }
 
+// evict ends a reader that waits for a slow client; the client's watch begins again where it is when its sink
+// has drained.
+func (h *Hub) evict() bool {
+	for _, r := range h.readers {
+		if !r.paused || !r.waits() {
+			continue
+		}
+		w := r.watchers[0]
+		h.leave(w)
+		h.lag(w, w.pos)
+		h.sweepReaders()
+		return true
+	}
+	return false
+}
+
 // takeChunk hands a chunk to the watchers of a reader.
 func (h *Hub) takeChunk(r *reader) {
 	c := r.chunk
 	if c.Compact == 0 && c.Err == "" && c.UpTo > r.group.cursor {
 		return // the group's own scan comes there first: then who is done can join it
 	}
-	r.chunk, r.arrived = HistoryChunk{}, false
-	if c.Compact > 0 || c.Err != "" {
-		r.closed = true
-	} else {
+	r.chunk, r.arrived, r.paused = HistoryChunk{}, false, false
+	if c.Compact == 0 && c.Err == "" {
 		r.pos = c.UpTo
 	}
 	tail, front := h.ring.Tail(), h.frontier.Get(r.group.set)
@@ -192,8 +211,13 @@ func (h *Hub) takeChunk(r *reader) {
 			continue
 		case c.Compact > 0: // it begins behind what is gone: it gets another reader
 		default:
-			if all := h.deliverPast(w, c.Entries, c.UpTo); w.closed || all && !done {
+			all := h.deliverPast(w, c.Entries, c.UpTo)
+			if w.closed || all && !done {
 				continue
+			}
+			if !all && r.waits() {
+				r.chunk, r.arrived, r.paused = c, true, true
+				return
 			}
 		}
 		h.leave(w)

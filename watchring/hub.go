@@ -27,6 +27,8 @@ type HubConfig struct {
 	// History serves watchers that need what the ring does not hold any more. Without one they are canceled
 	// as compacted.
 	History HistorySource
+	// MaxReaders is how many reads of the past there are at a time. Watchers beyond share one of them, or wait.
+	MaxReaders int
 }
 
 // DefaultHubConfig holds the defaults.
@@ -38,6 +40,7 @@ var DefaultHubConfig = HubConfig{
 	PumpBytes:     16 << 20,
 	TurnRevisions: 8 << 10,
 	TurnBytes:     1 << 20,
+	MaxReaders:    4,
 }
 
 // Hub fans the ring out to the watchers of one event loop. All watchers of the same shard (or of more
@@ -60,9 +63,10 @@ type Hub struct {
 	ready  []*Stream // streams with lagging watchers whose sink may take more
 	asking []*Stream // streams that are owed a progress answer
 
-	history HistorySource
-	readers []*reader
-	divers  []*Watcher // wait for a reader
+	history    HistorySource
+	maxReaders int
+	readers    []*reader
+	divers     []*Watcher // wait for a reader
 
 	// While the Hub is at work, removed watchers stay where they are (but for the laggards' lists) and are
 	// taken out at the end. They are not put into another list meanwhile.
@@ -119,6 +123,7 @@ func NewHub(ring *Ring, frontier *Frontier, shardsOf func(key, end []byte) int, 
 		turnRevisions: cmp.Or(cfg.TurnRevisions, d.TurnRevisions),
 		turnBytes:     cmp.Or(cfg.TurnBytes, d.TurnBytes),
 		history:       cfg.History,
+		maxReaders:    cmp.Or(cfg.MaxReaders, d.MaxReaders),
 		groups:        make([]*group, frontier.Shards()+1),
 	}
 }

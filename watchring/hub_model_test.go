@@ -31,14 +31,14 @@ func TestHubAgainstModel(t *testing.T) {
 		total.add(w.counts)
 	}
 	t.Logf("%+v", total)
-	if total.canceled == 0 || total.blocked == 0 || total.onDemand == 0 || total.periodic == 0 || total.fragments == 0 || total.jumps == 0 || total.separate == 0 || total.chunks == 0 || total.gone == 0 {
+	if total.canceled == 0 || total.blocked == 0 || total.onDemand == 0 || total.periodic == 0 || total.fragments == 0 || total.jumps == 0 || total.separate == 0 || total.chunks == 0 || total.gone == 0 || total.paused == 0 {
 		t.Errorf("the test has become blind: %+v", total)
 	}
 }
 
 type worldCounts struct {
 	watchers, events, canceled, blocked, onDemand, periodic, fragments, jumps, separate int
-	opened, chunks, gone                                                                int // of the past
+	opened, chunks, gone, paused                                                        int // of the past
 }
 
 func (c *worldCounts) add(o worldCounts) {
@@ -54,6 +54,7 @@ func (c *worldCounts) add(o worldCounts) {
 	c.opened += o.opened
 	c.chunks += o.chunks
 	c.gone += o.gone
+	c.paused += o.paused
 }
 
 // world is a ring, its writers, a Hub and clients that check every response.
@@ -118,7 +119,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 	}
 	if rng.IntN(3) > 0 {
 		w.past = &modelPast{w: w, sync: rng.IntN(4) == 0}
-		cfg.History = w.past
+		cfg.History, cfg.MaxReaders = w.past, 1+rng.IntN(4)
 	}
 	w.hub = NewHub(w.ring, w.front, w.shardsOf, codec.Header{ClusterID: 1, MemberID: 2}, nil, cfg)
 	return w
@@ -226,6 +227,11 @@ func (w *world) run() {
 			w.past.answer(false)
 		default:
 			w.hub.Pump()
+			for _, r := range w.hub.readers {
+				if r.paused {
+					w.counts.paused++
+				}
+			}
 		}
 	}
 	// Everything arrives, everybody reads: then everybody must have everything.
