@@ -394,13 +394,13 @@ func TestSlowWatcherLosesNothing(t *testing.T) {
 
 // A slow watcher reads a history that is far larger than what may be held in memory for it.
 func TestHistoryMemory(t *testing.T) {
-	const value, bound, writers = 20 << 10, 160 << 20, 16
-	total := 200 << 20
+	const value, bound, writers = 20 << 10, 192 << 20, 16
+	total := 300 << 20
 	if mb, err := strconv.Atoi(os.Getenv("SPINDLE_HISTORY_MB")); err == nil {
 		total = mb << 20
 	}
 	if testing.Short() || raceEnabled {
-		t.Skip("writes 200 MB")
+		t.Skip("writes 300 MB")
 	}
 	members := startMembers(t, 3)
 	url := freeURL(t)
