@@ -34,6 +34,10 @@ type WatchConfig struct {
 	// Now calls done with a revision that is at least as large as any that anyone was shown before. It is
 	// called on loop 0, and calls done there: (*shard.Core).Now.
 	Now func(done func(rev int64, st codec.Status))
+	// OpenHistory begins a read of what happened on a shard, or all, from a revision on:
+	// (*shard.Core).OpenHistory. It is called on loop 0, as are the methods of what it returns. Without it, watches
+	// that need what the ring does not hold are canceled as compacted.
+	OpenHistory func(set int, from int64) History
 	// Header is the template of every response's header.
 	Header codec.Header
 	// ProgressInterval is how often quiet watches with progress_notify hear of progress.
@@ -148,7 +152,11 @@ func (svc *WatchService) addLoop(post, postHome func(func())) *watchLoop {
 	w := &watchLoop{svc: svc, post: post, postHome: postHome, conns: make(map[any]*watchConn)}
 	w.waiting.list, w.asked.list = 0, 1
 	c := &svc.cfg
-	w.hub = watchring.NewHub(c.Ring, c.Frontier, c.ShardsOf, c.Header, &watchStats, c.Hub)
+	hub := c.Hub
+	if c.OpenHistory != nil {
+		hub.History = &historySource{w}
+	}
+	w.hub = watchring.NewHub(c.Ring, c.Frontier, c.ShardsOf, c.Header, &watchStats, hub)
 	w.ringFn = func() {
 		w.bell.Store(false)
 		w.dirty = true

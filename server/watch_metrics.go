@@ -11,11 +11,13 @@ var watchStats watchring.Stats
 
 var (
 	_ = gaugeOf(`spindle_watch_watchers`, &watchStats.Watchers)
-	_ = gaugeOf(`spindle_watch_watchers_lagging`, &watchStats.Lagging) // behind, each reads the ring on its own
+	_ = gaugeOf(`spindle_watch_watchers_lagging`, &watchStats.Lagging)      // behind, each reads the ring on its own
+	_ = gaugeOf(`spindle_watch_watchers_reading_history`, &watchStats.Deep) // further behind: the shards' history
 
 	_ = counterOf(`spindle_watch_events_sent_total`, func() uint64 { return watchStats.Events.Load() })
 	_ = counterOf(`spindle_watch_responses_sent_total`, func() uint64 { return watchStats.Responses.Load() })
 	_ = counterOf(`spindle_watch_canceled_compacted_total`, func() uint64 { return watchStats.Compacted.Load() })
+	_ = counterOf(`spindle_watch_history_reads_total`, func() uint64 { return watchStats.Histories.Load() })
 	_ = counterOf(`spindle_watch_progress_sent_total`, func() uint64 { return watchStats.Progress.Load() })
 
 	metricWatchesRefused = metrics.NewCounter(`spindle_watch_refused_total`) // over a client's limits

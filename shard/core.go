@@ -33,6 +33,9 @@ type CoreConfig struct {
 	// etcd's "request timed out".
 	ShardTimeout time.Duration
 
+	// HistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
+	HistoryBytes int
+
 	// Limits are enforced towards clients.
 	Limits Limits
 	// MemberMaxTxnOps and MemberMaxRequestBytes are what the members accept (etcd's --max-txn-ops and
@@ -64,6 +67,8 @@ type Sabotage struct {
 	RetickWithoutLooking bool
 	// FrontierIgnoresRanges moves the frontier to N whatever ranges are open.
 	FrontierIgnoresRanges bool
+	// HistoryAhead lets a read of the past go on before every shard's stream has come there.
+	HistoryAhead bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -93,6 +98,7 @@ type Core struct {
 	onFrontier func()
 	creates    *CreateCache
 	compacted  int64 // what clients compacted, -1 for nothing
+	histories  []*History
 
 	timers   timerHeap
 	timerSeq uint64
@@ -171,6 +177,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		cfg.RingBytes = 256 << 20
 	}
 	def(&cfg.RingSize, 1<<16)
+	def(&cfg.HistoryBytes, defaultHistoryBytes)
 	def(&cfg.Limits.MaxTxnOps, 128)
 	def(&cfg.Limits.MaxRequestBytes, 1536<<10)
 	def(&cfg.MemberMaxTxnOps, 128)
@@ -257,6 +264,9 @@ func (c *Core) stop(st codec.Status) {
 	c.state = stateFailed
 	for _, s := range c.shards {
 		s.stop(st)
+	}
+	for len(c.histories) > 0 {
+		c.histories[0].Close()
 	}
 	c.clock.Stop()
 	queue := c.nowQueue
@@ -402,6 +412,7 @@ func (c *Core) Flush() {
 		if c.frontierRose {
 			c.frontierRose = false
 			c.wakeWaiters()
+			c.tryHistories()
 			if c.onFrontier != nil {
 				c.onFrontier()
 			}

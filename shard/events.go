@@ -7,30 +7,39 @@ import (
 
 // publish puts the events of one batch, and what waited for its record, into the ring: decoded once,
 // stamps removed, in the form in which every watcher gets them.
-func (s *shardState) publish(local int64, rec *Record, events [][]byte) {
+func (s *shardState) publish(rec *Record, events [][]byte) {
+	for _, en := range s.decode(rec, s.pending, events, false) {
+		s.c.ring.Publish(en)
+	}
+}
+
+// decode makes entries of the events of one batch, and of what waited for its record. past says that they
+// are read a second time, for a History: nothing new is learnt from them.
+func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, past bool) []*watchring.Entry {
 	size := 0
-	for _, p := range s.pending {
+	for _, p := range pending {
 		size += len(p.msg) + 2*codec.MaxKVHeader
 	}
 	for _, e := range events {
 		size += len(e) + 2*codec.MaxKVHeader
 	}
-	e := entries{s: s, buf: make([]byte, 0, size)}
-	for _, p := range s.pending {
+	e := entries{s: s, past: past, buf: make([]byte, 0, size)}
+	for _, p := range pending {
 		e.add(rec.First, p.msg, rec)
 	}
 	for _, ev := range events {
 		e.add(0, ev, rec)
 	}
-	e.flush()
+	return e.all
 }
 
 // entries collects the events of one batch into ring entries. Everything of one batch shares one
 // buffer, so that the garbage collector has one object to look at.
 type entries struct {
-	s   *shardState
-	buf []byte
-	cur *watchring.Entry
+	s    *shardState
+	past bool
+	buf  []byte
+	cur  *watchring.Entry
 	// late are entries that were begun already: a revision's events need not stand together when
 	// unrecorded events share the first revision of a batch.
 	all []*watchring.Entry
@@ -41,7 +50,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	s := e.s
 	kv, prev, del := eventKVs(ev)
 	if len(kv.Key) == 0 || kv.Key[0] == 0 {
-		if string(kv.Key) != KeyClock {
+		if string(kv.Key) != KeyClock && !e.past {
 			s.reservedChanged(kv, del)
 		}
 		return
@@ -60,8 +69,10 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		var ok bool
 		st, user, ok = ParseStamp(kv.Value)
 		if !ok || st.Rev < rec.First || st.Rev > rec.Last {
-			s.c.stats.Foreign++
-			s.c.log.Warn("a value without a valid stamp was written to a member directly; it is not shown", "shard", s.name)
+			if !e.past {
+				s.c.stats.Foreign++
+				s.c.log.Warn("a value without a valid stamp was written to a member directly; it is not shown", "shard", s.name)
+			}
 			return
 		}
 		rev = st.Rev
@@ -74,8 +85,10 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	if del {
 		dst = codec.AppendInt(dst, 1, 1)
 		kv = codec.KV{Key: kv.Key, ModRevision: rev}
-		s.c.creates.Deleted(kv.Key, rev)
-	} else {
+		if !e.past {
+			s.c.creates.Deleted(kv.Key, rev)
+		}
+	} else if !e.past {
 		s.c.creates.Learn(kv.Key, local.CreateRevision, st.Create, st.Rev)
 	}
 	var m int
@@ -128,10 +141,4 @@ func (e *entries) entry(rev int64) *watchring.Entry {
 	e.cur = &watchring.Entry{Rev: rev, Shard: e.s.idx}
 	e.all = append(e.all, e.cur)
 	return e.cur
-}
-
-func (e *entries) flush() {
-	for _, en := range e.all {
-		e.s.c.ring.Publish(en)
-	}
 }

@@ -92,14 +92,18 @@ func (s *shardState) openStream() {
 	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
 	s.pos = start - 1
-	// WatchRequest{create_request: {key, range_end, start_revision, prev_kv}}
+	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
+}
+
+// watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv.
+func watchAll(start int64, fragment bool) []byte {
 	req, m := codec.BeginMessage(nil, 1)
 	req = codec.AppendString(req, 1, "\x00")
 	req = codec.AppendString(req, 2, "\x00")
 	req = codec.AppendInt(req, 3, start)
 	req = codec.AppendBool(req, 6, true)
-	req = codec.EndMessage(req, m)
-	s.handle = s.c.tr.Watch(s.cluster, req, &streamSink{s, s.gen})
+	req = codec.AppendBool(req, 8, fragment)
+	return codec.EndMessage(req, m)
 }
 
 func (k *streamSink) OnEnd(st codec.Status) {
@@ -275,7 +279,7 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		}
 		return false
 	}
-	s.publish(local, &rec, events)
+	s.publish(&rec, events)
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
 	return true

@@ -20,10 +20,16 @@
 // # A slow client
 //
 // Nothing is queued for it here. A watcher whose sink is over its high-water mark keeps a position in the
-// ring and reads on from there once the sink has drained. Only the ring bounds how far back that may be:
-// a watcher whose next revision was dropped from the ring, or lies below the compact revision, is
-// canceled as etcd cancels one that was compacted. Reading the shards' own history instead is not
-// part of this package yet.
+// ring and reads on from there once the sink has drained.
+//
+// # Older than the ring
+//
+// A watcher whose next revision was dropped from the ring reads the shards' own history, through the
+// HistorySource: in chunks, one at a time, shared by all watchers of a group that start near one another,
+// until what is left is in the ring. It goes on there without a seam. Only what lies below the compact
+// revision is gone: then the watcher is canceled as etcd cancels one that was compacted. A watcher whose
+// sink is blocked leaves its reader, and begins again from its position once the sink has drained, so a slow
+// client holds back nobody else. A Hub has HubConfig.MaxReaders of them at most.
 //
 // The package does no I/O, starts no goroutine, knows no time, and imports no other package of Spindle
 // but codec's protobuf helpers.

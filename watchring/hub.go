@@ -24,6 +24,11 @@ type HubConfig struct {
 	// another's turn.
 	TurnRevisions int
 	TurnBytes     int
+	// History serves watchers that need what the ring does not hold any more. Without one they are canceled
+	// as compacted.
+	History HistorySource
+	// MaxReaders is how many reads of the past there are at a time. Watchers beyond share one of them, or wait.
+	MaxReaders int
 }
 
 // DefaultHubConfig holds the defaults.
@@ -35,6 +40,7 @@ var DefaultHubConfig = HubConfig{
 	PumpBytes:     16 << 20,
 	TurnRevisions: 8 << 10,
 	TurnBytes:     1 << 20,
+	MaxReaders:    4,
 }
 
 // Hub fans the ring out to the watchers of one event loop. All watchers of the same shard (or of more
@@ -56,6 +62,11 @@ type Hub struct {
 	notify []*Watcher
 	ready  []*Stream // streams with lagging watchers whose sink may take more
 	asking []*Stream // streams that are owed a progress answer
+
+	history    HistorySource
+	maxReaders int
+	readers    []*reader
+	divers     []*Watcher // wait for a reader
 
 	// While the Hub is at work, removed watchers stay where they are (but for the laggards' lists) and are
 	// taken out at the end. They are not put into another list meanwhile.
@@ -111,6 +122,8 @@ func NewHub(ring *Ring, frontier *Frontier, shardsOf func(key, end []byte) int, 
 		pumpBytes:     cmp.Or(cfg.PumpBytes, d.PumpBytes),
 		turnRevisions: cmp.Or(cfg.TurnRevisions, d.TurnRevisions),
 		turnBytes:     cmp.Or(cfg.TurnBytes, d.TurnBytes),
+		history:       cfg.History,
+		maxReaders:    cmp.Or(cfg.MaxReaders, d.MaxReaders),
 		groups:        make([]*group, frontier.Shards()+1),
 	}
 }
@@ -156,8 +169,8 @@ func (h *Hub) group(set int) *group {
 	return g
 }
 
-// Add adds w to s. w.Start at or below what was already handed out is read from the ring. If the ring
-// does not have it any more, the next Pump cancels w. The caller then calls Pump.
+// Add adds w to s. w.Start at or below what was already handed out is read from the ring, or from the
+// shards' history if the ring does not have it any more. The caller then calls Pump.
 func (h *Hub) Add(s *Stream, w *Watcher) {
 	if s.closed || w.state != outside {
 		return
@@ -197,7 +210,7 @@ func (h *Hub) Remove(w *Watcher) {
 		s.live--
 	}
 	if h.working {
-		if w.state == lagging {
+		if w.state == lagging || w.state == deep {
 			h.leave(w) // progress answers wait for who is in that list
 		}
 		h.dead = append(h.dead, w)
@@ -229,7 +242,7 @@ func (h *Hub) bury(w *Watcher) {
 	h.stats.Watchers.Add(-1)
 }
 
-// leave takes w out of its cohort, the future or the laggards.
+// leave takes w out of its cohort, the future, the laggards or the readers of the past.
 func (h *Hub) leave(w *Watcher) {
 	switch w.state {
 	case member:
@@ -247,6 +260,8 @@ func (h *Hub) leave(w *Watcher) {
 			s.lagging = nil
 		}
 		h.stats.Lagging.Add(-1)
+	case deep:
+		h.surface(w)
 	}
 	w.state = outside
 }

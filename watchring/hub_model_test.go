@@ -31,13 +31,14 @@ func TestHubAgainstModel(t *testing.T) {
 		total.add(w.counts)
 	}
 	t.Logf("%+v", total)
-	if total.canceled == 0 || total.blocked == 0 || total.onDemand == 0 || total.periodic == 0 || total.fragments == 0 || total.jumps == 0 || total.separate == 0 {
+	if total.canceled == 0 || total.blocked == 0 || total.onDemand == 0 || total.periodic == 0 || total.fragments == 0 || total.jumps == 0 || total.separate == 0 || total.chunks == 0 || total.gone == 0 || total.paused == 0 {
 		t.Errorf("the test has become blind: %+v", total)
 	}
 }
 
 type worldCounts struct {
 	watchers, events, canceled, blocked, onDemand, periodic, fragments, jumps, separate int
+	opened, chunks, gone, paused                                                        int // of the past
 }
 
 func (c *worldCounts) add(o worldCounts) {
@@ -50,6 +51,10 @@ func (c *worldCounts) add(o worldCounts) {
 	c.fragments += o.fragments
 	c.jumps += o.jumps
 	c.separate += o.separate
+	c.opened += o.opened
+	c.chunks += o.chunks
+	c.gone += o.gone
+	c.paused += o.paused
 }
 
 // world is a ring, its writers, a Hub and clients that check every response.
@@ -68,7 +73,8 @@ type world struct {
 	streams []*modelStream
 	counts  worldCounts
 
-	notifying bool // within Notify
+	notifying bool       // within Notify
+	past      *modelPast // nil: the Hub has no history to read
 }
 
 type modelStream struct {
@@ -110,6 +116,10 @@ func newWorld(t *testing.T, seed uint64) *world {
 	if rng.IntN(2) == 0 {
 		cfg = HubConfig{MaxResponse: 1 + rng.IntN(300), MaxFragment: 100 + rng.IntN(200), MaxCollected: 1 + rng.IntN(2000),
 			PumpRevisions: 1 + rng.IntN(30), PumpBytes: 1 + rng.IntN(2000), TurnRevisions: 1 + rng.IntN(10), TurnBytes: 1 + rng.IntN(500)}
+	}
+	if rng.IntN(3) > 0 {
+		w.past = &modelPast{w: w, sync: rng.IntN(4) == 0}
+		cfg.History, cfg.MaxReaders = w.past, 1+rng.IntN(4)
 	}
 	w.hub = NewHub(w.ring, w.front, w.shardsOf, codec.Header{ClusterID: 1, MemberID: 2}, nil, cfg)
 	return w
@@ -213,8 +223,15 @@ func (w *world) run() {
 			w.someStream().ask()
 		case 16:
 			w.odd()
+		case 17:
+			w.past.answer(false)
 		default:
 			w.hub.Pump()
+			for _, r := range w.hub.readers {
+				if r.paused {
+					w.counts.paused++
+				}
+			}
 		}
 	}
 	// Everything arrives, everybody reads: then everybody must have everything.
@@ -241,14 +258,17 @@ func (w *world) run() {
 		s.unblock()
 	}
 	pumpAll(w.t, w.hub)
+	for w.past.answer(true) {
+		pumpAll(w.t, w.hub)
+	}
 	for _, s := range w.streams {
 		for _, mw := range s.watchers {
 			mw.extend(w, w.handed)
 			if mw.next != len(mw.want) {
 				w.fail("watch %d of [%q, %q) from %d: %d of %d events", mw.ID, mw.Key, mw.End, mw.Start, mw.next, len(mw.want))
 			}
-			if mw.state == lagging {
-				w.fail("watch %d still lags", mw.ID)
+			if mw.state == lagging || mw.state == deep {
+				w.fail("watch %d still lags: state %d", mw.ID, mw.state)
 			}
 		}
 		future := slices.ContainsFunc(s.s.watchers, func(x *Watcher) bool { return x.Start-1 > w.handed })
@@ -258,6 +278,10 @@ func (w *world) run() {
 	}
 	for _, s := range w.streams {
 		s.s.Close()
+	}
+	pumpAll(w.t, w.hub)
+	if w.past != nil && (len(w.past.open) != 0 || len(w.hub.readers) != 0 || len(w.hub.divers) != 0 || w.hub.stats.Deep.Load() != 0) {
+		w.fail("left behind: %d readers of the past, %d watchers that wait for one", len(w.hub.readers), len(w.hub.divers))
 	}
 	if st := w.hub.stats; st.Watchers.Load() != 0 || st.Lagging.Load() != 0 || len(w.hub.notify) != 0 {
 		w.fail("left behind: %d watchers, %d lagging, %d to notify", st.Watchers.Load(), st.Lagging.Load(), len(w.hub.notify))
@@ -333,7 +357,10 @@ func (s *modelStream) addWatcher() {
 		mw.Start = w.handed + 1
 	}
 	mw.progress = -1
-	mw.gone = mw.Start < w.front.Compacted() || mw.Start <= w.ring.Tail()
+	if w.past != nil && w.rng.IntN(3) == 0 {
+		mw.Start = 1 + w.rng.Int64N(w.handed+1)
+	}
+	mw.gone = mw.Start < w.front.Compacted() || w.past == nil && mw.Start <= w.ring.Tail()
 	s.watchers[mw.ID] = mw
 	w.counts.watchers++
 	w.hub.Add(s.s, &mw.Watcher)
@@ -434,10 +461,14 @@ func (s *modelStream) Send(msg []byte) {
 	case m.Canceled:
 		w.counts.canceled++
 		need := max(mw.last+1, mw.Start)
-		if m.CompactRevision == 0 || need > w.ring.Tail() && need >= w.front.Compacted() {
-			w.fail("watch %d at %d canceled: %v; tail %d, compacted %d", mw.ID, need, m, w.ring.Tail(), w.front.Compacted())
+		tail, lost := w.ring.Tail(), w.front.Compacted()
+		if w.past != nil {
+			tail, lost = 0, max(lost, w.past.lost)
 		}
-		if m.CompactRevision <= w.ring.Tail() || m.CompactRevision < w.front.Compacted() || m.CompactRevision < need {
+		if m.CompactRevision == 0 || need > tail && need >= lost {
+			w.fail("watch %d at %d canceled: %v; tail %d, compacted %d", mw.ID, need, m, tail, lost)
+		}
+		if m.CompactRevision <= tail || m.CompactRevision < w.front.Compacted() || m.CompactRevision < need {
 			w.fail("compact_revision %d does not help; tail %d", m.CompactRevision, w.ring.Tail())
 		}
 		mw.extend(w, rev)

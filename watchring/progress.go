@@ -54,7 +54,7 @@ func (h *Hub) answerStream(s *Stream) bool {
 	if s.want == 0 {
 		return true // closed, or it has no watches any more
 	}
-	if len(s.lagging) > 0 || s.sink.Blocked() {
+	if len(s.lagging) > 0 || s.deep > 0 || s.sink.Blocked() {
 		return false
 	}
 	// What every watcher has: the cursors' minimum. A watcher that has not started has its group's too,
@@ -83,7 +83,7 @@ func (h *Hub) answerStream(s *Stream) bool {
 		return s.want == 0
 	}
 	for _, w := range s.watchers {
-		if !w.closed && w.state != lagging { // lagging: added meanwhile
+		if !w.closed && w.state != lagging && w.state != deep { // added meanwhile
 			h.progress(s, w.ID, w.group.cursor)
 		}
 	}

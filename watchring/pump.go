@@ -25,6 +25,12 @@ func (h *Hub) Pump() (more bool) {
 	if h.catchUpAll() {
 		more = true
 	}
+	if len(h.readers)+len(h.divers) > 0 && h.readPast() {
+		more = true
+	}
+	if len(h.ready) > 0 {
+		more = true
+	}
 	h.answer()
 	return more
 }
@@ -257,7 +263,12 @@ func (h *Hub) catchUp(w *Watcher) {
 	switch {
 	case w.closed:
 	case gone || w.pos >= g.cursor && h.isGone(w):
-		h.cancelCompacted(w)
+		if h.history == nil || w.pos+1 < h.frontier.Compacted() {
+			h.cancelCompacted(w, 0)
+			return
+		}
+		h.leave(w)
+		h.dive(w)
 	case w.pos >= g.cursor:
 		h.leave(w)
 		h.join(w)
@@ -280,11 +291,16 @@ func (h *Hub) deliver(w *Watcher, buf []byte, last int64, events int) {
 	h.stats.Responses.Add(1)
 }
 
-// cancelCompacted ends a watcher as etcd ends one whose next revision is compacted. compact_revision
+// cancelCompacted ends a watcher as etcd ends one whose next revision is compacted. compact is what a reader
+// of the past has found, 0 for nothing. compact_revision
 // is the first revision at which a new watch would be accepted, so it is never 0: clients take a
 // cancel with 0 for a graceful end.
-func (h *Hub) cancelCompacted(w *Watcher) {
+func (h *Hub) cancelCompacted(w *Watcher, compact int64) {
 	s := w.stream
+	compact = max(compact, h.frontier.Compacted())
+	if h.history == nil {
+		compact = max(compact, h.ring.Tail()+1)
+	}
 	h.stats.Compacted.Add(1)
 	h.Remove(w)
 	h.sendControl(s, &Response{
@@ -292,9 +308,19 @@ func (h *Hub) cancelCompacted(w *Watcher) {
 		Header:          codec.Header{Revision: w.pos},
 		WatchID:         w.ID,
 		Canceled:        true,
-		CompactRevision: max(h.frontier.Compacted(), h.ring.Tail()+1),
+		CompactRevision: compact,
 		// No CancelReason: etcd gives none here, the compact revision says it all.
 	})
+	if !s.closed {
+		s.sink.Ended(w)
+	}
+}
+
+// cancelFailed ends a watcher whose past cannot be read.
+func (h *Hub) cancelFailed(w *Watcher, reason string) {
+	s := w.stream
+	h.Remove(w)
+	h.sendControl(s, &Response{Header: codec.Header{Revision: w.pos}, WatchID: w.ID, Canceled: true, CancelReason: reason})
 	if !s.closed {
 		s.sink.Ended(w)
 	}

@@ -36,9 +36,10 @@ type Watcher struct {
 	stream *Stream
 	group  *group
 	cohort *cohort // state member
-	// pos is the revision up to which everything was delivered, in state lagging.
+	reader *reader // state deep; nil while it waits for one
+	// pos is the revision up to which everything was delivered, in states lagging and deep.
 	pos    int64
-	slot   int // where it stands in cohort.members, group.future or stream.lagging
+	slot   int // where it stands in cohort.members, group.future, stream.lagging, reader.watchers or hub.divers
 	seat   int // in stream.watchers
 	notify int // in hub.notify, if ProgressNotify
 }
@@ -50,6 +51,7 @@ const (
 	member               // in a cohort: it has what its group's cursor has passed
 	future               // in group.future: it wants nothing yet
 	lagging              // in stream.lagging: it reads the ring from pos on
+	deep                 // it is served by a reader of the past, or waits for one
 )
 
 // holds reports whether key is one of the keys watched.
@@ -82,6 +84,7 @@ type Stream struct {
 	watchers []*Watcher
 	live     int // of watchers: not removed
 	lagging  []*Watcher
+	deep     int  // watchers in that state
 	next     int  // of lagging: whose turn it is
 	ready    bool // in hub.ready
 	closed   bool

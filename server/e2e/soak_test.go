@@ -39,7 +39,7 @@ const (
 
 // soakRingIsHistory: a watch that needs what is not in memory any more may be canceled as compacted though it is not.
 // To be set to false when watches read the shards' history.
-const soakRingIsHistory = true
+const soakRingIsHistory = false
 
 // soak is one run: what is shared between its writers, readers and watchers.
 type soak struct {

@@ -234,6 +234,7 @@ func (n *Node) serveWatch() {
 			return watchring.All
 		},
 		Now:              n.core.Now,
+		OpenHistory:      func(set int, from int64) server.History { return n.core.OpenHistory(set, from) },
 		Header:           n.core.Header(),
 		ProgressInterval: n.cfg.ProgressInterval,
 	})

@@ -30,6 +30,8 @@ type Config struct {
 	Dead bool
 	// RingSize is the proxies' ring.
 	RingSize int
+	// HistoryBytes is what a read of the past keeps of one shard.
+	HistoryBytes int
 	// MaxTxnOps and MaxRequestBytes are the members' limits; Pad is what values are padded with, at most.
 	MaxTxnOps, MaxRequestBytes, Pad int
 	// Window and Timeout are the core's ReorderWindow and ShardTimeout.
@@ -73,8 +75,11 @@ func ConfigOf(seed uint64) Config {
 	if r.IntN(3) == 0 {
 		c.Far = ms(1, 8)
 	}
-	if r.IntN(6) == 0 {
+	if r.IntN(2) == 0 {
 		c.RingSize = 32
+	}
+	if r.IntN(2) == 0 {
+		c.HistoryBytes = 1 + r.IntN(3000)
 	}
 	if r.IntN(3) == 0 {
 		c.SnapshotEvery = 1 + r.IntN(8)

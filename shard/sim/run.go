@@ -52,6 +52,8 @@ type Stats struct {
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.
 	Viewed, Canceled int
+	// Histories counts reads of the past, PastEntries the revisions that they brought.
+	Histories, PastEntries int
 	// Now is the largest revision handed out in the end.
 	Now int64
 	// SlowestAlive is the longest that one took which did not need a dead shard.

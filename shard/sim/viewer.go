@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/shard"
 	"spindle/watchring"
 )
 
@@ -46,7 +47,7 @@ func (p *proxy) watchNow() {
 				return watchring.All
 			}
 			return shard
-		}, codec.Header{ClusterID: 1, MemberID: 1, RaftTerm: 1}, nil, watchring.HubConfig{PumpRevisions: 1 + g.IntN(40), TurnRevisions: 1 + g.IntN(20)})
+		}, codec.Header{ClusterID: 1, MemberID: 1, RaftTerm: 1}, nil, watchring.HubConfig{PumpRevisions: 1 + g.IntN(40), TurnRevisions: 1 + g.IntN(20), History: past{p}})
 	}
 	v := &viewer{p: p, hub: p.hub, name: fmt.Sprintf("%s/v%d", p.host.Name, len(r.viewers))}
 	r.viewers = append(r.viewers, v)
@@ -60,7 +61,9 @@ func (p *proxy) watchNow() {
 		case 1:
 			w.Key, w.End = "\x01", "\x00"
 		}
-		switch g.IntN(6) {
+		switch g.IntN(8) {
+		case 6, 7:
+			w.Start = 1 + g.Int64N(r.shown+1) // before the ring's tail, mostly
 		case 0:
 			w.Start = max(1, r.shown-int64(g.IntN(40)))
 		case 1:
@@ -186,6 +189,41 @@ func (v *viewer) Send(msg []byte) {
 // Blocked implements watchring.Sink.
 func (v *viewer) Blocked() bool { return v.blocked }
 
+// past is the history of a proxy's shards, as its Hub reads it.
+type past struct{ p *proxy }
+
+// pastReader is one read of it. Chunks are small, so that there are many.
+type pastReader struct {
+	p *proxy
+	h *shard.History
+}
+
+// OpenHistory implements watchring.HistorySource.
+func (s past) OpenHistory(set int, from int64) watchring.HistoryReader {
+	s.p.r.stats.Histories++
+	return &pastReader{s.p, s.p.core.OpenHistory(set, from)}
+}
+
+// Next implements watchring.HistoryReader.
+func (r *pastReader) Next(most int, done func(watchring.HistoryChunk)) {
+	r.h.Next(min(most, 1+r.p.r.net.Rand.IntN(4000)), func(entries []*watchring.Entry, upTo, compact int64, st codec.Status) {
+		c := watchring.HistoryChunk{Entries: entries, UpTo: upTo}
+		switch {
+		case st == codec.ErrCompacted:
+			c.Compact = compact
+		case st.Code != codec.OK:
+			r.p.r.fail("%s: the history cannot be read: %v %s", r.p.host.Name, st.Code, st.Msg)
+			return
+		}
+		r.p.r.stats.PastEntries += len(entries)
+		r.p.pump = true
+		done(c)
+	})
+}
+
+// Close implements watchring.HistoryReader.
+func (r *pastReader) Close() { r.h.Close() }
+
 // Ended implements watchring.Sink.
 func (v *viewer) Ended(w *watchring.Watcher) {
 	v.views[w.ID].ended = true
@@ -216,6 +254,9 @@ func (v *viewer) settled(now int64) bool {
 // viewed checks that a watch got exactly what happened to its keys, from its start to what it was promised.
 func (c *checker) viewed(v *viewer, o *view1) error {
 	got, gone := o.got, c.compactedUpTo()
+	if o.ended && o.promised+1 > gone {
+		return fmt.Errorf("it was canceled as compacted where it needed %d, and nothing above %d was compacted", o.promised+1, gone)
+	}
 	for _, rev := range c.h.revs {
 		if rev < o.w.Start || rev > o.promised {
 			continue
