@@ -41,7 +41,7 @@ type part struct {
 // submitList reads a range over all shards: first beside now; if no batch was in flight anywhere that
 // is the answer, else each shard is read again at the state that belongs to now.
 func (c *Core) submitList(op *Op) {
-	r := c.newFixedRead(op, c.shards)
+	r := c.newFixedRead(op, c.readSet(op))
 	r.latest = true
 	r.begin()
 }
@@ -91,6 +91,10 @@ func (p *part) send() {
 	body = p.r.op.core.plan.AppendReadOp(body, p.local)
 	body = codec.EndMessage(body, m)
 	body = appendGet(body, txnSuccess, KeyClock, p.local)
+	if !p.r.latest {
+		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+	}
 	c.scratch = body
 	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
 }
@@ -135,8 +139,12 @@ func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
 		p.err = codec.Status{}
 		p.resp = append(p.resp[:0], resp...)
 		var ok bool
-		if p.reply, ok = parseTxnReply(p.resp, p.reply.resps); !ok || len(p.reply.resps) != 2 {
+		if p.reply, ok = parseTxnReply(p.resp, p.reply.resps); !ok || len(p.reply.resps) < 2 {
 			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+			return
+		}
+		if !r.latest && p.s.compactedIn(p.reply.resps, r.op.core.plan.Revision()) {
+			r.end(codec.ErrCompacted)
 			return
 		}
 	}
@@ -190,15 +198,42 @@ func (r *fixedRead) decide() {
 	}
 	r.c.stats.Rereads++
 	n := r.n
-	r.c.awaitFrontier(r.set(), n, r.deadline, func() { r.lookAt(n, n) })
+	r.awaitFrontiers(n, func() { r.lookAt(n, n) })
 }
 
-// set returns the shard set for the frontier: one shard, or all.
-func (r *fixedRead) set() int {
-	if len(r.shards) == 1 {
-		return r.shards[0].idx
+// awaitFrontiers calls f once the frontier of every shard that is read is at rev. The others do not matter:
+// one of them may be down.
+func (r *fixedRead) awaitFrontiers(rev int64, f func()) {
+	if len(r.shards) == len(r.c.shards) {
+		r.c.awaitFrontier(watchring.All, rev, r.deadline, f)
+		return
 	}
-	return watchring.All
+	var from func(i int)
+	from = func(i int) {
+		for ; i < len(r.parts); i++ {
+			if r.over {
+				return
+			}
+			if s := r.parts[i].s; r.c.frontier.Get(s.idx) < rev {
+				r.c.awaitFrontier(s.idx, rev, r.deadline, func() { from(i + 1) })
+				return
+			}
+		}
+		f()
+	}
+	from(0)
+}
+
+// frontier returns up to where everything was seen on the shards that are read.
+func (r *fixedRead) frontier() int64 {
+	if len(r.shards) == len(r.c.shards) {
+		return r.c.frontier.Get(watchring.All)
+	}
+	f := r.c.frontier.Get(r.shards[0].idx)
+	for _, s := range r.shards[1:] {
+		f = min(f, r.c.frontier.Get(s.idx))
+	}
+	return f
 }
 
 // lookAt reads every shard at the state that belongs to revision rev, and answers with header h. The
@@ -253,15 +288,23 @@ func (c *Core) readSet(op *Op) []*shardState {
 	if shard, one := c.shardOf(&op.core.plan); one {
 		return c.shards[shard : shard+1]
 	}
-	return c.shards
+	iv := op.core.plan.Reads[0]
+	c.setScratch = c.part.AppendShards(c.setScratch[:0], iv.Key, iv.End)
+	if len(c.setScratch) == len(c.shards) {
+		return c.shards
+	}
+	set := make([]*shardState, len(c.setScratch))
+	for i, idx := range c.setScratch {
+		set[i] = c.shards[idx]
+	}
+	return set
 }
 
 // submitSerializable answers from this proxy's frontier, without the coordinator.
 func (c *Core) submitSerializable(op *Op) {
 	r := c.newFixedRead(op, c.readSet(op))
 	r.latest = true
-	f := c.frontier.Get(r.set())
-	r.serializable(f)
+	r.serializable(r.frontier())
 }
 
 func (r *fixedRead) serializable(f int64) { r.lookAt(f, f) }
@@ -277,7 +320,7 @@ func (c *Core) submitHistoryRange(op *Op) {
 			c.finish(op, st)
 		case rev > n:
 			c.finish(op, codec.ErrFutureRev)
-		case rev < c.frontier.Compacted():
+		case rev < c.compacted:
 			c.finish(op, codec.ErrCompacted)
 		default:
 			if op.core.plan.Empty() {
@@ -288,7 +331,7 @@ func (c *Core) submitHistoryRange(op *Op) {
 				return
 			}
 			r := c.newFixedRead(op, c.readSet(op))
-			c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
+			r.awaitFrontiers(rev, func() { r.lookAt(rev, n) })
 		}
 	})
 }
@@ -324,6 +367,9 @@ func (l *insideLook) send() {
 	c := p.r.c
 	body := appendPlainRangeOp(c.scratch[:0], txnSuccess, p.r.op.core.plan.Reads[0], l.local)
 	body = appendGet(body, txnSuccess, KeyClock, l.local)
+	if !p.r.latest {
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+	}
 	c.scratch = body
 	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, l)
 }
@@ -356,8 +402,12 @@ func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
 	}
 	l.resp = append(l.resp[:0], resp...)
 	var ok bool
-	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) != 2 {
+	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) < 2 {
 		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+		return
+	}
+	if !r.latest && p.s.compactedIn(l.reply.resps, in.rev) {
+		r.end(codec.ErrCompacted)
 		return
 	}
 	if in.waiting--; in.waiting > 0 {
