@@ -12,7 +12,7 @@ import (
 const physicalTimeout = time.Minute
 
 // compaction is a Compact on its way: recorded in the reserved keys of every shard first, then done on
-// every member at the last batch that ends at or below its revision. Between the record on the first
+// every member at the last batch that ends below its revision. Between the record on the first
 // shard and the last member's compaction it may be cut short at any moment: every part may be done
 // again by anybody, and what is missing is completed (see compactionLags).
 type compaction struct {
@@ -175,14 +175,15 @@ func (k *compaction) record(s *shardState) {
 	}))
 }
 
-// compact compacts one shard at the last record at or below the revision: what clients may still read is
-// kept, also when the revision lies inside a batch.
+// compact compacts one shard at the last record below the revision. What clients may still read is kept,
+// also when the revision lies inside a batch, and so is what a watch from the revision itself must bring,
+// after a restart too.
 func (k *compaction) compact(s *shardState) {
 	if k.over {
 		return
 	}
 	c := k.c
-	s.locate(k.rev, func(at located, st codec.Status) {
+	s.locate(k.rev-1, func(at located, st codec.Status) {
 		if st == codec.ErrCompacted {
 			k.part()
 			return
