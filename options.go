@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -303,6 +304,9 @@ func fileOption(key string, v any) (values []string, ranges []RangeConfig, err e
 			return nil, nil, err
 		}
 		values, ranges = append(values, one...), append(ranges, r...)
+	}
+	if !slices.ContainsFunc(ranges, func(r RangeConfig) bool { return r.Start != nil || r.End != nil }) {
+		ranges = nil
 	}
 	return values, ranges, nil
 }

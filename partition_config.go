@@ -182,8 +182,5 @@ func fileShard(v map[string]any) (values []string, ranges []RangeConfig, err err
 			return nil, nil, fmt.Errorf("%s has %q: write name, urls, start and end", name, key)
 		}
 	}
-	if r.Start != nil || r.End != nil {
-		ranges = []RangeConfig{r}
-	}
-	return values, ranges, nil
+	return values, []RangeConfig{r}, nil
 }

@@ -166,10 +166,10 @@ func newPair(t *testing.T, seed uint64, stream int, etcd, spindle *rpc, prefix s
 }
 
 // restartEvery is after how many requests the proxy is closed and another one started over the same members.
-const restartEvery = 500
+const restartEvery = 1000
 
 // watchEvery is after how many requests a watch with random fields is compared.
-const watchEvery = 40
+const watchEvery = 80
 
 // One client, all kinds of requests, compactions too: every answer equal, and every header's revision
 // where it belongs between the writes. The proxy is closed now and then, and another one goes on.
