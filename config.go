@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"spindle/shard"
 	"spindle/shard/embedded"
 )
 
@@ -23,6 +24,14 @@ type Config struct {
 	// Shards are the member clusters. Without any, Spindle runs on embedded members.
 	Shards      []ShardConfig
 	Coordinator []string
+
+	// Partitioner is hash, range, or empty for what the members have recorded; Ranges are from the file.
+	Partitioner string
+	Ranges      []RangeConfig
+
+	// AutoCompactionMode and AutoCompactionRetention are etcd's.
+	AutoCompactionMode      string
+	AutoCompactionRetention string
 
 	// DataDir and EmbeddedShards are for embedded mode only.
 	DataDir        string
@@ -106,6 +115,12 @@ func (c *Config) Validate() error {
 		}
 	}
 	if err := c.validateMembers(); err != nil {
+		return err
+	}
+	if _, err := c.partition(); err != nil {
+		return err
+	}
+	if _, err := shard.ParseAutoCompact(c.AutoCompactionMode, c.AutoCompactionRetention); err != nil {
 		return err
 	}
 	for _, r := range []struct {

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"spindle/shard"
 )
 
 func TestDefaults(t *testing.T) {
@@ -79,6 +81,7 @@ func TestErrors(t *testing.T) {
 		}
 		return name
 	}
+	const ranges = "partitioner: range\nshard:\n"
 	real := []string{"--shard", "a=http://h:1", "--coordinator", "http://h:9"}
 	for _, c := range []struct {
 		name string
@@ -123,6 +126,24 @@ func TestErrors(t *testing.T) {
 		{name: "empty in file", file: "loops:\n", want: []string{"loops", "no value"}},
 		{name: "list as file", file: "- loops\n", want: []string{"name: value"}},
 		{name: "bad value in file", file: "loops: x\n", want: []string{"loops in ", "f.yaml"}},
+		{name: "compaction mode", args: []string{"--auto-compaction-mode", "weekly"}, want: []string{"--auto-compaction-mode", "periodic or revision"}},
+		{name: "compaction retention", args: []string{"--auto-compaction-retention", "x"}, want: []string{"--auto-compaction-retention", "30m"}},
+		{name: "partitioner", args: []string{"--partitioner", "rnage"}, want: []string{"--partitioner", "hash or range"}},
+		{name: "ranges without partitioner", file: "shard:\n- {name: shard-1, end: m}\n", want: []string{"shard-1", "partitioner: range"}},
+		{name: "unknown shard", file: ranges + "- {name: shard-1, end: m}\n- {name: b, start: m}\n", want: []string{`"b"`, "shard-1 to shard-3"}},
+		{name: "unknown shard by name", args: real, file: ranges + "- {name: a, end: m}\n- {name: b, start: m}\n", want: []string{`"b"`, "urls"}},
+		{name: "a shard without a range", file: ranges + "- {name: shard-1, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-2", "no range"}},
+		{name: "gap", file: ranges + "- {name: shard-1, end: g}\n- {name: shard-2, start: h, end: m}\n- {name: shard-3}\n", want: []string{`ends at "g"`, `starts at "h"`, "no gaps"}},
+		{name: "wrong order", file: ranges + "- {name: shard-1, end: m}\n- {name: shard-2, end: g}\n- {name: shard-3, start: g}\n", want: []string{"shard-3", `"g"`, "order"}},
+		{name: "first with a start", file: ranges + "- {name: shard-2, start: m}\n- {name: shard-1, end: m}\n", want: []string{"shard-2", "first", "order"}},
+		{name: "last with an end", file: ranges + "- {name: shard-1, end: g}\n- {name: shard-2, end: m}\n- {name: shard-3, start: m, end: z}\n", want: []string{"shard-3", "last", "no end"}},
+		{name: "no bound", file: ranges + "- {name: shard-1, start: ''}\n- {name: shard-2, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-1", "shard-2", "divide"}},
+		{name: "twice in the file", file: ranges + "- {name: shard-1, end: g}\n- {name: shard-1, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-1", "one range"}},
+		{name: "reserved", file: ranges + "- {name: shard-1, end: '\\x00a'}\n- {name: shard-2, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-2", "zero byte"}},
+		{name: "bad escape", file: ranges + "- {name: shard-1, end: '\\q'}\n- {name: shard-2, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-1", `\xNN`}},
+		{name: "yaml's own escape", file: ranges + "- {name: shard-1, end: \"\\xff\"}\n- {name: shard-2, end: m}\n- {name: shard-3, start: m}\n", want: []string{"shard-1", "single quotes"}},
+		{name: "no name", file: ranges + "- {end: m}\n", want: []string{"shard", "without a name"}},
+		{name: "unknown key of a shard", file: ranges + "- {name: shard-1, stop: m}\n", want: []string{`"stop"`, "start and end"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			args := c.args
@@ -142,6 +163,50 @@ func TestErrors(t *testing.T) {
 				t.Errorf("more than one line: %q", err)
 			}
 		})
+	}
+}
+
+// Ranges come from the file, bounds from either side, bytes by escapes.
+func TestRangesFromFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "f.yaml")
+	if err := os.WriteFile(file, []byte(`
+partitioner: range
+coordinator: http://h:9
+shard:
+- {name: b, urls: "http://h:1,http://h:2", end: 'g\\\xff'}
+- {name: a, urls: [http://h:3], end: 700}
+- name: c
+  urls: http://h:4
+  start: "700"
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := parse([]string{"--config", file}, nil)
+	if err == nil || !strings.Contains(err.Error(), "order") {
+		t.Fatalf("700 is below g: %v", err)
+	}
+	b, _ := os.ReadFile(file)
+	if err := os.WriteFile(file, bytes.ReplaceAll(b, []byte("700"), []byte("h")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := parse([]string{"--config", file}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.partition()
+	want := shard.PartitionSpec{Kind: shard.PartitionRange, Ranges: []shard.RangeSpec{{Member: 0}, {Start: []byte("g\\\xff"), Member: 1}, {Start: []byte("h"), Member: 2}}}
+	if err != nil || !reflect.DeepEqual(got, want) || len(c.Shards) != 3 || len(c.Shards[0].URLs) != 2 {
+		t.Errorf("%+v, %+v, %v", got, c.Shards, err)
+	}
+	// Embedded members have names of their own.
+	if err := os.WriteFile(file, []byte("partitioner: range\nembedded-shards: 2\nshard: [{name: shard-2, end: m}, {name: shard-1}]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c, err = parse([]string{"--config", file}, nil); err != nil || !c.Embedded() {
+		t.Fatal(err)
+	}
+	if got, _ := c.partition(); len(got.Ranges) != 2 || got.Ranges[0].Member != 1 {
+		t.Errorf("%+v", got)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -52,6 +53,9 @@ var options = []option{
 	{groupMembers, "coordinator", "URL[,URL...]", "",
 		"The small etcd cluster that hands out revisions.", false,
 		urlList(func(c *Config) *[]string { return &c.Coordinator })},
+	{groupMembers, "partitioner", "KIND", "",
+		"How keys are spread over shards: hash, or range with start and end of each shard in the file. Fixed by the first start, which takes hash; later ones take what is recorded.", false,
+		func(c *Config, v string) error { c.Partitioner = v; return nil }},
 	{groupMembers, "shard-max-txn-ops", "N", "128",
 		"What the members were started with as --max-txn-ops. 1024 is recommended.", false,
 		integer(func(c *Config) *int { return &c.ShardMaxTxnOps })},
@@ -81,6 +85,12 @@ var options = []option{
 		"Event loops that serve clients. 0: half the cores, at least one.", false,
 		integer(func(c *Config) *int { return &c.Loops })},
 
+	{groupRest, "auto-compaction-mode", "MODE", "periodic",
+		"What --auto-compaction-retention counts: periodic (time) or revision.", false,
+		func(c *Config, v string) error { c.AutoCompactionMode = v; return nil }},
+	{groupRest, "auto-compaction-retention", "TIME|N", "0",
+		"How much history to keep: a duration such as 30m (a plain number means hours), or a number of revisions. 0: never compact.", false,
+		func(c *Config, v string) error { c.AutoCompactionRetention = v; return nil }},
 	{groupRest, "listen-metrics-urls", "URL[,URL...]", "http://127.0.0.1:2381",
 		"Where /metrics, /health, /livez, /readyz and /version are served. Empty: nowhere.", false,
 		urlList(func(c *Config) *[]string { return &c.ListenMetricsURLs })},
@@ -111,16 +121,17 @@ func parse(args []string, environ []string) (*Config, error) {
 	}
 	env := parseEnv(environ)
 	file := map[string][]string{}
+	var ranges []RangeConfig
 	fileName := last(flags["config"])
 	if fileName == "" {
 		fileName = last(env["config"])
 	}
 	if fileName != "" {
-		if file, err = readFile(fileName); err != nil {
+		if file, ranges, err = readFile(fileName); err != nil {
 			return nil, err
 		}
 	}
-	c := &Config{given: map[string]string{}}
+	c := &Config{given: map[string]string{}, Ranges: ranges}
 	for _, o := range options {
 		var values []string
 		from := ""
@@ -226,44 +237,78 @@ func parseEnv(environ []string) map[string][]string {
 }
 
 // readFile reads a YAML file with the flags' names as keys. A list may stand for several URLs, and for
-// an option that may be repeated.
-func readFile(name string) (map[string][]string, error) {
+// an option that may be repeated; a shard may also say its range of keys.
+func readFile(name string) (map[string][]string, []RangeConfig, error) {
 	b, err := os.ReadFile(name)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("--config: there is no file %s", name)
+			return nil, nil, fmt.Errorf("--config: there is no file %s", name)
 		}
-		return nil, fmt.Errorf("--config: %w", err)
+		return nil, nil, fmt.Errorf("--config: %w", err)
 	}
 	js, err := yaml.YAMLToJSONStrict(b)
 	if err != nil {
-		return nil, fmt.Errorf("--config: %s is not good YAML: %s", name, oneLine(err))
+		return nil, nil, fmt.Errorf("--config: %s is not good YAML: %s", name, oneLine(err))
 	}
 	var m map[string]any
 	dec := json.NewDecoder(strings.NewReader(string(js)))
 	dec.UseNumber()
 	if err := dec.Decode(&m); err != nil {
-		return nil, fmt.Errorf("--config: %s must be lines of \"name: value\", with the flags' names", name)
+		return nil, nil, fmt.Errorf("--config: %s must be lines of \"name: value\", with the flags' names", name)
 	}
 	out := map[string][]string{}
+	var ranges []RangeConfig
 	for _, key := range sortedKeys(m) {
 		o := findOption(key)
 		if o == nil {
 			if near := nearest(key); near != "" {
-				return nil, fmt.Errorf("--config: %s: there is no option %q: did you mean %q?", name, key, near)
+				return nil, nil, fmt.Errorf("--config: %s: there is no option %q: did you mean %q?", name, key, near)
 			}
-			return nil, fmt.Errorf("--config: %s: there is no option %q: the names are the flags', see --help", name, key)
+			return nil, nil, fmt.Errorf("--config: %s: there is no option %q: the names are the flags', see --help", name, key)
 		}
-		values, err := fileValues(m[key])
+		values, r, err := fileOption(key, m[key])
 		if err != nil {
-			return nil, fmt.Errorf("--config: %s: %s: %w", name, key, err)
+			return nil, nil, fmt.Errorf("--config: %s: %s: %w", name, key, err)
+		}
+		ranges = append(ranges, r...)
+		if len(values) == 0 {
+			continue // ranges of embedded members
 		}
 		if !o.repeat && len(values) > 1 {
 			values = []string{strings.Join(values, ",")}
 		}
 		out[key] = values
 	}
-	return out, nil
+	return out, ranges, nil
+}
+
+// fileOption reads the value of one key. The shard list may have elements with a range of keys.
+func fileOption(key string, v any) (values []string, ranges []RangeConfig, err error) {
+	list, ok := v.([]any)
+	if key != "shard" || !ok {
+		values, err = fileValues(v)
+		return values, nil, err
+	}
+	for _, e := range list {
+		m, ok := e.(map[string]any)
+		if !ok {
+			one, err := fileValues([]any{e})
+			if err != nil {
+				return nil, nil, err
+			}
+			values = append(values, one...)
+			continue
+		}
+		one, r, err := fileShard(m)
+		if err != nil {
+			return nil, nil, err
+		}
+		values, ranges = append(values, one...), append(ranges, r...)
+	}
+	if !slices.ContainsFunc(ranges, func(r RangeConfig) bool { return r.Start != nil || r.End != nil }) {
+		ranges = nil
+	}
+	return values, ranges, nil
 }
 
 func fileValues(v any) ([]string, error) {

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"spindle/server/node"
+	"spindle/shard"
 	"spindle/shard/embedded"
 )
 
@@ -29,6 +30,13 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		ShardTimeout:     cfg.ShardTimeout,
 		ProgressInterval: cfg.WatchProgressNotifyInterval,
 		Log:              log,
+	}
+	var err error
+	if nc.Partition, err = cfg.partition(); err != nil {
+		return err
+	}
+	if nc.AutoCompact, err = shard.ParseAutoCompact(cfg.AutoCompactionMode, cfg.AutoCompactionRetention); err != nil {
+		return err
 	}
 	for _, s := range cfg.Shards {
 		nc.Shards = append(nc.Shards, node.Shard(s))

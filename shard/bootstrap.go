@@ -247,7 +247,12 @@ func (b *bootstrap) fitMap() {
 		var epoch revclock.ID
 		binary.BigEndian.PutUint64(epoch[:], c.cfg.Rand.Uint64())
 		binary.BigEndian.PutUint64(epoch[8:], c.cfg.Rand.Uint64())
-		b.createMap(first, AppendMap(nil, NewMap(epoch, b.coord.cluster, shards)))
+		m, err := c.cfg.Partition.newMap(epoch, b.coord.cluster, shards, b.indexIn(shards))
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		b.createMap(first, AppendMap(nil, m))
 		return
 	}
 	m, err := ParseMap(first.mapBytes)
@@ -287,7 +292,21 @@ func (b *bootstrap) checkMap(m *Map, ps []*probe) error {
 	if m.Coordinator != b.coord.cluster {
 		return fmt.Errorf("the partition map names the coordinator with cluster ID %x, and the configured one is %x: see whether --coordinator is right", m.Coordinator, b.coord.cluster)
 	}
-	return nil
+	return b.c.cfg.Partition.check(m, b.indexIn(m.Shards), func(i int) string {
+		for _, p := range ps {
+			if p.identity == m.Shards[i].Identity {
+				return strings.TrimPrefix(p.name, "member cluster ")
+			}
+		}
+		return m.Shards[i].Name
+	})
+}
+
+// indexIn returns which of shards a configured member is. All members must be among them.
+func (b *bootstrap) indexIn(shards []MapShard) func(member int) int {
+	return func(member int) int {
+		return slices.IndexFunc(shards, func(s MapShard) bool { return s.Identity == b.probes[member].identity })
+	}
 }
 
 // createMap writes the map to one shard unless another proxy was faster, and looks again.
@@ -322,13 +341,14 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 	for i, ms := range m.Shards {
 		p := ps[slices.IndexFunc(ps, func(p *probe) bool { return p.identity == ms.Identity })]
 		c.shards[i] = &shardState{c: c, idx: i, cluster: p.id, name: ms.Name, mapMod: p.mapMod,
-			window: int64(c.cfg.ReorderWindow),
-			rec:    point{p.clock.First, p.clock.Last, p.clockAt}}
+			window:     int64(c.cfg.ReorderWindow),
+			compactRec: p.compact,
+			rec:        point{p.clock.First, p.clock.Last, p.clockAt}}
 		b.clocks[i] = p.clock.Last
 		fresh = fresh && p.clock.Last == 0
 		compact = max(compact, p.compact)
 	}
-	c.compacted = compact
+	c.compacted, c.compactRec = compact, compact
 	c.hdr = codec.Header{
 		ClusterID: binary.BigEndian.Uint64(m.Shards[0].Identity[:]) | 1,
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
@@ -458,6 +478,8 @@ func (b *bootstrap) streamMoved(s *shardState) {
 		return
 	}
 	c.state, c.reason, c.boot = stateReady, "", nil
+	c.armCompactionLags()
+	c.startAutoCompact()
 	c.log.Info("serving", "shards", len(c.shards), "revision", c.clock.Log().N())
 }
 

@@ -1,18 +1,27 @@
 package shard
 
 import (
+	"time"
+
 	"spindle/codec"
 	"spindle/watchring"
 )
 
-// compaction is a Compact request on its way: recorded in the reserved keys of every shard first, then
-// done on every member at the last batch that ends at or below its revision.
+// physicalTimeout is how long a Compact with physical set may wait for the members to have rewritten their
+// files; etcd itself waits as long as the client does.
+const physicalTimeout = time.Minute
+
+// compaction is a Compact on its way: recorded in the reserved keys of every shard first, then done on
+// every member at the last batch that ends below its revision. Between the record on the first
+// shard and the last member's compaction it may be cut short at any moment: every part may be done
+// again by anybody, and what is missing is completed (see compactionLags).
 type compaction struct {
 	c        *Core
-	op       *Op
 	rev      int64
 	now      int64
 	physical bool
+	timeout  time.Duration
+	done     func(now int64, st codec.Status) // once
 	waiting  int
 	over     bool
 	retried  bool // a reply was lost: what is found recorded may be our own
@@ -21,28 +30,45 @@ type compaction struct {
 
 // submitCompact takes a CompactionRequest.
 func (c *Core) submitCompact(op *Op) {
-	k := &compaction{c: c, op: op, deadline: c.deadline()}
+	rev, physical := int64(0), false
 	it := codec.Fields{Msg: op.Msg}
 	for it.Next() {
 		switch it.Field.Num {
 		case 1:
-			k.rev = int64(it.Field.Val)
+			rev = int64(it.Field.Val)
 		case 2:
-			k.physical = it.Field.Val != 0
+			physical = it.Field.Val != 0
 		}
 	}
 	if it.Bad {
 		c.finish(op, errUnmarshal)
 		return
 	}
+	c.compact(rev, physical, func(now int64, st codec.Status) {
+		if st.Code == codec.OK {
+			hdr := c.hdr
+			hdr.Revision = now
+			op.Resp = codec.AppendHeaderField(op.Resp[:0], &hdr)
+		}
+		c.finish(op, st)
+	})
+}
+
+// compact compacts everything up to rev, and calls done with now once that is done, or with etcd's error.
+func (c *Core) compact(rev int64, physical bool, done func(now int64, st codec.Status)) {
+	k := &compaction{c: c, rev: rev, physical: physical, timeout: c.cfg.ShardTimeout, done: done}
+	if physical {
+		k.timeout = max(k.timeout, physicalTimeout)
+	}
+	k.deadline = c.cfg.Now() + int64(k.timeout)
 	c.Now(func(n int64, st codec.Status) {
 		switch {
 		case st.Code != codec.OK:
-			c.finish(op, st)
+			k.end(st)
 		case k.rev <= c.compacted:
-			c.finish(op, codec.ErrCompacted)
+			k.end(codec.ErrCompacted)
 		case k.rev > n:
-			c.finish(op, codec.ErrFutureRev)
+			k.end(codec.ErrFutureRev)
 		default:
 			k.now = n
 			c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
@@ -56,12 +82,7 @@ func (k *compaction) end(st codec.Status) {
 		return
 	}
 	k.over = true
-	if st.Code == codec.OK {
-		hdr := k.c.hdr
-		hdr.Revision = k.now
-		k.op.Resp = codec.AppendHeaderField(k.op.Resp[:0], &hdr)
-	}
-	k.c.finish(k.op, st)
+	k.done(k.now, st)
 }
 
 // decide writes the record on the first shard. It is there that two compactions meet: the one that
@@ -70,14 +91,16 @@ func (k *compaction) decide() {
 	if k.over {
 		return
 	}
-	s := k.c.shards[0]
-	k.c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), k.c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, sent bool) {
+	c := k.c
+	s := c.shards[0]
+	c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, sent bool) {
+		found := st.Code == codec.OK && s.compactRecorded(k.rev, resp)
 		if k.over {
 			return
 		}
 		switch {
 		case st.Code == codec.OK:
-			if t, ok := parseTxnReply(resp, nil); ok && t.succeeded && !k.retried {
+			if found && !k.retried {
 				k.end(codec.ErrCompacted)
 				return
 			}
@@ -88,10 +111,11 @@ func (k *compaction) decide() {
 			// A full member must be able to free space: go on without the record.
 		default:
 			k.retried = k.retried || sent
-			k.c.after(k.c.jitter(retryDelay), k.decide)
+			c.after(c.jitter(retryDelay), k.decide)
 			return
 		}
-		k.spread()
+		c.noteCompaction(k.rev)
+		k.spread(c.shards)
 	}))
 }
 
@@ -106,13 +130,26 @@ func (k *compaction) recordTxn() []byte {
 	return appendPutOp(body, txnFailure, KeyCompact, AppendCompaction(nil, k.rev))
 }
 
-// spread records the compaction on the other shards, and compacts each.
-func (k *compaction) spread() {
-	c := k.c
-	c.noteCompaction(k.rev)
-	k.waiting = len(c.shards)
-	for i, s := range c.shards {
-		if i == 0 {
+// compactRecorded takes the answer to a recordTxn for rev, and reports whether a record as high was there.
+func (s *shardState) compactRecorded(rev int64, resp []byte) (found bool) {
+	t, ok := parseTxnReply(resp, nil)
+	if ok && t.succeeded && len(t.resps) > 0 {
+		found = true
+		if kv, there := firstKV(t.resps[0]); there {
+			if is, ok := ParseCompaction(kv.Value); ok {
+				rev = is
+			}
+		}
+	}
+	s.sawCompaction(rev)
+	return found
+}
+
+// spread records the compaction on the shards that lack it, and compacts each.
+func (k *compaction) spread(shards []*shardState) {
+	k.waiting = len(shards)
+	for _, s := range shards {
+		if s.compactRec >= k.rev {
 			k.compact(s)
 			continue
 		}
@@ -124,24 +161,31 @@ func (k *compaction) record(s *shardState) {
 	if k.over {
 		return
 	}
-	k.c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), k.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
-		if st.Code != codec.OK && st.Code != codec.ResourceExhausted {
-			k.c.after(k.c.jitter(retryDelay), func() { k.record(s) })
+	c := k.c
+	c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		switch st.Code {
+		case codec.OK:
+			s.compactRecorded(k.rev, resp)
+		case codec.ResourceExhausted:
+		default:
+			c.after(c.jitter(retryDelay), func() { k.record(s) })
 			return
 		}
 		k.compact(s)
 	}))
 }
 
-// compact compacts one shard at the last record at or below the revision: what clients may still read is
-// kept, also when the revision lies inside a batch.
+// compact compacts one shard at the last record below the revision. What clients may still read is kept,
+// also when the revision lies inside a batch, and so is what a watch from the revision itself must bring,
+// after a restart too.
 func (k *compaction) compact(s *shardState) {
 	if k.over {
 		return
 	}
-	s.locate(k.rev, func(at located, st codec.Status) {
+	c := k.c
+	s.locate(k.rev-1, func(at located, st codec.Status) {
 		if st == codec.ErrCompacted {
-			k.done()
+			k.part()
 			return
 		}
 		if st.Code != codec.OK {
@@ -150,17 +194,17 @@ func (k *compaction) compact(s *shardState) {
 		}
 		body := codec.AppendInt(nil, 1, at.base.local)
 		body = codec.AppendBool(body, 2, k.physical)
-		k.c.tr.Call(s.cluster, codec.MethodCompact, body, k.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+		c.tr.Call(s.cluster, codec.MethodCompact, body, k.timeout, completion(func(_ []byte, st codec.Status, _ bool) {
 			if st.Code != codec.OK && st != codec.ErrCompacted {
-				k.c.after(k.c.jitter(retryDelay), func() { k.compact(s) })
+				c.after(c.jitter(retryDelay), func() { k.compact(s) })
 				return
 			}
-			k.done()
+			k.part()
 		}))
 	})
 }
 
-func (k *compaction) done() {
+func (k *compaction) part() {
 	if k.waiting--; k.waiting == 0 {
 		k.end(codec.Status{})
 	}
@@ -172,10 +216,88 @@ func (c *Core) noteCompaction(rev int64) {
 		return
 	}
 	c.compacted = rev
-	if c.frontier != nil {
-		c.frontier.SetCompacted(rev)
+	c.publishCompaction()
+}
+
+// publishCompaction tells the watches, once everything up to the compacted revision has been seen here:
+// another proxy may be ahead, and a watch that has all that there is to have must not be canceled.
+func (c *Core) publishCompaction() {
+	if c.frontier != nil && c.compacted > c.frontier.Compacted() && c.frontier.Get(watchring.All) >= c.compacted {
+		c.frontier.SetCompacted(c.compacted)
 		c.frontierRose = true
 	}
+}
+
+// sawCompaction notes the compaction record of a shard. The largest one counts for all.
+func (s *shardState) sawCompaction(rev int64) {
+	c := s.c
+	s.compactRec = max(s.compactRec, rev)
+	c.compactRec = max(c.compactRec, rev)
+	c.noteCompaction(rev)
+	c.armCompactionLags()
+}
+
+// compactedIn looks at the compaction record behind a read's other answers, and reports whether revision
+// rev lies below it. A compaction is answered after its record is on every shard, so whoever reads
+// later finds it, through any proxy.
+func (s *shardState) compactedIn(resps [][]byte, rev int64) bool {
+	if len(resps) < 3 {
+		return false
+	}
+	return s.compactedBy(resps[2], rev)
+}
+
+// compactedBy reads the shard's compaction record, and says whether rev is below it.
+func (s *shardState) compactedBy(reply []byte, rev int64) bool {
+	kv, found := firstKV(reply)
+	is, ok := ParseCompaction(kv.Value)
+	if !found || !ok {
+		return false
+	}
+	s.sawCompaction(is)
+	return rev < is
+}
+
+// compactionLags returns the shards that lack the newest compaction record: whoever compacted was
+// stopped in the middle, or is still at it.
+func (c *Core) compactionLags() (lag []*shardState) {
+	for _, s := range c.shards {
+		if s.compactRec < c.compactRec {
+			lag = append(lag, s)
+		}
+	}
+	return lag
+}
+
+// armCompactionLags completes a compaction that lacks shards, after a time in which whoever began it
+// has finished or failed.
+func (c *Core) armCompactionLags() {
+	if c.completing || c.state != stateReady || len(c.compactionLags()) == 0 {
+		return
+	}
+	c.completing = true
+	c.after(c.jitter(2*c.cfg.ShardTimeout), func() {
+		c.completing = false
+		if c.state != stateReady {
+			return
+		}
+		lag := c.compactionLags()
+		if len(lag) == 0 {
+			return
+		}
+		c.completing = true
+		k := &compaction{c: c, rev: c.compactRec, timeout: c.cfg.ShardTimeout, deadline: c.deadline()}
+		k.done = func(int64, codec.Status) {
+			c.completing = false
+			c.armCompactionLags()
+		}
+		c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
+		c.awaitFrontier(watchring.All, k.rev, k.deadline, func() {
+			if !k.over {
+				k.spread(lag)
+			}
+		})
+	})
 }
 
 // restartStreamAt continues a shard's stream where its member was compacted at a local revision, without

@@ -18,6 +18,10 @@ type CoreConfig struct {
 	Proxy revclock.ID
 	// Names are the member clusters' names, in the order of the transport's ClusterIDs.
 	Names []string
+	// Partition is what the configuration says about where keys lie.
+	Partition PartitionSpec
+	// AutoCompact compacts without being asked.
+	AutoCompact AutoCompact
 	// Now is the clock, in nanoseconds; it never runs backwards.
 	Now func() int64
 	// Rand is the source of jitter and of new identities. The simulation seeds it.
@@ -97,7 +101,10 @@ type Core struct {
 	frontier   *watchring.Frontier
 	onFrontier func()
 	creates    *CreateCache
-	compacted  int64 // what clients compacted, -1 for nothing
+	compacted  int64 // below it nothing is answered, -1 for nothing
+	compactRec int64 // the largest compaction record of a shard
+	completing bool  // a compaction that was cut short is being completed
+	auto       autoCompactor
 	histories  []*History
 
 	timers   timerHeap
@@ -113,9 +120,11 @@ type Core struct {
 
 	nextToken uint64
 	scratch   []byte
-	resps     [][]byte
-	part1     [1][]byte
-	freeReads []*readBatch
+	// setScratch is for sets of shards.
+	setScratch []int
+	resps      [][]byte
+	part1      [1][]byte
+	freeReads  []*readBatch
 
 	rangeStreams int // open
 	stats        Stats
@@ -184,7 +193,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	def(&cfg.PageKeys, firstPageKeys)
 	def(&cfg.ChunkBytes, streamChunkBytes)
 	def(&cfg.MemberMaxRequestBytes, 1536<<10)
-	c := &Core{cfg: cfg, tr: tr, log: cfg.Log, reason: "starting", compacted: -1}
+	c := &Core{cfg: cfg, tr: tr, log: cfg.Log, reason: "starting", compacted: -1, compactRec: -1}
 	c.clock = revclock.New(revclock.Config{
 		Proxy:         cfg.Proxy,
 		Shards:        len(cfg.Names),
@@ -467,6 +476,7 @@ func (c *Core) moveFrontiers() {
 		}
 	}
 	if c.frontierRose {
+		c.publishCompaction()
 		c.ring.Trim(c.frontier.Get(watchring.All))
 		for _, s := range c.shards {
 			s.resumeStream()

@@ -45,7 +45,7 @@ func (c *Core) submitList(op *Op) {
 		c.newPagedRead(op, nil).begin()
 		return
 	}
-	r := c.newFixedRead(op, c.shards)
+	r := c.newFixedRead(op, c.readSet(op))
 	r.latest = true
 	r.begin()
 }
@@ -95,6 +95,10 @@ func (p *part) send() {
 	body = p.r.op.core.plan.AppendReadOp(body, p.local)
 	body = codec.EndMessage(body, m)
 	body = appendGet(body, txnSuccess, KeyClock, p.local)
+	if !p.r.latest {
+		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+	}
 	c.scratch = body
 	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
 }
@@ -139,8 +143,12 @@ func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
 		p.err = codec.Status{}
 		p.resp = append(p.resp[:0], resp...)
 		var ok bool
-		if p.reply, ok = parseTxnReply(p.resp, p.reply.resps); !ok || len(p.reply.resps) != 2 {
+		if p.reply, ok = parseTxnReply(p.resp, p.reply.resps); !ok || len(p.reply.resps) < 2 {
 			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+			return
+		}
+		if !r.latest && p.s.compactedIn(p.reply.resps, r.op.core.plan.Revision()) {
+			r.end(codec.ErrCompacted)
 			return
 		}
 	}
@@ -194,15 +202,35 @@ func (r *fixedRead) decide() {
 	}
 	r.c.stats.Rereads++
 	n := r.n
-	r.c.awaitFrontier(r.set(), n, r.deadline, func() { r.lookAt(n, n) })
+	r.c.awaitFrontiers(r.shards, n, r.deadline, func() { r.lookAt(n, n) })
 }
 
-// set returns the shard set for the frontier: one shard, or all.
-func (r *fixedRead) set() int {
-	if len(r.shards) == 1 {
-		return r.shards[0].idx
+// awaitFrontiers calls f once the frontier of each of the shards is at rev, never after the deadline. The
+// other shards do not matter: one of them may be down.
+func (c *Core) awaitFrontiers(shards []*shardState, rev, deadline int64, f func()) {
+	if len(shards) == len(c.shards) {
+		c.awaitFrontier(watchring.All, rev, deadline, f)
+		return
 	}
-	return watchring.All
+	for i, s := range shards {
+		if c.frontier.Get(s.idx) < rev {
+			c.awaitFrontier(s.idx, rev, deadline, func() { c.awaitFrontiers(shards[i+1:], rev, deadline, f) })
+			return
+		}
+	}
+	f()
+}
+
+// frontierOf returns up to where everything was seen on the shards.
+func (c *Core) frontierOf(shards []*shardState) int64 {
+	if len(shards) == len(c.shards) {
+		return c.frontier.Get(watchring.All)
+	}
+	f := c.frontier.Get(shards[0].idx)
+	for _, s := range shards[1:] {
+		f = min(f, c.frontier.Get(s.idx))
+	}
+	return f
 }
 
 // lookAt reads every shard at the state that belongs to revision rev, and answers with header h. The
@@ -257,7 +285,16 @@ func (c *Core) readSet(op *Op) []*shardState {
 	if shard, one := c.shardOf(&op.core.plan); one {
 		return c.shards[shard : shard+1]
 	}
-	return c.shards
+	iv := op.core.plan.Reads[0]
+	c.setScratch = c.part.AppendShards(c.setScratch[:0], iv.Key, iv.End)
+	if len(c.setScratch) == len(c.shards) {
+		return c.shards
+	}
+	set := make([]*shardState, len(c.setScratch))
+	for i, idx := range c.setScratch {
+		set[i] = c.shards[idx]
+	}
+	return set
 }
 
 // submitSerializable answers from this proxy's frontier, without the coordinator.
@@ -265,14 +302,13 @@ func (c *Core) submitSerializable(op *Op) {
 	if op.core.plan.paged() {
 		r := c.newPagedRead(op, nil)
 		r.latest = true
-		f := c.frontier.Get(r.set())
+		f := c.frontierOf(r.shards)
 		r.lookAt(f, f)
 		return
 	}
 	r := c.newFixedRead(op, c.readSet(op))
 	r.latest = true
-	f := c.frontier.Get(r.set())
-	r.serializable(f)
+	r.serializable(c.frontierOf(r.shards))
 }
 
 func (r *fixedRead) serializable(f int64) { r.lookAt(f, f) }
@@ -288,7 +324,7 @@ func (c *Core) submitHistoryRange(op *Op) {
 			c.finish(op, st)
 		case rev > n:
 			c.finish(op, codec.ErrFutureRev)
-		case rev < c.frontier.Compacted():
+		case rev < c.compacted:
 			c.finish(op, codec.ErrCompacted)
 		default:
 			if op.core.plan.Empty() {
@@ -300,11 +336,11 @@ func (c *Core) submitHistoryRange(op *Op) {
 			}
 			if op.core.plan.paged() {
 				r := c.newPagedRead(op, nil)
-				c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
+				c.awaitFrontiers(r.shards, rev, r.deadline, func() { r.lookAt(rev, n) })
 				return
 			}
 			r := c.newFixedRead(op, c.readSet(op))
-			c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
+			c.awaitFrontiers(r.shards, rev, r.deadline, func() { r.lookAt(rev, n) })
 		}
 	})
 }
@@ -340,6 +376,9 @@ func (l *insideLook) send() {
 	c := p.r.c
 	body := appendPlainRangeOp(c.scratch[:0], txnSuccess, p.r.op.core.plan.Reads[0], l.local)
 	body = appendGet(body, txnSuccess, KeyClock, l.local)
+	if !p.r.latest {
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+	}
 	c.scratch = body
 	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, l)
 }
@@ -372,8 +411,12 @@ func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
 	}
 	l.resp = append(l.resp[:0], resp...)
 	var ok bool
-	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) != 2 {
+	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) < 2 {
 		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+		return
+	}
+	if !r.latest && p.s.compactedIn(l.reply.resps, in.rev) {
+		r.end(codec.ErrCompacted)
 		return
 	}
 	if in.waiting--; in.waiting > 0 {

@@ -8,7 +8,6 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"spindle/codec"
-	"spindle/watchring"
 )
 
 // This file is the road of lists that are read page by page: RangeStream, lists with a limit over several
@@ -52,6 +51,7 @@ type pagedRead struct {
 	stream   *RangeStream // nil for a unary answer
 	spec     rangeSpec
 	iv       Interval
+	shards   []*shardState
 	parts    []pagePart
 	gen      int
 	latest   bool // no revision was named: ErrCompacted before the first byte means "again"
@@ -104,7 +104,7 @@ func (c *Core) newPagedRead(op *Op, stream *RangeStream) *pagedRead {
 	p := &op.core.plan
 	shards := c.readSet(op)
 	r := &pagedRead{c: c, op: op, stream: stream, spec: p.ranges[0], iv: p.ops[0].interval(),
-		parts: make([]pagePart, len(shards)), deadline: c.deadline()}
+		shards: shards, parts: make([]pagePart, len(shards)), deadline: c.deadline()}
 	if r.spec.countOnly {
 		r.spec.limit = 0
 	}
@@ -199,18 +199,11 @@ func (r *pagedRead) decide() {
 	r.c.stats.Rereads++
 	n, gen := r.n, r.gen
 	r.haveNow = false
-	r.c.awaitFrontier(r.set(), n, r.deadline, func() {
+	r.c.awaitFrontiers(r.shards, n, r.deadline, func() {
 		if !r.over && r.gen == gen {
 			r.lookAt(n, n)
 		}
 	})
-}
-
-func (r *pagedRead) set() int {
-	if len(r.parts) == 1 {
-		return r.parts[0].s.idx
-	}
-	return watchring.All
 }
 
 func (r *pagedRead) fix(h int64) {
@@ -359,6 +352,12 @@ func (q *pageCall) send() {
 			body = p.appendRead(body, local)
 		}
 		body = appendGet(body, txnSuccess, KeyClock, p.local)
+		if !p.r.latest {
+			body = appendGet(body, txnSuccess, KeyCompact, 0)
+		}
+	case !p.r.latest:
+		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
+		body = appendGet(p.appendRead(body, p.local), txnSuccess, KeyCompact, 0)
 	case p.local == 0:
 		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
 	default:
@@ -417,6 +416,19 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 		})
 	default:
 		p.inFlight = false
+		if !r.latest {
+			t, ok := parseTxnReply(resp, nil)
+			switch n := len(t.resps); {
+			case !ok || n < 2:
+				r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+				return
+			case p.s.compactedBy(t.resps[n-1], r.rev):
+				r.end(codec.ErrCompacted)
+				return
+			case !p.inside:
+				resp = t.resps[0]
+			}
+		}
 		if !p.take(resp) {
 			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
 			return
@@ -433,7 +445,7 @@ func (p *pagePart) take(resp []byte) bool {
 	switch {
 	case p.inside:
 		t, ok := parseTxnReply(resp, nil)
-		if !ok || len(t.resps) != 3 {
+		if !ok || len(t.resps) < 3 {
 			return false
 		}
 		if p.rec.Last == 0 {

@@ -86,7 +86,7 @@ func (c *Core) OpenRange(s *RangeStream) {
 	case p.Serializable():
 		s.read = c.newPagedRead(op, s)
 		s.read.latest = true
-		f := c.frontier.Get(s.read.set())
+		f := c.frontierOf(s.read.shards)
 		s.read.lookAt(f, f)
 	default:
 		s.read = c.newPagedRead(op, s)
@@ -103,14 +103,14 @@ func (c *Core) streamAt(s *RangeStream, rev int64) {
 			s.ended(st)
 		case rev > n:
 			s.ended(codec.ErrFutureRev)
-		case rev < c.frontier.Compacted():
+		case rev < c.compacted:
 			s.ended(codec.ErrCompacted)
 		case s.op.core.plan.Empty():
 			s.empty(n, st)
 		default:
 			r := c.newPagedRead(&s.op, s)
 			s.read = r
-			c.awaitFrontier(r.set(), rev, r.deadline, func() { r.lookAt(rev, n) })
+			c.awaitFrontiers(r.shards, rev, r.deadline, func() { r.lookAt(rev, n) })
 		}
 	})
 }

@@ -51,6 +51,8 @@ type shardState struct {
 	reads         []readItem
 	readsInFlight int
 
+	compactRec int64 // this shard's compaction record, -1 for none
+
 	// The stream.
 	handle         codec.WatchHandle
 	gen            uint64 // of the stream: a sink of an older one is ignored
@@ -343,7 +345,7 @@ func (s *shardState) reservedChanged(kv codec.KV, del bool) {
 	switch string(kv.Key) {
 	case KeyCompact:
 		if rev, ok := ParseCompaction(kv.Value); ok && !del {
-			s.c.noteCompaction(rev)
+			s.sawCompaction(rev)
 		}
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {

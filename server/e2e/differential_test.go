@@ -170,22 +170,54 @@ func newPair(t *testing.T, seed uint64, stream int, etcd, spindle *rpc, prefix s
 	return p
 }
 
+// restartEvery is after how many requests the proxy is closed and another one started over the same members.
+const restartEvery = 1000
+
+// watchEvery is after how many requests a watch with random fields is compared.
+const watchEvery = 80
+
 // One client, all kinds of requests, compactions too: every answer equal, and every header's revision
-// where it belongs between the writes.
-func TestDifferentialSequential(t *testing.T) {
+// where it belongs between the writes. The proxy is closed now and then, and another one goes on.
+func TestDifferentialSequential(t *testing.T) { differentialSequential(t, nil) }
+
+// The same over shards that have ranges of keys: Txns then hold ranges, lists lie on one shard, some or all.
+func TestDifferentialRanges(t *testing.T) {
+	differentialSequential(t, []string{"", "seq/k04", "seq/k09"})
+}
+
+func differentialSequential(t *testing.T, starts []string) {
 	s := seed(t)
 	etcd := dial(t, startEtcd(t))
-	spindle := dial(t, startSpindle(t, 3, 1, ringAll)[0].ClientURLs()[0])
-	p := newPair(t, s, 0, etcd, spindle, "seq/", true)
+	cfg := nodeConfig(t, startMembers(t, 3))
+	ringAll(&cfg)
+	cfg.Partition = rangesOf(starts)
+	n := startNode(t, cfg)
+	p := newPair(t, s, 0, etcd, dial(t, n.ClientURLs()[0]), "seq/", true)
+	p.gen.spans = starts != nil
 	ctx := context.Background()
 	start := time.Now()
+	restarts, watches := 0, 0
 	for i := range scale(sequentialRequests) {
+		if i%restartEvery == restartEvery-1 {
+			p.side[1].conn.Close()
+			n.Close()
+			n = startNode(t, cfg)
+			p.side[1] = dial(t, n.ClientURLs()[0])
+			restarts++
+		}
+		if i%watchEvery == watchEvery-1 {
+			watches++
+			if err := p.watchStep(); err != nil {
+				p.fail(i, err)
+				return
+			}
+		}
 		if err := p.step(ctx); err != nil {
 			p.fail(i, err)
 			return
 		}
 	}
-	t.Logf("%d requests, %d writes, %v", scale(sequentialRequests), p.revs.len(), time.Since(start).Round(time.Millisecond))
+	t.Logf("%d requests, %d writes, %d watches, %d restarts, %v", scale(sequentialRequests), p.revs.len(), watches, restarts, time.Since(start).Round(time.Millisecond))
 }
 
 // Many clients with keys of their own, so that batches form. Watches from revision 1, one opened before

@@ -19,7 +19,9 @@ type generator struct {
 	mods   map[string]int64 // etcd's mod revision of each key that is there, as far as known
 
 	// alone says that nobody else uses the systems: ranges may leave the prefix, and Compact is sent.
-	alone     bool
+	alone bool
+	// spans says that the groups are neighbours, so that a Txn may hold ranges.
+	spans     bool
 	compacted int // index in revs of the last compaction
 }
 
@@ -198,7 +200,11 @@ func (g *generator) txnOn(keys []string, depth int) *pb.TxnRequest {
 	}
 	r := &pb.TxnRequest{}
 	for range g.r.IntN(3) {
-		r.Compare = append(r.Compare, g.compare(key()))
+		c := g.compare(key())
+		if g.spans && g.chance(15) {
+			c.RangeEnd = g.end(keys, c.Key)
+		}
+		r.Compare = append(r.Compare, c)
 	}
 	branch := func() (ops []*pb.RequestOp) {
 		for range g.r.IntN(4) {
@@ -269,6 +275,14 @@ func (g *generator) compare(key []byte) *pb.Compare {
 	return c
 }
 
+// end picks the end of a range that begins at key and stays among keys, which are ascending neighbours.
+func (g *generator) end(keys []string, key []byte) []byte {
+	if !g.spans || g.chance(40) {
+		return append(append([]byte(nil), key...), 0)
+	}
+	return []byte(keys[g.r.IntN(len(keys))]) // an empty range, too
+}
+
 func (g *generator) op(keys []string, key []byte, depth int) *pb.RequestOp {
 	switch n := g.r.IntN(100); {
 	case n < 45:
@@ -278,9 +292,21 @@ func (g *generator) op(keys []string, key []byte, depth int) *pb.RequestOp {
 	case n < 70:
 		r := &pb.RangeRequest{Key: key, CountOnly: g.chance(10), KeysOnly: g.chance(10)}
 		if g.chance(20) {
-			r.RangeEnd = append(append([]byte(nil), key...), 0)
+			r.RangeEnd = g.end(keys, key)
 			r.Limit = int64(g.r.IntN(3))
 		}
+		if g.chance(10) {
+			r.SortOrder = pb.RangeRequest_SortOrder(g.r.IntN(3))
+			r.SortTarget = pb.RangeRequest_SortTarget(g.r.IntN(5))
+		}
+		if g.chance(10) {
+			for _, f := range []*int64{&r.MinModRevision, &r.MaxModRevision, &r.MinCreateRevision, &r.MaxCreateRevision} {
+				if g.chance(30) {
+					*f = g.rev()
+				}
+			}
+		}
+		r.Serializable = g.chance(5)
 		switch g.r.IntN(40) {
 		case 0, 1, 2, 3, 4:
 			r.Revision = g.rev()
@@ -293,7 +319,7 @@ func (g *generator) op(keys []string, key []byte, depth int) *pb.RequestOp {
 	case n < 90 || depth >= 2:
 		r := &pb.DeleteRangeRequest{Key: key, PrevKv: g.chance(40)}
 		if g.chance(20) {
-			r.RangeEnd = append(append([]byte(nil), key...), 0)
+			r.RangeEnd = g.end(keys, key)
 		}
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: r}}
 	default:

@@ -32,6 +32,11 @@ func (l *eventLog) close() { l.cancel() }
 
 func openWatch(t testing.TB, s *rpc, prefix string, start int64) *eventLog {
 	t.Helper()
+	return openWatchOn(t, s, []byte(prefix), prefixEnd(prefix), start)
+}
+
+func openWatchOn(t testing.TB, s *rpc, prefix, end []byte, start int64) *eventLog {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	stream, err := s.w.Watch(ctx)
@@ -39,7 +44,7 @@ func openWatch(t testing.TB, s *rpc, prefix string, start int64) *eventLog {
 		t.Fatal(err)
 	}
 	err = stream.Send(&pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
-		Key: []byte(prefix), RangeEnd: prefixEnd(prefix), StartRevision: start, PrevKv: true,
+		Key: prefix, RangeEnd: end, StartRevision: start, PrevKv: true,
 	}}})
 	if err != nil {
 		t.Fatal(err)

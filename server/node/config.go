@@ -3,6 +3,8 @@ package node
 import (
 	"log/slog"
 	"time"
+
+	"spindle/shard"
 )
 
 // Config describes one proxy. Zero values of what is not said to be needed take the defaults of the
@@ -19,6 +21,10 @@ type Config struct {
 	// Shards are the member clusters, one at least, Coordinator the endpoints of the coordinator.
 	Shards      []Shard
 	Coordinator []string
+	// Partition is what the configuration says about where keys lie; Member is a place in Shards.
+	Partition shard.PartitionSpec
+	// AutoCompact compacts without being asked; the zero value does not.
+	AutoCompact shard.AutoCompact
 	// ShardMaxTxnOps and ShardMaxRequestBytes are what the members were started with.
 	ShardMaxTxnOps       int
 	ShardMaxRequestBytes int

@@ -136,6 +136,8 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 	n.core = shard.NewCore(shard.CoreConfig{
 		Proxy:                 randomID(),
 		Names:                 names,
+		Partition:             n.cfg.Partition,
+		AutoCompact:           n.cfg.AutoCompact,
 		Now:                   n.now,
 		Rand:                  randomSource(),
 		Log:                   n.log,

@@ -31,6 +31,9 @@ type state struct {
 	Complete bool `json:"complete"`
 }
 
+// ShardName returns the name of member cluster i, counted from 0.
+func ShardName(i int) string { return shardDir(i) }
+
 func shardDir(i int) string { return shardPrefix + strconv.Itoa(i+1) }
 
 // dir is an opened and locked directory.

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"fmt"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -8,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/shard"
 	"spindle/watchring"
 )
 
@@ -91,7 +93,7 @@ func (c *checker) compactedFor(o *op) bool {
 	case *pb.TxnRequest:
 		asks = oldest(q, asks)
 	}
-	if asks < c.r.forced {
+	if asks < c.r.forced || asks < c.autoCompacted() {
 		return true
 	}
 	if q, ok := o.req.(*pb.CompactionRequest); ok && q.Revision <= 0 {
@@ -103,6 +105,36 @@ func (c *checker) compactedFor(o *op) bool {
 		}
 	}
 	return false
+}
+
+// autoCompacted returns up to where the proxies may have compacted by themselves: what is recorded in the end.
+func (c *checker) autoCompacted() (rev int64) {
+	if c.r.AutoCompact.Mode == shard.AutoCompactOff {
+		return 0
+	}
+	for _, m := range c.r.net.Members {
+		if r := m.at([]byte(shard.KeyCompact), m.Rev()); r != nil {
+			if is, ok := shard.ParseCompaction(r.KV.Value); ok {
+				rev = max(rev, is)
+			}
+		}
+	}
+	return rev
+}
+
+// lateRead reports whether o was answered from history that had been compacted, with an answer, before o
+// began.
+func (c *checker) lateRead(o *op) *op {
+	q, ok := o.req.(*pb.RangeRequest)
+	if !ok || q.Revision <= 0 || o.st.Code != codec.OK || len(q.RangeEnd) > 0 && bytes.Compare(q.RangeEnd, q.Key) <= 0 {
+		return nil
+	}
+	for _, k := range c.r.ops {
+		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && q.Revision < z.Revision {
+			return k
+		}
+	}
+	return nil
 }
 
 // oldest returns the smallest revision that a transaction's ranges name.
@@ -122,7 +154,7 @@ func oldest(t *pb.TxnRequest, rev int64) int64 {
 
 // compactedUpTo returns the largest revision up to which history may be gone.
 func (c *checker) compactedUpTo() int64 {
-	rev := c.r.forced
+	rev := max(c.r.forced, c.autoCompacted())
 	for _, k := range c.r.ops {
 		if q, ok := k.req.(*pb.CompactionRequest); ok && k.st != codec.ErrFutureRev {
 			rev = max(rev, q.Revision)

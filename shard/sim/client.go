@@ -186,6 +186,9 @@ func (c *client) done(o *op, s *shard.Op) {
 		}
 		o.rev = h.Revision
 		r.show(o.rev)
+		if q, ok := o.req.(*pb.CompactionRequest); ok {
+			r.compacted = max(r.compacted, q.Revision)
+		}
 		c.learn(o)
 	} else {
 		r.stats.Unknown++

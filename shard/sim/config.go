@@ -40,6 +40,11 @@ type Config struct {
 	// PageKeys and ChunkBytes make the pages and chunks of lists small.
 	PageKeys, ChunkBytes int
 
+	// Ranges gives the proxies a range map; without it keys are hashed.
+	Ranges bool
+	// AutoCompact is what the proxies compact by themselves.
+	AutoCompact shard.AutoCompact
+
 	Sabotage shard.Sabotage
 	// Tamper and TamperReply plant bugs on the wire; see Net.
 	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
@@ -111,5 +116,32 @@ func ConfigOf(seed uint64) Config {
 		c.Chaos = ms(10, 150)
 		c.Events = ChaosEvents{Reset: on(), Down: on(), Hole: r.IntN(4) == 0, Pause: on(), Lag: on(), StreamHole: on(), Crash: r.IntN(3) == 0, Expire: on(), Compact: r.IntN(6) == 0}
 	}
+	c.Ranges = r.IntN(3) == 0
+	switch r.IntN(8) {
+	case 0:
+		c.AutoCompact = shard.AutoCompact{Mode: shard.AutoCompactPeriodic, Period: ms(200, 3000)}
+	case 1:
+		c.AutoCompact = shard.AutoCompact{Mode: shard.AutoCompactRevision, Keep: int64(1 + r.IntN(60)), Every: ms(50, 1000)}
+	}
 	return c
+}
+
+// partition is the range map that c asks for: the keys of a run (see keyName) are divided among the shards,
+// not evenly, and in another order than the members'.
+func (c *Config) partition() shard.PartitionSpec {
+	if !c.Ranges {
+		return shard.PartitionSpec{}
+	}
+	spec := shard.PartitionSpec{Kind: shard.PartitionRange}
+	for i := range c.Shards {
+		r := shard.RangeSpec{Member: (i + int(c.Seed)) % c.Shards}
+		if i > 0 {
+			r.Start = []byte(keyName((i - 1) * c.Keys / c.Shards))
+			if n := len(spec.Ranges); string(r.Start) <= string(spec.Ranges[n-1].Start) {
+				r.Start = append([]byte(spec.Ranges[n-1].Start), '0')
+			}
+		}
+		spec.Ranges = append(spec.Ranges, r)
+	}
+	return spec
 }

@@ -100,6 +100,9 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 		return shard.OpTxn, &pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: q}}}}
 	case k < 88: // at a revision
 		q := &pb.RangeRequest{Key: []byte(key), Revision: max(1, r.shown-int64(g.IntN(40)))}
+		if r.compacted > 1 && g.IntN(4) == 0 {
+			q.Revision = max(1, r.compacted-int64(g.IntN(3)))
+		}
 		if g.IntN(3) == 0 {
 			q.Key, q.RangeEnd = []byte("k"), []byte("y")
 			c.shape(q, g)

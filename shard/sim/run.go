@@ -34,13 +34,15 @@ type Run struct {
 	open    int  // operations under way
 	ops     []*op
 	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
-	shown   int64 // the largest revision that any client was shown
-	expired map[expiry]bool
-	part    *shard.Partition
-	follows []*follower
-	viewers []*viewer
-	fault   error // what was found while running
-	stats   Stats
+	// compacted is the largest revision that a client was told is compacted.
+	compacted int64
+	shown     int64 // the largest revision that any client was shown
+	expired   map[expiry]bool
+	part      *shard.Partition
+	follows   []*follower
+	viewers   []*viewer
+	fault     error // what was found while running
+	stats     Stats
 }
 
 // Stats tells what a run did.
