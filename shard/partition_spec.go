@@ -76,7 +76,8 @@ func (p *PartitionSpec) check(m *Map, index func(member int) int, name func(shar
 	for i, r := range p.Ranges {
 		got.Splits[i] = MapSplit{Start: r.Start, Shard: index(r.Member)}
 	}
-	for i := range m.Shards {
+	for _, split := range m.Splits { // in the order of the keys: that of the shards is random
+		i := split.Shard
 		was, is := m.rangesOf(i), got.rangesOf(i)
 		if was != is {
 			return fmt.Errorf("member cluster %s was set up for %s, and the configuration gives it %s: the ranges are fixed by the first start; see whether its addresses are right, correct its start and end, or leave all of them out to take what is recorded",

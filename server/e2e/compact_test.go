@@ -285,10 +285,11 @@ func TestAutoCompaction(t *testing.T) {
 			}
 		}
 		for i := range m.Shards {
-			r, err := dial(t, m.Shards[i]).kv.Range(callContext(t), &pb.RangeRequest{Key: []byte(shard.KeyClock), Revision: 3})
-			if err == nil {
-				t.Errorf("member %d has all its history: %v", i, r)
-			}
+			member := dial(t, m.Shards[i])
+			waitUntil(t, fmt.Sprintf("member %d is compacted", i), readyTimeout, func() bool {
+				_, err := member.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte(shard.KeyClock), Revision: 3})
+				return err != nil
+			})
 		}
 	}
 }
