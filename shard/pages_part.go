@@ -1,0 +1,382 @@
+package shard
+
+import (
+	"bytes"
+	"math"
+
+	"spindle/codec"
+)
+
+// This file is one shard's share of a list that is read page by page: how large a page is asked for, how it
+// is read at the shard's fixed state (inside a batch: before and after it), and how many keys there are.
+
+// Bounds of pages.
+const (
+	// firstPageKeys is the size of a stream's first page, before the size of its values is known.
+	firstPageKeys = 32
+	// pageGrowth bounds how much larger than the last one a page may be, so that a region of large
+	// values behind one of small values is met by few of them.
+	pageGrowth = 4
+	// pageShrink is how much smaller a page is asked for that turned out to be too large for one answer.
+	pageShrink = 8
+	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
+	// many streams share pageBudget: the bytes that the pages of all streams may hold.
+	maxPageKeys  = 2048
+	maxPageBytes = 512 << 10
+	minPageBytes = 32 << 10
+	pageBudget   = 16 << 20
+	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
+	// that ordinary lists take one page; its further ones aim at wholePageBytes.
+	wholeFactor    = 32
+	wholePageBytes = 4 << 20
+	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
+	maxReserve = 256 << 20
+	// pageSlack is what a shard is asked for beyond its share of a limit, plus shareSpread times the
+	// share's square root: a hash spreads keys evenly, but not exactly.
+	pageSlack   = 4
+	shareSpread = 3
+)
+
+// pagePart is one shard's share.
+type pagePart struct {
+	r       *pagedRead
+	s       *shardState
+	located bool
+	local   int64 // the shard's state, 0: the newest
+	inside  bool  // the state lies within the batch of next
+	next    point
+	rec     Record // of that batch, once read
+	recText []byte // what rec points to
+	clock   []byte // record that came along with a read of the newest state
+	rev     int64  // the shard's revision in that reply
+	replied bool
+
+	from     []byte // the next key to ask for
+	more     bool   // there may be keys at or behind it
+	inFlight bool
+	limit    int64 // keys of the last page asked for
+	perKey   int64 // bytes, in the last page
+
+	it      partIter // over page
+	page    []byte
+	ahead   []byte // the page behind it, if full
+	full    bool
+	skipped int64
+
+	counted bool
+	total   int64 // keys of the shard in the whole range, at its local revision
+	taken   int64 // keys merged, or walked over to count them
+}
+
+// pageLimit is how many keys the next page asks for, 0 for a count.
+func (p *pagePart) pageLimit() int64 {
+	r := p.r
+	limit := int64(math.MaxInt64)
+	if r.spec.limit > 0 {
+		limit = r.c.shareOf(r.spec.limit-min(r.sent, r.spec.limit-1), len(r.parts))
+	}
+	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
+		return limit
+	}
+	want, aim := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts))
+	if r.whole() && want >= firstPageKeys {
+		want, aim = want*wholeFactor, wholePageBytes
+	}
+	if p.limit > 0 {
+		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, maxPageKeys)
+	}
+	if r.spec.limit > 0 && r.sent >= r.spec.limit {
+		return max(want, 1) // the rest is only counted
+	}
+	return max(min(want, limit), 1)
+}
+
+// shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
+func (c *Core) shareOf(limit int64, n int) int64 {
+	share := limit / int64(n)
+	if c.cfg.PageKeys < firstPageKeys {
+		return max(share, 1)
+	}
+	return min(limit, share+int64(shareSpread*math.Sqrt(float64(share)))+pageSlack)
+}
+
+// pageBytes is what a page of a stream over n shards aims at. Each part holds two pages.
+func (c *Core) pageBytes(n int) int64 {
+	return min(max(pageBudget/int64(2*n*max(c.rangeStreams, 1)), minPageBytes), maxPageBytes)
+}
+
+// fetch asks for the part's next page.
+func (p *pagePart) fetch() {
+	if p.inFlight || p.full || !p.more || !p.located {
+		return
+	}
+	p.inFlight = true
+	p.limit = p.pageLimit()
+	(&pageCall{p: p, gen: p.r.gen, deadline: p.r.c.deadline()}).send()
+}
+
+// pageCall is the Completion of one page's read.
+type pageCall struct {
+	p        *pagePart
+	gen      int
+	deadline int64
+}
+
+func (q *pageCall) send() {
+	p := q.p
+	c := p.r.c
+	body := c.scratch[:0]
+	switch {
+	case p.inside:
+		for _, local := range [2]int64{p.local, p.local - 1} {
+			body = p.appendRead(body, local)
+		}
+		body = appendGet(body, txnSuccess, KeyClock, p.local)
+		if !p.r.latest {
+			body = appendGet(body, txnSuccess, KeyCompact, 0)
+		}
+	case !p.r.latest:
+		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
+		body = appendGet(p.appendRead(body, p.local), txnSuccess, KeyCompact, 0)
+	case p.local == 0:
+		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
+	default:
+		c.scratch = p.appendFields(body, p.local)
+		c.tr.Call(p.s.cluster, codec.MethodRange, c.scratch, c.cfg.ShardTimeout, q)
+		return
+	}
+	c.scratch = body
+	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, q)
+}
+
+// appendRead appends the page's range as an operation of a Txn.
+func (p *pagePart) appendRead(dst []byte, local int64) []byte {
+	dst, m := codec.BeginMessage(dst, txnSuccess)
+	dst, m2 := codec.BeginMessage(dst, 1)
+	dst = p.appendFields(dst, local)
+	return codec.EndMessage(codec.EndMessage(dst, m2), m)
+}
+
+// appendFields appends the fields of the page's RangeRequest.
+func (p *pagePart) appendFields(dst []byte, local int64) []byte {
+	dst = codec.AppendBytes(dst, 1, p.from)
+	dst = codec.AppendBytes(dst, 2, p.r.iv.End)
+	if p.r.spec.countOnly && !p.inside {
+		return codec.AppendBool(codec.AppendInt(dst, 4, local), 9, true)
+	}
+	dst = codec.AppendInt(dst, 3, p.limit)
+	return codec.AppendInt(dst, 4, local)
+}
+
+func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
+	p := q.p
+	r := p.r
+	c := r.c
+	if r.over || r.gen != q.gen {
+		return
+	}
+	switch {
+	case r.op.canceled:
+		r.end(statusCanceled)
+	case st == codec.ErrCompacted:
+		r.compacted(p)
+	case definite(st) && st != codec.ErrFutureRev:
+		r.end(st)
+	case st.Code == codec.ResourceExhausted && st != codec.ErrTooManyRequests && p.limit > 1:
+		// The page is larger than any answer that a member may give: large values follow small ones.
+		p.limit = max(p.limit/pageShrink, 1)
+		q.send()
+	case st.Code != codec.OK && c.cfg.Now() >= q.deadline:
+		r.end(codec.ErrTimeout)
+	case st.Code != codec.OK:
+		c.after(c.jitter(retryDelay), func() {
+			if !r.over && r.gen == q.gen {
+				q.send()
+			}
+		})
+	default:
+		p.inFlight = false
+		if !r.latest {
+			t, ok := parseTxnReply(resp, nil)
+			switch n := len(t.resps); {
+			case !ok || n < 2:
+				r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+				return
+			case p.s.compactedBy(t.resps[n-1], r.rev):
+				r.end(codec.ErrCompacted)
+				return
+			case !p.inside:
+				resp = t.resps[0]
+			}
+		}
+		if !p.take(resp) {
+			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+			return
+		}
+		p.full, p.replied = true, true
+		r.decide()
+		r.merge()
+	}
+}
+
+// take makes resp the page ahead.
+func (p *pagePart) take(resp []byte) bool {
+	var last pageEnd
+	switch {
+	case p.inside:
+		t, ok := parseTxnReply(resp, nil)
+		if !ok || len(t.resps) < 3 {
+			return false
+		}
+		if p.rec.Last == 0 {
+			kv, _ := firstKV(t.resps[2])
+			p.recText = append(p.recText[:0], kv.Value...)
+			if !p.rec.Parse(p.recText) {
+				return false
+			}
+		}
+		after, before := endOf(t.resps[0]), endOf(t.resps[1])
+		if after.bad || before.bad {
+			return false
+		}
+		// Both show the same keys up to the last one of the shorter.
+		last = after
+		if before.more && (!after.more || bytes.Compare(before.key, after.key) < 0) {
+			last.key, last.more = before.key, true
+		}
+		last.n = max(after.n, before.n)
+		upTo := last.key
+		if !last.more {
+			upTo = nil
+		}
+		if p.ahead, ok = mergeAtRevision(p.ahead[:0], t.resps[0], t.resps[1], p.r.rev, &p.rec, upTo); !ok {
+			return false
+		}
+	case p.local == 0:
+		t, ok := parseTxnReply(resp, nil)
+		if !ok || len(t.resps) != 2 {
+			return false
+		}
+		p.rev = t.rev
+		p.clock = append(p.clock[:0], t.resps[1]...)
+		last = endOf(t.resps[0])
+		p.ahead = append(p.ahead[:0], t.resps[0]...)
+	default:
+		last = endOf(resp)
+		p.ahead = append(p.ahead[:0], resp...)
+	}
+	if last.bad || last.more && last.n == 0 {
+		return false
+	}
+	if !p.counted {
+		p.counted, p.total = true, last.count
+	}
+	p.more = last.more
+	if last.n > 0 {
+		p.perKey = int64(len(resp))/last.n + 1
+	}
+	if p.more {
+		p.from = append(append(p.from[:0], last.key...), 0)
+	}
+	return true
+}
+
+// pageEnd is what stands at the end of a member's RangeResponse.
+type pageEnd struct {
+	key       []byte // the last one
+	n, count  int64
+	more, bad bool
+}
+
+func endOf(resp []byte) (e pageEnd) {
+	it := codec.Fields{Msg: resp}
+	var kv []byte
+	for it.Next() {
+		switch it.Field.Num {
+		case 2:
+			kv = it.Field.Bytes
+			e.n++
+		case 3:
+			e.more = it.Field.Val != 0
+		case 4:
+			e.count = int64(it.Field.Val)
+		}
+	}
+	last, ok := codec.ParseKV(kv)
+	e.key, e.bad = last.Key, it.Bad || !ok
+	return e
+}
+
+// advance makes the part's next key known; false if a page must arrive first.
+func (p *pagePart) advance() bool {
+	for !p.it.have {
+		if p.it.next() {
+			return true
+		}
+		if p.it.it.Bad {
+			p.r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+			return false
+		}
+		p.skipped += p.it.skipped
+		p.it.skipped = 0
+		if !p.full {
+			if !p.more && !p.inFlight && p.located {
+				return true // the end
+			}
+			p.fetch()
+			return false
+		}
+		p.page, p.ahead, p.full = p.ahead, p.page, false
+		p.it = partIter{it: codec.Fields{Msg: p.page}}
+		if p.r.stream != nil || p.r.whole() {
+			p.fetch() // the next one comes while this one is merged
+		}
+	}
+	return true
+}
+
+// count is the number of the part's keys in the whole range; known is false while it has to be read.
+func (p *pagePart) count() (n int64, known bool) {
+	if !p.inside {
+		if !p.counted {
+			p.fetch()
+			return 0, false
+		}
+		return p.total - p.skipped, true
+	}
+	if !p.counted {
+		p.fetch()
+		return 0, false
+	}
+	// The batch's later requests are undone: the ring knows what they did.
+	undone, ok := int64(0), true
+	ring := p.r.c.ring
+	for rev := p.r.rev + 1; rev <= p.next.last && ok; rev++ {
+		e, lapped := ring.Load(rev)
+		ok = !lapped
+		if e == nil || e.Shard != p.s.idx {
+			continue
+		}
+		for i := range e.Events {
+			switch ev := &e.Events[i]; {
+			case !p.r.iv.Contains(ev.Key):
+			case ev.Delete:
+				undone++
+			case ev.Create:
+				undone--
+			}
+		}
+	}
+	if ok {
+		return p.total + undone, true
+	}
+	// Too long ago: the rest of the keys is walked over.
+	for p.advance() {
+		if !p.it.have {
+			return p.taken, true
+		}
+		p.it.have = false
+		p.taken++
+	}
+	return 0, false
+}
