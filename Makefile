@@ -32,7 +32,6 @@ build: ## Build ./spindle
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
 	$(GO) test -timeout 8m ./...
 	.ci/etcdctl.sh
-	$(MAKE) kube
 	$(GO) test -race -short -timeout 8m $(RACE)
 
 .PHONY: race
