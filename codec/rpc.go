@@ -23,6 +23,11 @@ const (
 	MethodAlarm
 	MethodMemberList
 	MethodWatch
+	MethodLeaseGrant
+	MethodLeaseRevoke
+	MethodLeaseTimeToLive
+	MethodLeaseLeases
+	MethodLeaseKeepAlive
 	methodCount
 )
 
@@ -34,6 +39,12 @@ var methodPaths = [methodCount]string{
 	MethodAlarm:      "/etcdserverpb.Maintenance/Alarm",
 	MethodMemberList: "/etcdserverpb.Cluster/MemberList",
 	MethodWatch:      "/etcdserverpb.Watch/Watch",
+
+	MethodLeaseGrant:      "/etcdserverpb.Lease/LeaseGrant",
+	MethodLeaseRevoke:     "/etcdserverpb.Lease/LeaseRevoke",
+	MethodLeaseTimeToLive: "/etcdserverpb.Lease/LeaseTimeToLive",
+	MethodLeaseLeases:     "/etcdserverpb.Lease/LeaseLeases",
+	MethodLeaseKeepAlive:  "/etcdserverpb.Lease/LeaseKeepAlive",
 }
 
 // MethodPath returns the gRPC :path of m.

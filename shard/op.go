@@ -19,6 +19,13 @@ const (
 	OpStatus
 	OpAlarm
 	OpMemberList
+	// The lease RPCs. OpLeaseKeepAlive is one message of a LeaseKeepAlive stream: Msg a LeaseKeepAliveRequest,
+	// Resp a LeaseKeepAliveResponse (TTL 0 for a lease that is gone). Answers may come in any order.
+	OpLeaseGrant
+	OpLeaseRevoke
+	OpLeaseKeepAlive
+	OpLeaseTimeToLive
+	OpLeaseLeases
 	opKinds
 )
 
