@@ -26,6 +26,10 @@ func TestItBites(t *testing.T) {
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
+		{"an answered compaction does not hold on every proxy", func(c *Config) {
+			c.Sabotage = shard.Sabotage{CompactionUnread: true}
+			c.Proxies, c.Chaos, c.Events.StreamHole = max(c.Proxies, 2), 30*time.Millisecond, true
+		}},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
