@@ -6,7 +6,6 @@ import (
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
-	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
 	"spindle/shard"
@@ -38,7 +37,7 @@ func TestReadBelowUnseenCompaction(t *testing.T) {
 			}
 			if streams(q) {
 				w = compactedUnseen(t)
-				if st := w.stream(w.b, q); st != codec.ErrCompacted {
+				if st := w.stream(w.b, q, nil); st != codec.ErrCompacted {
 					t.Errorf("RangeStream: %v %q", st.Code, st.Msg)
 				}
 			}
@@ -64,28 +63,26 @@ func TestReadBelowUnseenCompaction(t *testing.T) {
 
 // unseen is a world in which everything below last is compacted, and b's streams have not shown it.
 type unseen struct {
-	*Run
-	t    *testing.T
+	*script
 	b    *proxy
 	last int64
 }
 
 func compactedUnseen(t *testing.T) *unseen {
 	t.Helper()
-	r := newRun(Config{Seed: 1, Shards: 2, Proxies: 2, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
+	s := newScript(t, Config{Seed: 1, Shards: 2, Proxies: 2, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
 		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
-	w := &unseen{Run: r, t: t, b: r.proxies[1]}
-	a := r.proxies[0]
-	w.wait("start", func() bool { return a.ready && w.b.ready })
+	w := &unseen{script: s, b: s.proxies[1]}
+	a := s.proxies[0]
 	for i := range 20 {
-		rev, st := w.call(a, shard.OpPut, &pb.PutRequest{Key: []byte(keyName(i % r.Keys)), Value: []byte{byte(i)}})
+		rev, st := w.call(a, shard.OpPut, &pb.PutRequest{Key: []byte(keyName(i % s.Keys)), Value: []byte{byte(i)}})
 		if st.Code != codec.OK {
 			t.Fatal(st)
 		}
 		w.last = rev
 	}
 	w.wait("the other proxy's streams", func() bool { return w.b.core.Frontier().Get(watchring.All) >= w.last })
-	for i := range r.Shards {
+	for i := range s.Shards {
 		w.b.host.Link(codec.ClusterID(i)).StreamHole = true
 	}
 	if _, st := w.call(a, shard.OpCompact, &pb.CompactionRequest{Revision: w.last}); st.Code != codec.OK {
@@ -95,45 +92,4 @@ func compactedUnseen(t *testing.T) *unseen {
 		t.Fatal("its streams have shown the compaction")
 	}
 	return w
-}
-
-func (w *unseen) wait(what string, cond func() bool) {
-	w.t.Helper()
-	if !w.until(30*time.Second, cond) || !cond() {
-		w.t.Fatalf("%s: %v", what, w.fault)
-	}
-}
-
-func (w *unseen) call(p *proxy, kind shard.OpKind, req proto.Message) (rev int64, st codec.Status) {
-	w.t.Helper()
-	msg, err := proto.Marshal(req)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	over := false
-	p.core.Submit(&shard.Op{Kind: kind, Msg: msg, Done: func(s *shard.Op) {
-		over, st = true, s.Status
-		resp := answerOf(req)
-		if st.Code == codec.OK && proto.Unmarshal(s.Resp, resp) == nil {
-			rev = headerOf(resp).Revision
-		}
-	}})
-	p.turn()
-	w.wait("an answer", func() bool { return over })
-	return rev, st
-}
-
-func (w *unseen) stream(p *proxy, req *pb.RangeRequest) (st codec.Status) {
-	w.t.Helper()
-	msg, err := proto.Marshal(req)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	over := false
-	p.core.OpenRange(&shard.RangeStream{Msg: msg, Chunk: func(*shard.RangeStream, []byte) {}, Done: func(s *shard.RangeStream) {
-		over, st = true, s.Status
-	}})
-	p.turn()
-	w.wait("the end of a stream", func() bool { return over })
-	return st
 }
