@@ -16,10 +16,12 @@ const (
 	longPart = 16
 	// segmentPages is how many pages share an end. A page counts the rest of its segment.
 	segmentPages = 8
-	// lookPages is how many pages one look goes over, lookKeys how many keys, lookBytes about how many bytes.
+	// lookPages is how many pages one look goes over at most, lookKeys how many keys. lookShare is how many times
+	// a stream's page (see pageBytes, which shrinks when there are many streams) the answer may be, about; the keys
+	// of one segment it always holds. It is let go of at once.
 	lookPages = 64
 	lookKeys  = 16 << 10
-	lookBytes = 2 << 20
+	lookShare = 4
 	// lookOverhead is what a key alone takes in a member's answer beside its bytes.
 	lookOverhead = 48
 )
@@ -56,7 +58,8 @@ type endsCall struct {
 func (q *endsCall) send() {
 	p := q.p
 	c := p.r.c
-	limit := min(lookPages*p.limit, lookKeys, max(lookBytes/int64(len(p.from)+lookOverhead), 2*segmentPages*p.limit))
+	room := lookShare * c.pageBytes(len(p.r.parts)) / int64(len(p.from)+lookOverhead)
+	limit := min(lookPages*p.limit, max(min(lookKeys, room), segmentPages*p.limit))
 	body := codec.AppendBytes(c.scratch[:0], 1, p.from)
 	body = codec.AppendBytes(body, 2, p.r.iv.End)
 	body = codec.AppendInt(body, 3, limit)
