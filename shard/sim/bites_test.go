@@ -28,7 +28,9 @@ func TestItBites(t *testing.T) {
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
 		{"an answered compaction does not hold on every proxy", func(c *Config) {
 			c.Sabotage = shard.Sabotage{CompactionUnread: true}
-			c.Proxies, c.Chaos, c.Events.StreamHole = max(c.Proxies, 2), 30*time.Millisecond, true
+			// It takes a proxy whose streams stand still while another one compacts, and little else.
+			c.Shards, c.Proxies, c.Clients, c.Ops, c.Think, c.Far, c.Faults = 1, 2, 3, 400, 5*time.Millisecond, 0, Faults{}
+			c.Chaos, c.Events = 15*time.Millisecond, ChaosEvents{StreamHole: true, Lag: true}
 		}},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
