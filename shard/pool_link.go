@@ -3,6 +3,7 @@ package shard
 import (
 	"crypto/tls"
 	"errors"
+	"io"
 	"slices"
 
 	"spindle/codec"
@@ -14,6 +15,7 @@ import (
 // Why a link ends, other than by the socket.
 var (
 	errNoSettings  = errors.New("connected, but no HTTP/2 settings came")
+	errHungUp      = errors.New("closed by the other side before it said anything: is it to be https:// ?")
 	errPingTimeout = errors.New("no answer to a ping")
 	errNotEnrolled = errors.New("the event loop did not take the socket")
 	errGoAway      = errors.New("closed gracefully by the other side")
@@ -142,6 +144,8 @@ func (l *poolLink) OnClose(gc gnet.Conn, err error) {
 		err = errGoAway
 	case err == nil:
 		err = errPoolClosed
+	case errors.Is(err, io.EOF) && !l.heard && l.tls == nil:
+		err = errHungUp
 	}
 	l.gc = nil
 	if l.feeding || l.writing {
