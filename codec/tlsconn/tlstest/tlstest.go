@@ -145,3 +145,10 @@ func check(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// PoolOf holds the certificates of a PEM file.
+func PoolOf(file []byte) *x509.CertPool {
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(file)
+	return pool
+}
