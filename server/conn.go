@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
@@ -60,6 +61,8 @@ type clientConn struct {
 	dirty  bool // on the loop's dirty list
 	heard  bool // TLS only: the client has said something, or the log has said why not
 
+	remote net.Addr // TLS only: sock's, which forgets it when it is closed
+
 	blocked  bool  // on the loop's blocked list: the socket takes less than we have
 	buffered int   // least OutboundBuffered since it was blocked
 	stalled  int64 // when that was seen, in Loop.now
@@ -86,6 +89,9 @@ func newClientConn(l *Loop) *clientConn {
 // OnOpen implements shard.LoopConn.
 func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.sock = sock
+	if c.tls != nil {
+		c.remote = sock.RemoteAddr()
+	}
 	c.opened = c.loop.now()
 	c.eng.conns.Add(1)
 	c.loop.conns[c] = struct{}{}

@@ -83,7 +83,7 @@ const tlsRecordHandshake = 0x16
 func (c *clientConn) tlsEnded(err error) error {
 	if err != nil && err != io.EOF && !c.heard {
 		c.heard = true
-		c.eng.refusals.say(c.sock.RemoteAddr(), tlsconn.ExplainClient(err))
+		c.eng.refusals.say(c.remote, tlsconn.ExplainClient(err))
 	}
 	return err
 }
@@ -93,7 +93,13 @@ func (c *clientConn) TLSNotify() { c.loop.Post(c.advance) }
 
 // advance goes on with the handshake.
 func (c *clientConn) advance() {
-	if c.closed || c.ending != nil {
+	if c.closed {
+		if err := c.tls.Advance(); err != tlsconn.ErrClosed {
+			_ = c.tlsEnded(err)
+		}
+		return
+	}
+	if c.ending != nil {
 		return
 	}
 	defer func() {

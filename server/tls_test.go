@@ -172,6 +172,8 @@ func TestTLSRefusals(t *testing.T) {
 		{s.ca.Client(s.ca.Issue("old", tlstest.Expired)), "expired certificate", "renew it"},
 		{s.ca.Client(), "certificate required", "shows no certificate"},
 		{noALPN, "EOF", "does not offer HTTP/2"},
+		// It hangs up as soon as it has said why.
+		{other.Client(s.ca.Issue("distrustful")), "unknown authority", "the client refuses the connection"},
 	} {
 		refused := metricTLSRefused.Get()
 		d, err := tls.Dial("tcp", s.addr(), c.cfg)

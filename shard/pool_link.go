@@ -152,6 +152,10 @@ func (l *poolLink) OnClose(gc gnet.Conn, err error) {
 		l.ending = err
 		return
 	}
+	if l.tls != nil && l.tls.Shaking() {
+		l.hungUp(err)
+		return
+	}
 	l.die(err)
 }
 

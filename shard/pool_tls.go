@@ -9,9 +9,23 @@ func (l *poolLink) TLSNotify() { l.pool.loop.Post(l.advance) }
 
 // advance goes on with the handshake. The pool's timer of the link bounds how long it takes.
 func (l *poolLink) advance() {
-	if !l.dead && l.gc != nil {
+	switch {
+	case l.dead:
+	case l.gc == nil:
+		if err := l.tls.Advance(); err != tlsconn.ErrClosed {
+			l.ending = err
+		}
+		l.die(l.ending)
+	default:
 		l.fed(l.tls.Advance())
 	}
+}
+
+// hungUp is the end of the socket, by err, in the handshake: the last bytes may say why, so the link dies when they
+// were looked at.
+func (l *poolLink) hungUp(err error) {
+	l.ending = err
+	l.tls.Close()
 }
 
 // TLSPlain implements tlsconn.Owner.

@@ -92,6 +92,7 @@ func TestPoolTLSRefusals(t *testing.T) {
 		{"other name", tlsMember(t, ca, ca.Issue("elsewhere", func(c *x509.Certificate) { c.IPAddresses, c.DNSNames = nil, []string{"elsewhere"} })).secureURL(), good, `is not for "127.0.0.1"`},
 		{"no certificate", secure.secureURL(), tlsconn.ClientOptions{CAFile: ca.File}, "it refuses the TLS connection (tls: certificate required): does it ask for a certificate?"},
 		{"strange certificate", secure.secureURL(), tlsconn.ClientOptions{CAFile: ca.File, CertFile: stranger.Cert, KeyFile: stranger.Key}, "it refuses the TLS connection"},
+		{"version", newFakeMember(t, echo, grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{ca.Issue("ancient").Load(t)}, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}))).secureURL(), good, "it refuses the TLS connection (tls: protocol version not supported)"},
 		{"plain member", plain.secureURL(), good, "it does not speak TLS: is it to be http:// ?"},
 		{"TLS member", secure.url(), good, "is it to be https:// ?"},
 	} {

