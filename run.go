@@ -100,7 +100,11 @@ func announce(log *slog.Logger, n *node.Node, where string) {
 	if m := n.MetricsURLs(); len(m) > 0 {
 		args = append(args, "metrics", m[0]+"/metrics")
 	}
-	args = append(args, "try", "etcdctl --endpoints "+strings.ReplaceAll(clients, "http://", "")+" put hello world")
+	try := "etcdctl --endpoints " + strings.ReplaceAll(clients, "http://", "")
+	if strings.Contains(clients, "https://") {
+		try += " --cacert FILE --cert FILE --key FILE"
+	}
+	args = append(args, "try", try+" put hello world")
 	log.Info("Spindle is ready", args...)
 }
 
