@@ -6,10 +6,12 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"spindle/codec/tlsconn"
 	"spindle/shard"
 	"spindle/shard/embedded"
 )
@@ -20,6 +22,10 @@ type Config struct {
 	ListenClientURLs    []string
 	AdvertiseClientURLs []string // default: ListenClientURLs
 	ListenMetricsURLs   []string
+
+	// TLS is for listen URLs with TLS, MemberTLS for members' endpoints.
+	TLS       tlsconn.ServerOptions
+	MemberTLS tlsconn.ClientOptions
 
 	// Shards are the member clusters. Without any, Spindle runs on embedded members.
 	Shards      []ShardConfig
@@ -114,6 +120,9 @@ func (c *Config) Validate() error {
 			seen[u] = l.flag
 		}
 	}
+	if err := c.validateTLS(); err != nil {
+		return err
+	}
 	if err := c.validateMembers(); err != nil {
 		return err
 	}
@@ -149,6 +158,53 @@ func (c *Config) Validate() error {
 		}
 	}
 	return nil
+}
+
+// validateTLS checks that certificates and URLs fit; the files themselves are read by run.
+func (c *Config) validateTLS() error {
+	serves, secure := false, ""
+	for _, u := range slices.Concat(c.ListenClientURLs, c.ListenMetricsURLs) {
+		if usesTLS(u) {
+			serves, secure = true, u
+		}
+	}
+	switch {
+	case (c.TLS.CertFile == "") != (c.TLS.KeyFile == ""):
+		return errors.New("--cert-file and --key-file belong together: give both, or none")
+	case serves && c.TLS.CertFile == "":
+		return fmt.Errorf("%s needs a certificate: give --cert-file and --key-file", secure)
+	case !serves:
+		for _, name := range []string{"cert-file", "trusted-ca-file", "client-cert-auth", "client-crl-file", "client-cert-allowed-hostname"} {
+			if from := c.given[name]; from != "" && !(name == "client-cert-auth" && !c.TLS.ClientCertAuth) {
+				return fmt.Errorf("--%s (%s) has no effect, since nothing is served with TLS: write https:// in --listen-client-urls", name, from)
+			}
+		}
+	}
+	if (c.MemberTLS.CertFile == "") != (c.MemberTLS.KeyFile == "") {
+		return errors.New("--shard-cert and --shard-key belong together: give both, or none")
+	}
+	if c.membersUseTLS() {
+		return nil
+	}
+	for _, name := range []string{"shard-cacert", "shard-cert"} {
+		if from := c.given[name]; from != "" {
+			return fmt.Errorf("--%s (%s) has no effect, since no endpoint of --shard or --coordinator begins with https://: write https:// there", name, from)
+		}
+	}
+	return nil
+}
+
+func (c *Config) membersUseTLS() bool {
+	for _, s := range c.Shards {
+		if slices.ContainsFunc(s.URLs, usesTLS) {
+			return true
+		}
+	}
+	return slices.ContainsFunc(c.Coordinator, usesTLS)
+}
+
+func usesTLS(u string) bool {
+	return strings.HasPrefix(u, "https:") || strings.HasPrefix(u, "unixs:")
 }
 
 func (c *Config) validateMembers() error {
@@ -218,23 +274,21 @@ func checkShardName(name string) error {
 	return nil
 }
 
-// checkURL accepts http://host:port and unix:///path.
+// checkURL accepts http://host:port and unix:///path, and both with TLS.
 func checkURL(s string) error {
 	u, err := url.Parse(s)
 	if err != nil {
 		return fmt.Errorf("%q is not a URL: write http://host:port", s)
 	}
 	switch u.Scheme {
-	case "http":
-	case "https":
-		return fmt.Errorf("%s: TLS is not built yet, only http:// works (see the README)", s)
-	case "unix":
+	case "http", "https":
+	case "unix", "unixs":
 		if u.Host == "" && len(u.Path) > 1 {
 			return nil
 		}
-		return fmt.Errorf("%s: write unix:///path with three slashes, or http://host:port", s)
+		return fmt.Errorf("%s: write unix:///path (or unixs:///path) with three slashes, or http://host:port", s)
 	default:
-		return fmt.Errorf("%q is not a URL of the form http://host:port", s)
+		return fmt.Errorf("%q is not a URL of the form http://host:port or https://host:port", s)
 	}
 	host, port, err := net.SplitHostPort(u.Host)
 	if err != nil || host == "" || port == "" {
@@ -244,7 +298,7 @@ func checkURL(s string) error {
 		return fmt.Errorf("%s: a port is a number from 1 to 65535", s)
 	}
 	if u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" || u.User != nil {
-		return fmt.Errorf("%s: only http://host:port, nothing behind it", s)
+		return fmt.Errorf("%s: only %s://host:port, nothing behind it", s, u.Scheme)
 	}
 	return nil
 }

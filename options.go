@@ -33,8 +33,12 @@ type option struct {
 	set    func(c *Config, v string) error
 }
 
+// argBool is the arg of an option whose flag alone means true.
+const argBool = "BOOL"
+
 const (
 	groupClients = "Clients"
+	groupTLS     = "TLS"
 	groupMembers = "Member clusters"
 	groupLocal   = "Embedded members (when no --shard is given)"
 	groupTuning  = "Tuning"
@@ -48,11 +52,44 @@ var options = []option{
 		"What clients are told to use. Default: what --listen-client-urls says.", false,
 		urlList(func(c *Config) *[]string { return &c.AdvertiseClientURLs })},
 
+	{groupTLS, "cert-file", "FILE", "",
+		"Certificate for https:// and unixs:// listen URLs, clients' and metrics', PEM. Read again when it changes.", false,
+		func(c *Config, v string) error { c.TLS.CertFile = v; return nil }},
+	{groupTLS, "key-file", "FILE", "",
+		"Its key.", false, func(c *Config, v string) error { c.TLS.KeyFile = v; return nil }},
+	{groupTLS, "trusted-ca-file", "FILE", "",
+		"CAs of clients' certificates. As in etcd, naming it demands a certificate of every client.", false,
+		func(c *Config, v string) error { c.TLS.TrustedCAFile = v; return nil }},
+	{groupTLS, "client-cert-auth", argBool, "false",
+		"Demand a certificate of every client, signed by --trusted-ca-file or, without that, by one of the system's CAs.", false,
+		boolean(func(c *Config) *bool { return &c.TLS.ClientCertAuth })},
+	{groupTLS, "client-crl-file", "FILE", "",
+		"Revoked clients' certificates, a DER list.", false,
+		func(c *Config, v string) error { c.TLS.CRLFile = v; return nil }},
+	{groupTLS, "client-cert-allowed-hostname", "NAME[,NAME...]", "",
+		"Names one of which a client's certificate must be for. Default: any.", false,
+		wordList(func(c *Config) *[]string { return &c.TLS.AllowedHostnames })},
+	{groupTLS, "cipher-suites", "NAME[,NAME...]", "",
+		"Suites for TLS 1.2. Default: all that HTTP/2 permits.", false,
+		wordList(func(c *Config) *[]string { return &c.TLS.CipherSuites })},
+	{groupTLS, "tls-min-version", "VERSION", "TLS1.2",
+		"TLS1.2 or TLS1.3.", false, func(c *Config, v string) error { c.TLS.MinVersion = v; return nil }},
+	{groupTLS, "tls-max-version", "VERSION", "",
+		"TLS1.2 or TLS1.3. Default: the newest.", false, func(c *Config, v string) error { c.TLS.MaxVersion = v; return nil }},
+
 	{groupMembers, "shard", "NAME=URL[,URL...]", "",
 		"A member cluster: its name and the client URLs of its nodes.", true, setShard},
 	{groupMembers, "coordinator", "URL[,URL...]", "",
 		"The small etcd cluster that hands out revisions.", false,
 		urlList(func(c *Config) *[]string { return &c.Coordinator })},
+	{groupMembers, "shard-cacert", "FILE", "",
+		"CAs of the certificates of https:// endpoints, members' and coordinator's. Default: the system's. Read again when it changes.", false,
+		func(c *Config, v string) error { c.MemberTLS.CAFile = v; return nil }},
+	{groupMembers, "shard-cert", "FILE", "",
+		"Certificate to show to https:// endpoints, PEM. Read again when it changes.", false,
+		func(c *Config, v string) error { c.MemberTLS.CertFile = v; return nil }},
+	{groupMembers, "shard-key", "FILE", "",
+		"Its key.", false, func(c *Config, v string) error { c.MemberTLS.KeyFile = v; return nil }},
 	{groupMembers, "partitioner", "KIND", "",
 		"How keys are spread over shards: hash, or range with start and end of each shard in the file. Fixed by the first start, which takes hash; later ones take what is recorded.", false,
 		func(c *Config, v string) error { c.Partitioner = v; return nil }},
@@ -189,11 +226,15 @@ func parseFlags(args []string) (map[string][]string, error) {
 		case "version":
 			return nil, errVersion
 		}
-		if name != "config" && findOption(name) == nil {
+		o := findOption(name)
+		if name != "config" && o == nil {
 			if near := nearest(name); near != "" {
 				return nil, fmt.Errorf("there is no flag --%s: did you mean --%s? (--help lists all)", name, near)
 			}
 			return nil, fmt.Errorf("there is no flag --%s: --help lists all", name)
+		}
+		if !hasValue && o != nil && o.arg == argBool {
+			value, hasValue = "true", true // as with Go's flags, a value needs the =
 		}
 		if !hasValue {
 			if len(args) == 0 {
@@ -317,6 +358,8 @@ func fileValues(v any) ([]string, error) {
 		return nil, errors.New("it has no value: give one, or leave the line out")
 	case string:
 		return []string{v}, nil
+	case bool:
+		return []string{strconv.FormatBool(v)}, nil
 	case json.Number:
 		return []string{v.String()}, nil
 	case []any:
@@ -330,7 +373,7 @@ func fileValues(v any) ([]string, error) {
 		}
 		return out, nil
 	default:
-		return nil, errors.New("give a string, a number or a list of strings")
+		return nil, errors.New("give a string, a number, true, false or a list of strings")
 	}
 }
 
@@ -352,6 +395,29 @@ func urlList(field func(*Config) *[]string) func(*Config, string) error {
 				*field(c) = append(*field(c), u)
 			}
 		}
+		return nil
+	}
+}
+
+// wordList is for names that are separated by commas.
+func wordList(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		for w := range strings.SplitSeq(v, ",") {
+			if w = strings.TrimSpace(w); w != "" {
+				*field(c) = append(*field(c), w)
+			}
+		}
+		return nil
+	}
+}
+
+func boolean(field func(*Config) *bool) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		b, err := strconv.ParseBool(v)
+		if err != nil {
+			return fmt.Errorf("%q: say true or false", v)
+		}
+		*field(c) = b
 		return nil
 	}
 }

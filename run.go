@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"spindle/codec/tlsconn"
 	"spindle/server/node"
 	"spindle/shard"
 	"spindle/shard/embedded"
@@ -36,6 +37,14 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		return err
 	}
 	if nc.AutoCompact, err = shard.ParseAutoCompact(cfg.AutoCompactionMode, cfg.AutoCompactionRetention); err != nil {
+		return err
+	}
+	if cfg.TLS.CertFile != "" {
+		if nc.TLS, err = tlsconn.NewServerFiles(cfg.TLS, log); err != nil {
+			return err
+		}
+	}
+	if nc.MemberTLS, err = tlsconn.NewClientFiles(cfg.MemberTLS, log); err != nil {
 		return err
 	}
 	for _, s := range cfg.Shards {
@@ -91,7 +100,11 @@ func announce(log *slog.Logger, n *node.Node, where string) {
 	if m := n.MetricsURLs(); len(m) > 0 {
 		args = append(args, "metrics", m[0]+"/metrics")
 	}
-	args = append(args, "try", "etcdctl --endpoints "+strings.ReplaceAll(clients, "http://", "")+" put hello world")
+	try := "etcdctl --endpoints " + strings.ReplaceAll(clients, "http://", "")
+	if strings.Contains(clients, "https://") {
+		try += " --cacert FILE --cert FILE --key FILE"
+	}
+	args = append(args, "try", try+" put hello world")
 	log.Info("Spindle is ready", args...)
 }
 

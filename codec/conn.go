@@ -19,6 +19,8 @@ type ConnConfig struct {
 	// FirstStreamID is the identifier of a client's first stream (0: 1). Tests of long-lived connections use
 	// it: a client has 2^30 streams, and Open returns nil when they are used up.
 	FirstStreamID uint32
+	// Secure says that the client's connection is encrypted: its requests have :scheme https.
+	Secure bool
 }
 
 // Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.

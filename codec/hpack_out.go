@@ -13,6 +13,7 @@ import (
 const (
 	hpMethodPost  = 0x80 | 3
 	hpSchemeHTTP  = 0x80 | 6
+	hpSchemeHTTPS = 0x80 | 7
 	hpStatus200   = 0x80 | 8
 	hpAuthority   = 1
 	hpPath        = 4
@@ -86,6 +87,7 @@ func appendStatusFields(dst []byte, st Status) []byte {
 // never evicts one, and stops indexing when the table that every server grants at first is full.
 type requestEncoder struct {
 	authority string
+	secure    bool           // :scheme https
 	entries   []indexedField // in order of insertion
 	size      uint32
 	// plain is set when the server's SETTINGS allow less than the default table: nothing is indexed any
@@ -110,7 +112,11 @@ func (e *requestEncoder) append(dst []byte, path string, hasLeader bool, timeout
 		e.sizeUpdate = false
 		dst = append(dst, 0x20)
 	}
-	dst = append(dst, hpMethodPost, hpSchemeHTTP)
+	scheme := byte(hpSchemeHTTP)
+	if e.secure {
+		scheme = hpSchemeHTTPS
+	}
+	dst = append(dst, hpMethodPost, scheme)
 	dst = e.field(dst, hpPath, ":path", path)
 	dst = e.field(dst, hpAuthority, ":authority", e.authority)
 	dst = e.field(dst, hpContentType, "content-type", "application/grpc")

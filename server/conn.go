@@ -3,11 +3,13 @@ package server
 import (
 	"errors"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
 
 	"spindle/codec"
+	"spindle/codec/tlsconn"
 	"spindle/shard"
 )
 
@@ -35,7 +37,10 @@ const (
 	greetTimeout = 20 * time.Second
 )
 
-var errNotGreeted = errors.New("no HTTP/2 preface came")
+var (
+	errNotGreeted  = errors.New("no HTTP/2 preface came")
+	errNoHandshake = errors.New("the TLS handshake was not done in time")
+)
 
 // clientConn is one client's connection: gnet's socket on one side, the codec on the other. What the
 // codec wants to send collects during a turn and is written once, at the turn's end. It belongs to its
@@ -46,6 +51,7 @@ type clientConn struct {
 	log  *slog.Logger
 	sock gnet.Conn
 	h2   *codec.Conn
+	tls  *tlsconn.Conn // between the two; nil: plain text
 
 	// closed is set in OnClose, which may be called from within any Write. sock must not be touched
 	// afterwards: its descriptor may be another client's.
@@ -53,6 +59,9 @@ type clientConn struct {
 	// ending is set once Feed failed: what is in Output (a GOAWAY) is written, then the socket closed.
 	ending error
 	dirty  bool // on the loop's dirty list
+	heard  bool // TLS only: the client has said something, or the log has said why not
+
+	remote net.Addr // TLS only: sock's, which forgets it when it is closed
 
 	blocked  bool  // on the loop's blocked list: the socket takes less than we have
 	buffered int   // least OutboundBuffered since it was blocked
@@ -80,6 +89,9 @@ func newClientConn(l *Loop) *clientConn {
 // OnOpen implements shard.LoopConn.
 func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.sock = sock
+	if c.tls != nil {
+		c.remote = sock.RemoteAddr()
+	}
 	c.opened = c.loop.now()
 	c.eng.conns.Add(1)
 	c.loop.conns[c] = struct{}{}
@@ -98,7 +110,7 @@ func (c *clientConn) OnTraffic(sock gnet.Conn) {
 	metricBytesIn.Add(len(p))
 	if c.ending == nil {
 		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
-		c.ending = c.h2.Feed(p)
+		c.ending = c.receive(p)
 	}
 	_, _ = sock.Discard(len(p))
 	c.touch()
@@ -116,6 +128,9 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 	c.unblock()
 	if c.ending != nil {
 		err = c.ending
+	}
+	if c.tls != nil {
+		c.tls.Close()
 	}
 	if c.h2 == nil {
 		return
@@ -137,7 +152,7 @@ func (c *clientConn) touch() {
 func (c *clientConn) flush() {
 	c.dirty = false
 	for !c.closed {
-		out := c.h2.Output()
+		out := c.output()
 		n := len(out)
 		if n == 0 {
 			break
@@ -151,7 +166,7 @@ func (c *clientConn) flush() {
 			c.end(err)
 			return
 		}
-		c.h2.Flushed()
+		c.written()
 		if c.blocked {
 			if c.added += n; c.added > maxBlockedControl {
 				c.drop("client does not read and keeps asking")
@@ -212,6 +227,10 @@ func (c *clientConn) retry(now int64) {
 // connection is retry's.
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
+	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(tlsconn.HandshakeTimeout) {
+		c.end(c.tlsEnded(errNoHandshake))
+		return
+	}
 	if !c.h2.Greeted() && now-c.opened >= int64(greetTimeout) {
 		c.end(errNotGreeted)
 		return
@@ -247,6 +266,9 @@ func (c *clientConn) end(err error) {
 // kill closes the socket now; OnClose has been called when it returns.
 func (c *clientConn) kill() {
 	if !c.closed && c.sock != nil {
+		c.farewell()
+	}
+	if !c.closed && c.sock != nil { // its Write may have ended it
 		_ = c.loop.el.Close(c.sock)
 	}
 }

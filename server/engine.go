@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"spindle/codec"
+	"spindle/codec/tlsconn"
 	"spindle/shard"
 )
 
@@ -51,8 +53,10 @@ type Core interface {
 
 // Config is what an Engine is started with. Zero fields take the defaults named above.
 type Config struct {
-	// ListenURLs are where clients connect: http://host:port or unix:///path.
+	// ListenURLs are where clients connect: http://host:port or unix:///path; https and unixs with TLS.
 	ListenURLs []string
+	// TLS is for the URLs with https or unixs; nil if there is none.
+	TLS *tlsconn.ServerFiles
 	// Loops is the number of event loops; 0 means 1 below 4 cores, else half the cores.
 	Loops int
 	// Codec bounds a client's connection.
@@ -83,8 +87,15 @@ type Engine struct {
 	log   *slog.Logger
 	now   func() int64
 	addrs []net.Addr
+	urls  []string // like addrs
 	loops []*Loop
 	byEL  map[gnet.EventLoop]*Loop // complete before the first client is accepted
+
+	// Fixed before the first client.
+	listens  map[string]*listen // by what gnet says a client's local address is
+	h2TLS    *tls.Config        // nil without TLS
+	gate     *tlsconn.Gate
+	refusals refusals
 
 	core   Core
 	routes routes
@@ -127,6 +138,9 @@ func Start(cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := needTLS(listens, cfg.TLS); err != nil {
+		return nil, err
+	}
 	for _, ln := range listens {
 		if err := ln.probe(); err != nil {
 			return nil, err
@@ -136,6 +150,7 @@ func Start(cfg Config) (*Engine, error) {
 	gnetURLs := make([]string, len(listens))
 	for i, ln := range listens {
 		gnetURLs[i] = ln.network + "://" + ln.address
+		e.listens[ln.local] = &listens[i]
 	}
 	go func() {
 		err := gnet.Rotate((*handler)(e), gnetURLs,
@@ -164,15 +179,22 @@ func Start(cfg Config) (*Engine, error) {
 }
 
 func newEngine(cfg Config) *Engine {
-	return &Engine{
-		cfg:    cfg,
-		log:    cfg.Log,
-		now:    cfg.Now,
-		byEL:   make(map[gnet.EventLoop]*Loop),
-		routes: newRoutes(),
-		booted: make(chan struct{}),
-		done:   make(chan struct{}),
+	e := &Engine{
+		cfg:      cfg,
+		log:      cfg.Log,
+		now:      cfg.Now,
+		byEL:     make(map[gnet.EventLoop]*Loop),
+		listens:  make(map[string]*listen),
+		gate:     tlsconn.NewGate(),
+		refusals: refusals{log: cfg.Log},
+		routes:   newRoutes(),
+		booted:   make(chan struct{}),
+		done:     make(chan struct{}),
 	}
+	if cfg.TLS != nil {
+		e.h2TLS = cfg.TLS.H2()
+	}
+	return e
 }
 
 func orDefault[T int | time.Duration](v, def T) T {
@@ -267,6 +289,9 @@ func (e *Engine) Loops() []*Loop { return e.loops }
 
 // Addrs returns the addresses listened on, in the order of Config.ListenURLs.
 func (e *Engine) Addrs() []net.Addr { return e.addrs }
+
+// URLs returns the same as Addrs, as URLs with the schemes of Config.ListenURLs.
+func (e *Engine) URLs() []string { return e.urls }
 
 // SetCore says who answers unary requests. To be called before SetReady(true).
 func (e *Engine) SetCore(c Core) { e.core = c }

@@ -63,8 +63,17 @@ func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		metricConnsRefused.Inc()
 		return nil, gnet.Close
 	}
+	ln := e.listens[c.LocalAddr().String()]
+	if ln == nil {
+		e.log.Error("a client came in by an address that is none of the listen URLs", "address", c.LocalAddr())
+		return nil, gnet.Close
+	}
 	l := e.byEL[c.EventLoop()]
-	a := &attachment{loop: l, h: newClientConn(l)}
+	cc := newClientConn(l)
+	if ln.tls {
+		cc.secure()
+	}
+	a := &attachment{loop: l, h: cc}
 	c.SetContext(a)
 	if !a.event(c, attachmentOpen) {
 		return nil, gnet.Close

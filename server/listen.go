@@ -8,11 +8,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"spindle/codec/tlsconn"
 )
 
 // probeTimeout bounds the look whether somebody answers on a unix socket.
@@ -23,6 +26,10 @@ type listen struct {
 	url     string // as configured
 	network string // "tcp" or "unix"
 	address string // host:port as gnet wants it, or the socket's path
+	tls     bool
+	// local is what gnet gives as the local address of a connection that came in here: the listener's, which
+	// it makes of address. Names are resolved once, so that both are of one answer.
+	local string
 }
 
 // parseListens understands the URLs of a configuration; two equal ones are an error.
@@ -55,7 +62,7 @@ func parseListen(s string) (listen, error) {
 		return bad("is not a URL")
 	}
 	switch u.Scheme {
-	case "http", "tcp":
+	case "http", "tcp", "https":
 		if u.Path != "" && u.Path != "/" {
 			return bad("must not have a path")
 		}
@@ -73,8 +80,16 @@ func parseListen(s string) (listen, error) {
 		if host == "" && !hasIPv6() {
 			host = "0.0.0.0"
 		}
-		return listen{s, "tcp", net.JoinHostPort(host, port)}, nil
-	case "unix":
+		addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(host, port))
+		if err != nil {
+			return bad("names no address: " + err.Error())
+		}
+		address := net.JoinHostPort(host, strconv.Itoa(addr.Port))
+		if host != "" {
+			address = addr.String()
+		}
+		return listen{s, "tcp", address, u.Scheme == "https", addr.String()}, nil
+	case "unix", "unixs":
 		if strings.ContainsAny(s, "?#%@") {
 			return bad("has a character that is not supported in a socket's path (? # % @)")
 		}
@@ -86,11 +101,28 @@ func parseListen(s string) (listen, error) {
 		if err != nil {
 			return bad("has no absolute path: " + err.Error())
 		}
-		return listen{s, "unix", path}, nil
-	case "https", "unixs":
-		return bad("asks for TLS, which is not built yet")
+		return listen{s, "unix", path, u.Scheme == "unixs", path}, nil
 	}
-	return bad("needs the scheme http or unix")
+	return bad("needs the scheme http, https, unix or unixs")
+}
+
+// needTLS reports a URL that cannot be served without certificates.
+func needTLS(listens []listen, files *tlsconn.ServerFiles) error {
+	for _, ln := range listens {
+		if ln.tls && files == nil {
+			return fmt.Errorf("spindle: listen URL %q needs a certificate: --cert-file and --key-file", ln.url)
+		}
+	}
+	return nil
+}
+
+// urlOf is the URL of an address that is listened on.
+func (ln listen) urlOf(a net.Addr) string {
+	scheme := map[string]string{"tcp": "http", "unix": "unix"}[ln.network]
+	if ln.tls {
+		scheme += "s"
+	}
+	return scheme + "://" + a.String()
 }
 
 func hasIPv6() bool {
@@ -135,6 +167,11 @@ func (ln listen) probe() error {
 
 // findAddrs asks the kernel where gnet listens, which matters for port 0.
 func (e *Engine) findAddrs(listens []listen) error {
+	defer func() {
+		for i, a := range e.addrs {
+			e.urls = append(e.urls, listens[i].urlOf(a))
+		}
+	}()
 	for _, ln := range listens {
 		if ln.network == "unix" {
 			e.addrs = append(e.addrs, &net.UnixAddr{Name: ln.address, Net: "unix"})

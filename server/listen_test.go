@@ -22,8 +22,8 @@ func TestPortInUse(t *testing.T) {
 
 func TestListenURLs(t *testing.T) {
 	for _, bad := range []string{
-		"", "127.0.0.1:1", "http://", "http://127.0.0.1", "http://127.0.0.1:0/path", "https://127.0.0.1:0",
-		"ftp://127.0.0.1:0", "unix://", "unix:///tmp/a?b", "http://[fe80::1%25lo]:1", "%zz",
+		"", "127.0.0.1:1", "http://", "http://127.0.0.1", "http://127.0.0.1:0/path", "https://127.0.0.1",
+		"ftp://127.0.0.1:0", "unix://", "unix:///tmp/a?b", "unixs://", "http://no.such.host.invalid:1", "http://[fe80::1%25lo]:1", "%zz",
 	} {
 		if ln, err := parseListen(bad); err == nil {
 			t.Errorf("%q was taken as %+v", bad, ln)

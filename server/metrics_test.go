@@ -20,7 +20,7 @@ func TestMetricsServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := &fakeHealth{}
-	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, h, "v0", quiet())
+	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, nil, h, "v0", quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,10 +68,10 @@ func TestMetricsServer(t *testing.T) {
 	if code, _ := get("/nothing"); code != 404 {
 		t.Errorf("/nothing: %d", code)
 	}
-	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, h, "v0", quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
+	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, nil, h, "v0", quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("second server: %v", err)
 	}
-	if m, err := StartMetrics(nil, h, "v0", nil); err != nil || m.Close() != nil {
+	if m, err := StartMetrics(nil, nil, h, "v0", nil); err != nil || m.Close() != nil {
 		t.Errorf("no URLs: %v", err)
 	}
 }

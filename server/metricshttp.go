@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+
+	"spindle/codec/tlsconn"
 )
 
 // Times of the metrics server. It is not for clients on the far side of the world.
@@ -33,10 +36,12 @@ type Health interface {
 type Metrics struct {
 	servers []*http.Server
 	addrs   []net.Addr
+	urls    []string
 }
 
-// StartMetrics serves on urls (http://host:port or unix:///path). version is Spindle's own.
-func StartMetrics(urls []string, h Health, version string, log *slog.Logger) (*Metrics, error) {
+// StartMetrics serves on urls (http://host:port or unix:///path; https and unixs with files, as etcd does: with the
+// certificate for clients, whose own are demanded here too). version is Spindle's own.
+func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version string, log *slog.Logger) (*Metrics, error) {
 	if log == nil {
 		log = slog.Default()
 	}
@@ -45,6 +50,9 @@ func StartMetrics(urls []string, h Health, version string, log *slog.Logger) (*M
 		return m, nil
 	}
 	listens, err := parseListens(urls)
+	if err == nil {
+		err = needTLS(listens, files)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -69,6 +77,10 @@ func StartMetrics(urls []string, h Health, version string, log *slog.Logger) (*M
 		}
 		m.servers = append(m.servers, s)
 		m.addrs = append(m.addrs, l.Addr())
+		m.urls = append(m.urls, ln.urlOf(l.Addr()))
+		if ln.tls {
+			l = tls.NewListener(l, files.HTTP1())
+		}
 		go func() {
 			if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
 				log.Error("metrics server stopped", "url", ln.url, "error", err)
@@ -80,6 +92,9 @@ func StartMetrics(urls []string, h Health, version string, log *slog.Logger) (*M
 
 // Addrs returns the addresses listened on, in the order of the URLs.
 func (m *Metrics) Addrs() []net.Addr { return m.addrs }
+
+// URLs returns the same as Addrs, as URLs.
+func (m *Metrics) URLs() []string { return m.urls }
 
 // Close stops the server at once.
 func (m *Metrics) Close() error {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/codec/tlsconn"
 
 	"github.com/VictoriaMetrics/metrics"
 )
@@ -71,10 +72,12 @@ const (
 
 // PoolConfig says where the clusters are. Zero durations and counts take the defaults.
 type PoolConfig struct {
-	// Clusters has the endpoint URLs of every cluster: http://host:port or unix:///path.
+	// Clusters has the endpoint URLs of every cluster: http://host:port or unix:///path; https and unixs with TLS.
 	Clusters map[codec.ClusterID][]string
 	// Names are the operator's names of the clusters, for texts and metrics.
 	Names map[codec.ClusterID]string
+	// TLS is for endpoints with TLS; nil: the system's CAs, and no certificate of our own.
+	TLS *tlsconn.ClientFiles
 	// ConnsPerEndpoint is the number of connections to each endpoint (default 1; one multiplexed
 	// connection is not the bottleneck of an event loop).
 	ConnsPerEndpoint int
@@ -179,6 +182,9 @@ func NewPool(cfg PoolConfig, loop Loop) *Pool {
 	setDefault(&cfg.BackoffMax, max(defaultBackoffMax, cfg.BackoffMin))
 	if cfg.Metrics == nil {
 		cfg.Metrics = metrics.GetDefaultSet()
+	}
+	if cfg.TLS == nil {
+		cfg.TLS, _ = tlsconn.NewClientFiles(tlsconn.ClientOptions{}, nil) // without files nothing can fail
 	}
 	p := &Pool{cfg: cfg, loop: loop, log: cfg.Log, clusters: make(map[codec.ClusterID]*poolCluster, len(cfg.Clusters))}
 	if p.log == nil {

@@ -75,7 +75,7 @@ func TestPoolCallAllocs(t *testing.T) {
 	cl := p.clusters[0]
 	ep := newPoolEndpoint(p, cl, "http://127.0.0.1:1")
 	gc := &memConn{}
-	l := newPoolLink(ep.slots[0])
+	l := newPoolLink(ep.slots[0], nil)
 	l.OnOpen(gc)
 	srv := &memServer{reply: make([]byte, 300)}
 	srv.conn = codec.NewServerConn(codec.ConnConfig{}, srv)
@@ -127,7 +127,7 @@ func BenchmarkPoolCall(b *testing.B) {
 	loop.turn()
 	ep := newPoolEndpoint(p, p.clusters[0], "http://127.0.0.1:1")
 	gc := &memConn{}
-	l := newPoolLink(ep.slots[0])
+	l := newPoolLink(ep.slots[0], nil)
 	l.OnOpen(gc)
 	srv := &memServer{reply: make([]byte, 300)}
 	srv.conn = codec.NewServerConn(codec.ConnConfig{}, srv)

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -9,11 +10,13 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path"
 	"strings"
 	"syscall"
 	"time"
 
 	"spindle/codec"
+	"spindle/codec/tlsconn"
 
 	"github.com/VictoriaMetrics/metrics"
 )
@@ -23,31 +26,45 @@ type endpointAddr struct {
 	network   string // "tcp" or "unix"
 	address   string // for net.Dial
 	authority string // for :authority
+	// server is what the certificate must be for, "" without TLS: the host, and as clientv3 has it the last
+	// part of a socket's path.
+	server string
 }
 
-// parseEndpoint reads http://host:port, unix:///path and (relative, as etcd has it) unix://path.
+// parseEndpoint reads http://host:port, unix:///path and (relative, as etcd has it) unix://path; with TLS they
+// begin with https and unixs.
 func parseEndpoint(s string) (endpointAddr, error) {
-	if path, ok := strings.CutPrefix(s, "unix:"); ok {
-		path = strings.TrimPrefix(path, "//")
-		if path == "" {
+	for _, scheme := range [...]string{"unix:", "unixs:"} {
+		p, ok := strings.CutPrefix(s, scheme)
+		if !ok {
+			continue
+		}
+		p = strings.TrimPrefix(p, "//")
+		if p == "" {
 			return endpointAddr{}, fmt.Errorf("endpoint %q: no socket path", s)
 		}
-		return endpointAddr{"unix", path, "localhost"}, nil
+		addr := endpointAddr{network: "unix", address: p, authority: "localhost"}
+		if scheme == "unixs:" {
+			addr.server = path.Base(p)
+		}
+		return addr, nil
 	}
 	u, err := url.Parse(s)
 	switch {
 	case err != nil:
 		return endpointAddr{}, fmt.Errorf("endpoint %q: not a URL: %w", s, errors.Unwrap(err))
-	case u.Scheme == "https":
-		return endpointAddr{}, fmt.Errorf("endpoint %q: https is not supported yet, use http or unix", s)
-	case u.Scheme != "http":
-		return endpointAddr{}, fmt.Errorf("endpoint %q: want http://host:port or unix:///path", s)
+	case u.Scheme != "http" && u.Scheme != "https":
+		return endpointAddr{}, fmt.Errorf("endpoint %q: want http://host:port, https://host:port or unix:///path", s)
 	case u.Hostname() == "" || u.Port() == "":
 		return endpointAddr{}, fmt.Errorf("endpoint %q: want a host and a port", s)
 	case u.User != nil || u.RawQuery != "" || u.Fragment != "" || (u.Path != "" && u.Path != "/"):
 		return endpointAddr{}, fmt.Errorf("endpoint %q: nothing may follow the port, or stand before the host", s)
 	}
-	return endpointAddr{"tcp", u.Host, u.Host}, nil
+	addr := endpointAddr{network: "tcp", address: u.Host, authority: u.Host}
+	if u.Scheme == "https" {
+		addr.server = u.Hostname()
+	}
+	return addr, nil
 }
 
 // poolEndpoint is one endpoint of a cluster, with the slots for its connections. Owned by the loop.
@@ -62,6 +79,7 @@ type poolEndpoint struct {
 	lastErr string    // why the newest attempt or connection failed; "" after success
 	since   time.Time // of the present state
 	told    endpointState
+	cause   string // what toldDown said
 	gauge   *metrics.Counter
 
 	bad          int   // answers in a row that tell of a missing quorum
@@ -150,15 +168,23 @@ func (ep *poolEndpoint) left() {
 	}
 }
 
-// failed says that a dial or a link failed. The log hears of it once, until the endpoint answers again.
+// failed says that a dial or a link failed. The log hears of it once, until the endpoint answers again, except for
+// what TLS has to say.
 func (ep *poolEndpoint) failed(err error) {
 	if ep.ready > 0 || ep.pool.closed {
 		return
 	}
-	ep.lastErr = briefError(err)
+	why, certain := briefError(err), false
+	if ep.addr.server != "" {
+		if text := tlsconn.ExplainServer(err, ep.addr.server); text != "" {
+			why, certain = text, true
+		}
+	}
+	ep.lastErr = why
 	ep.cluster.describeDown()
-	if ep.told != toldDown {
-		ep.told = toldDown
+	// A member that comes back with a bad certificate is news, though it was down before.
+	if ep.told != toldDown || certain && ep.cause != why {
+		ep.told, ep.cause = toldDown, why
 		ep.pool.log.Warn(fmt.Sprintf("%s: endpoint %s does not answer: %s; trying again", ep.cluster.label, ep.url, ep.lastErr))
 	}
 }
@@ -257,11 +283,16 @@ func (s *poolSlot) dial() {
 		if tc, ok := nc.(*net.TCPConn); ok {
 			err = tc.SetNoDelay(true)
 		}
-		p.loop.Post(func() { s.dialed(nc, err) })
+		var secure *tls.Config
+		if addr.server != "" && err == nil {
+			secure = p.cfg.TLS.Config(addr.server)
+		}
+		p.loop.Post(func() { s.dialed(nc, secure, err) })
 	}()
 }
 
-func (s *poolSlot) dialed(nc net.Conn, err error) {
+// dialed takes the socket of an attempt; secure is for TLS above it, nil for none.
+func (s *poolSlot) dialed(nc net.Conn, secure *tls.Config, err error) {
 	p := s.ep.pool
 	if p.closed || err != nil {
 		if nc != nil {
@@ -270,7 +301,7 @@ func (s *poolSlot) dialed(nc net.Conn, err error) {
 		s.retry(err)
 		return
 	}
-	l := newPoolLink(s)
+	l := newPoolLink(s, secure)
 	if err := p.loop.Enroll(nc, l); err != nil {
 		s.retry(err)
 		return

@@ -115,21 +115,24 @@ func TestPoolUnixSocket(t *testing.T) {
 }
 
 func TestPoolEndpointURLs(t *testing.T) {
-	for _, c := range []struct{ in, network, address, authority, err string }{
-		{"http://127.0.0.1:2379", "tcp", "127.0.0.1:2379", "127.0.0.1:2379", ""},
-		{"http://etcd-0.etcd:2379/", "tcp", "etcd-0.etcd:2379", "etcd-0.etcd:2379", ""},
-		{"http://[::1]:2379", "tcp", "[::1]:2379", "[::1]:2379", ""},
-		{"unix:///run/etcd.sock", "unix", "/run/etcd.sock", "localhost", ""},
-		{"unix://etcd:0", "unix", "etcd:0", "localhost", ""},
-		{"unix:", "", "", "", "no socket path"},
-		{"https://127.0.0.1:2379", "", "", "", "https is not supported yet"},
-		{"http://127.0.0.1", "", "", "", "a host and a port"},
-		{"http://:2379", "", "", "", "a host and a port"},
-		{"127.0.0.1:2379", "", "", "", "not a URL"},
-		{"localhost:2379", "", "", "", "want http://host:port"},
-		{"http://127.0.0.1:2379/v3", "", "", "", "nothing may follow"},
-		{"http://u:p@127.0.0.1:2379", "", "", "", "nothing may follow"},
-		{"", "", "", "", "want http://host:port"},
+	for _, c := range []struct{ in, network, address, authority, server, err string }{
+		{"http://127.0.0.1:2379", "tcp", "127.0.0.1:2379", "127.0.0.1:2379", "", ""},
+		{"http://etcd-0.etcd:2379/", "tcp", "etcd-0.etcd:2379", "etcd-0.etcd:2379", "", ""},
+		{"http://[::1]:2379", "tcp", "[::1]:2379", "[::1]:2379", "", ""},
+		{"unix:///run/etcd.sock", "unix", "/run/etcd.sock", "localhost", "", ""},
+		{"unix://etcd:0", "unix", "etcd:0", "localhost", "", ""},
+		{"unix:", "", "", "", "", "no socket path"},
+		{"https://127.0.0.1:2379", "tcp", "127.0.0.1:2379", "127.0.0.1:2379", "127.0.0.1", ""},
+		{"https://[::1]:2379", "tcp", "[::1]:2379", "[::1]:2379", "::1", ""},
+		{"https://etcd-0.etcd:2379/", "tcp", "etcd-0.etcd:2379", "etcd-0.etcd:2379", "etcd-0.etcd", ""},
+		{"unixs:///run/etcd.sock", "unix", "/run/etcd.sock", "localhost", "etcd.sock", ""},
+		{"http://127.0.0.1", "", "", "", "", "a host and a port"},
+		{"http://:2379", "", "", "", "", "a host and a port"},
+		{"127.0.0.1:2379", "", "", "", "", "not a URL"},
+		{"localhost:2379", "", "", "", "", "want http://host:port"},
+		{"http://127.0.0.1:2379/v3", "", "", "", "", "nothing may follow"},
+		{"http://u:p@127.0.0.1:2379", "", "", "", "", "nothing may follow"},
+		{"", "", "", "", "", "want http://host:port"},
 	} {
 		got, err := parseEndpoint(c.in)
 		if c.err != "" {
@@ -138,19 +141,19 @@ func TestPoolEndpointURLs(t *testing.T) {
 			}
 			continue
 		}
-		if err != nil || got != (endpointAddr{c.network, c.address, c.authority}) {
+		if err != nil || got != (endpointAddr{c.network, c.address, c.authority, c.server}) {
 			t.Errorf("%q: %+v, %v", c.in, got, err)
 		}
 	}
-	cfg := PoolConfig{Clusters: map[codec.ClusterID][]string{codec.Coordinator: {"http://a:1"}, 0: {"http://b:1", "https://c:1"}}}
+	cfg := PoolConfig{Clusters: map[codec.ClusterID][]string{codec.Coordinator: {"http://a:1"}, 0: {"http://b:1", "ftp://c:1"}}}
 	if err := cfg.Validate(); err == nil || !strings.HasPrefix(err.Error(), "member cluster shard-0: endpoint") {
 		t.Errorf("Validate: %v", err)
 	}
 	// A pool with such a cluster works for the others, and says what is wrong with this one.
 	m := newFakeMember(t, echo)
-	e := newPoolEnv(t, []string{m.url()}, func(c *PoolConfig) { c.Clusters[codec.Coordinator] = []string{"https://c:1"} })
+	e := newPoolEnv(t, []string{m.url()}, func(c *PoolConfig) { c.Clusters[codec.Coordinator] = []string{"ftp://c:1"} })
 	e.connected(0)
-	if r := e.begin(codec.Coordinator, codec.MethodRange, nil, time.Second).wait(t); !strings.HasPrefix(r.st.Msg, "coordinator: ") || !strings.Contains(r.st.Msg, "https is not supported yet") {
+	if r := e.begin(codec.Coordinator, codec.MethodRange, nil, time.Second).wait(t); !strings.HasPrefix(r.st.Msg, "coordinator: ") || !strings.Contains(r.st.Msg, "want http://host:port") {
 		t.Errorf("%+v", r)
 	}
 }

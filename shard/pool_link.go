@@ -1,10 +1,13 @@
 package shard
 
 import (
+	"crypto/tls"
 	"errors"
+	"io"
 	"slices"
 
 	"spindle/codec"
+	"spindle/codec/tlsconn"
 
 	"github.com/panjf2000/gnet/v2"
 )
@@ -12,6 +15,7 @@ import (
 // Why a link ends, other than by the socket.
 var (
 	errNoSettings  = errors.New("connected, but no HTTP/2 settings came")
+	errHungUp      = errors.New("closed by the other side before it said anything: is it to be https:// ?")
 	errPingTimeout = errors.New("no answer to a ping")
 	errNotEnrolled = errors.New("the event loop did not take the socket")
 	errGoAway      = errors.New("closed gracefully by the other side")
@@ -19,7 +23,7 @@ var (
 
 // poolLink is one HTTP/2 connection, from Enroll to the end of the socket. Owned by the loop.
 //
-// Its life: enrolled (gc is nil); open; ready, once the server's first bytes were good HTTP/2; possibly
+// Its life: enrolled (gc is nil); open; with TLS, the handshake; ready, once the server's first bytes were good HTTP/2; possibly
 // renewing, when it has used half of its stream identifiers: it goes on, while its slot dials for a successor;
 // draining, after the server's GOAWAY or when the successor is ready, while its streams finish;
 // dead. A dead link touches neither its gnet.Conn nor its codec.Conn.
@@ -29,6 +33,10 @@ type poolLink struct {
 	slot *poolSlot
 	gc   gnet.Conn
 	conn *codec.Conn
+
+	secure *tls.Config   // nil: plain text
+	tls    *tlsconn.Conn // between gc and conn, from OnOpen on
+	heard  bool          // the codec has taken something
 
 	ready    bool
 	renewing bool
@@ -53,8 +61,8 @@ var (
 	_ codec.ClientEvents = (*poolLink)(nil)
 )
 
-func newPoolLink(s *poolSlot) *poolLink {
-	l := &poolLink{pool: s.ep.pool, ep: s.ep, slot: s}
+func newPoolLink(s *poolSlot, secure *tls.Config) *poolLink {
+	l := &poolLink{pool: s.ep.pool, ep: s.ep, slot: s, secure: secure}
 	l.timer.owner = l
 	return l
 }
@@ -72,7 +80,11 @@ func (l *poolLink) OnOpen(gc gnet.Conn) {
 		MaxMessageBytes: maxMemberMessageBytes,
 		MaxQueuedBytes:  maxMemberQueuedBytes,
 		FirstStreamID:   l.pool.cfg.firstStreamID,
+		Secure:          l.secure != nil,
 	}, l.ep.addr.authority, l)
+	if l.secure != nil {
+		l.tls = tlsconn.Client(l.secure, l)
+	}
 	l.touch()
 }
 
@@ -86,11 +98,27 @@ func (l *poolLink) OnTraffic(gc gnet.Conn) {
 	if len(in) == 0 {
 		return
 	}
-	now := l.pool.timers.now()
-	l.lastRecv, l.pinged = now, 0
+	l.lastRecv, l.pinged = l.pool.timers.now(), 0
 	l.ep.cluster.metrics.received.Add(len(in))
-	err := l.feed(in)
+	var err error
+	if l.tls == nil {
+		err = l.feed(in)
+	} else {
+		err = l.tls.Receive(in)
+	}
 	_, _ = gc.Discard(-1)
+	l.fed(err)
+}
+
+func (l *poolLink) feed(in []byte) error {
+	l.feeding = true
+	defer func() { l.feeding = false }() // also when a handler panics: the loop survives that, and closes l
+	l.heard = true
+	return l.conn.Feed(in)
+}
+
+// fed goes on after bytes were taken.
+func (l *poolLink) fed(err error) {
 	if err == nil {
 		err = l.ending
 	}
@@ -98,16 +126,10 @@ func (l *poolLink) OnTraffic(gc gnet.Conn) {
 		l.shutdown(err)
 		return
 	}
-	if !l.ready && !l.draining {
-		l.becomeReady(now)
+	if l.heard && !l.ready && !l.draining {
+		l.becomeReady(l.pool.timers.now())
 	}
 	l.touch()
-}
-
-func (l *poolLink) feed(in []byte) error {
-	l.feeding = true
-	defer func() { l.feeding = false }() // also when a handler panics: the loop survives that, and closes l
-	return l.conn.Feed(in)
 }
 
 // OnClose implements LoopConn.
@@ -122,10 +144,16 @@ func (l *poolLink) OnClose(gc gnet.Conn, err error) {
 		err = errGoAway
 	case err == nil:
 		err = errPoolClosed
+	case errors.Is(err, io.EOF) && !l.heard && l.tls == nil:
+		err = errHungUp
 	}
 	l.gc = nil
 	if l.feeding || l.writing {
 		l.ending = err
+		return
+	}
+	if l.tls != nil && l.tls.Shaking() {
+		l.hungUp(err)
 		return
 	}
 	l.die(err)
@@ -258,6 +286,9 @@ func (l *poolLink) flush() {
 func (l *poolLink) output() []byte {
 	l.feeding = true
 	defer func() { l.feeding = false }()
+	if l.tls != nil {
+		return l.sealed()
+	}
 	return l.conn.Output()
 }
 
@@ -268,7 +299,11 @@ func (l *poolLink) write(out []byte) error {
 	l.writing = true
 	_, err := l.gc.Write(out)
 	l.writing = false
-	l.conn.Flushed()
+	if l.tls != nil {
+		l.tls.Written()
+	} else {
+		l.conn.Flushed()
+	}
 	if l.ending != nil {
 		return l.ending
 	}
@@ -292,6 +327,7 @@ func (l *poolLink) shutdown(err error) {
 		if out := l.output(); len(out) > 0 {
 			_ = l.write(out) // the link ends in any case
 		}
+		l.farewell()
 		if l.gc != nil { // OnClose, from within Write, takes it away
 			_ = l.gc.Close()
 		}
@@ -320,6 +356,9 @@ func (l *poolLink) die(err error) {
 	}
 	if !l.draining {
 		l.ep.cluster.linkGone(p, l)
+	}
+	if l.tls != nil {
+		l.tls.Close()
 	}
 	if l.conn != nil {
 		l.conn.Close()

@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"time"
 
+	"spindle/codec/tlsconn"
 	"spindle/shard"
 )
 
@@ -17,6 +18,11 @@ type Config struct {
 	AdvertiseClientURLs []string
 	// ListenMetricsURLs are where /metrics and the health checks are served; may be empty.
 	ListenMetricsURLs []string
+
+	// TLS is what the URLs above with https or unixs are served with; nil without any.
+	TLS *tlsconn.ServerFiles
+	// MemberTLS is for endpoints with https or unixs; nil: the system's CAs, and no certificate of our own.
+	MemberTLS *tlsconn.ClientFiles
 
 	// Shards are the member clusters, one at least, Coordinator the endpoints of the coordinator.
 	Shards      []Shard

@@ -10,7 +10,9 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -85,12 +87,13 @@ func Start(cfg Config) (*Node, error) {
 	}
 	n.status.Store(&status{reason: "connecting to the members"})
 	var err error
-	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, (*health)(n), cfg.Version, cfg.Log)
+	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, cfg.TLS, (*health)(n), cfg.Version, cfg.Log)
 	if err != nil {
 		return nil, err
 	}
 	n.engine, err = server.Start(server.Config{
 		ListenURLs: cfg.ListenClientURLs,
+		TLS:        cfg.TLS,
 		Loops:      cfg.Loops,
 		Now:        n.now,
 		Log:        cfg.Log,
@@ -103,7 +106,7 @@ func Start(cfg Config) (*Node, error) {
 		return nil, err
 	}
 	if len(n.cfg.AdvertiseClientURLs) == 0 {
-		n.cfg.AdvertiseClientURLs = advertised(n.engine.Addrs())
+		n.cfg.AdvertiseClientURLs = advertised(n.engine.Addrs(), n.engine.URLs())
 	}
 	// All in one turn of the loop: the core's hook must stand before the pool's, which the pool adds in
 	// the turn after the one that it is made in.
@@ -117,6 +120,7 @@ func poolConfig(cfg *Config) shard.PoolConfig {
 	p := shard.PoolConfig{
 		Clusters: map[codec.ClusterID][]string{codec.Coordinator: cfg.Coordinator},
 		Names:    map[codec.ClusterID]string{codec.Coordinator: "coordinator"},
+		TLS:      cfg.MemberTLS,
 		Log:      cfg.Log,
 	}
 	for i, s := range cfg.Shards {
@@ -298,31 +302,20 @@ func (n *Node) Status() (ready bool, reason string) {
 }
 
 // ClientURLs returns where the etcd API is served, with the ports that the kernel chose.
-func (n *Node) ClientURLs() []string { return urls(n.engine.Addrs()) }
+func (n *Node) ClientURLs() []string { return n.engine.URLs() }
 
 // MetricsURLs returns where the metrics are served.
-func (n *Node) MetricsURLs() []string { return urls(n.metrics.Addrs()) }
-
-func urls(addrs []net.Addr) []string {
-	out := make([]string, len(addrs))
-	for i, a := range addrs {
-		scheme := "http://"
-		if a.Network() == "unix" {
-			scheme = "unix://"
-		}
-		out[i] = scheme + a.String()
-	}
-	return out
-}
+func (n *Node) MetricsURLs() []string { return n.metrics.URLs() }
 
 // advertised returns URLs that other machines can use too: an address that means "all of this machine"
 // is replaced by the machine's name.
-func advertised(addrs []net.Addr) []string {
-	out := urls(addrs)
+func advertised(addrs []net.Addr, urls []string) []string {
+	out := slices.Clone(urls)
 	for i, a := range addrs {
 		if t, ok := a.(*net.TCPAddr); ok && t.IP.IsUnspecified() {
 			if name, err := os.Hostname(); err == nil {
-				out[i] = "http://" + net.JoinHostPort(name, strconv.Itoa(t.Port))
+				scheme, _, _ := strings.Cut(urls[i], "://")
+				out[i] = scheme + "://" + net.JoinHostPort(name, strconv.Itoa(t.Port))
 			}
 		}
 	}

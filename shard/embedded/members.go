@@ -49,6 +49,14 @@ type Config struct {
 	// DefaultLimits starts the members with etcd's own default limits for the size of a Txn and of a
 	// request. For tests.
 	DefaultLimits bool
+	// TLS, if not nil, makes the members and the coordinator serve their clients with TLS only. For tests.
+	TLS *TLS
+}
+
+// TLS is the files that members serve with: their certificate, and the CAs of the certificates that they demand of
+// every client ("" demands none).
+type TLS struct {
+	CertFile, KeyFile, TrustedCAFile string
 }
 
 // Members are running member clusters. The fields are fixed from Start on.
@@ -103,7 +111,7 @@ func Start(cfg Config) (*Members, error) {
 		}
 	}
 	for i, e := range m.etcds {
-		u := "http://" + e.Clients[0].Addr().String()
+		u := e.Config().ListenClientUrls[0].Scheme + "://" + e.Clients[0].Addr().String()
 		if i < cfg.Shards {
 			m.Shards, m.Names = append(m.Shards, u), append(m.Names, names[i])
 		} else {
@@ -127,6 +135,11 @@ func startMember(cfg Config, name string, closing *atomic.Bool) (*embed.Etcd, er
 	c.Name = name
 	c.Dir = filepath.Join(cfg.Dir, name)
 	peer, client := mustURL(anyPort), mustURL(anyPort)
+	if cfg.TLS != nil {
+		client.Scheme = "https"
+		c.ClientTLSInfo.CertFile, c.ClientTLSInfo.KeyFile = cfg.TLS.CertFile, cfg.TLS.KeyFile
+		c.ClientTLSInfo.TrustedCAFile, c.ClientTLSInfo.ClientCertAuth = cfg.TLS.TrustedCAFile, cfg.TLS.TrustedCAFile != ""
+	}
 	c.ListenPeerUrls, c.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
 	c.ListenClientUrls, c.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
 	c.InitialCluster = name + "=" + anyPort
