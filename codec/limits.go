@@ -123,11 +123,11 @@ func (cfg ConnConfig) withDefaults() ConnConfig {
 	if cfg.MaxQueuedBytes <= 0 {
 		cfg.MaxQueuedBytes = d.MaxQueuedBytes
 	}
-	if cfg.MaxPartialBytes <= 0 {
-		cfg.MaxPartialBytes = max(maxAssemblingMessages*cfg.MaxMessageBytes, int(cfg.ConnWindow))
-	}
 	cfg.StreamWindow = min(cfg.StreamWindow, maxWindow)
 	// RFC 9113 6.9.2: the connection's window begins at 65,535 and cannot be lowered by SETTINGS.
 	cfg.ConnWindow = min(max(cfg.ConnWindow, initialWindow), maxWindow)
+	if cfg.MaxPartialBytes <= 0 {
+		cfg.MaxPartialBytes = max(maxAssemblingMessages*cfg.MaxMessageBytes, int(cfg.ConnWindow))
+	}
 	return cfg
 }
