@@ -326,6 +326,15 @@ func (c *Conn) Close() {
 	c.free = nil
 }
 
+// Partial returns the bytes that messages received in part take.
+func (c *Conn) Partial() int { return c.assembling }
+
+// GoneAway says that GoAway was called, or the peer's GOAWAY was here.
+func (c *Conn) GoneAway() bool { return c.goneAway }
+
+// Drained says that a server's GOAWAY is final and its last stream has ended: the owner may close the socket.
+func (c *Conn) Drained() bool { return c.goneAway && c.goneID != maxStreamID && c.streams.n == 0 }
+
 // Greeted says that the peer's SETTINGS were here: it speaks HTTP/2.
 func (c *Conn) Greeted() bool { return c.sawSettings }
 
