@@ -30,9 +30,10 @@ type ConnConfig struct {
 	Now func() int64
 	// OnLimit hears, from within any method, of each bound that the peer ran into. nil: nobody does.
 	OnLimit func(Limit)
-	// Full says that the process has no memory to spare: then no connection may keep more than one message
-	// received in part. nil: it always has.
-	Full func() bool
+	// Full says that the process has no memory to spare: then no connection may keep more than FullBytes (0:
+	// MaxMessageBytes) of messages received in part. nil: it always has.
+	Full      func() bool
+	FullBytes int
 }
 
 // Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.

@@ -211,7 +211,7 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 		if c.assembling+size > c.cfg.MaxPartialBytes {
 			return false
 		}
-		if c.assembling > 0 && c.assembling+size > c.cfg.MaxMessageBytes && c.cfg.Full != nil && c.cfg.Full() {
+		if c.assembling+size > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full() {
 			return false
 		}
 		b := getBuffer(size)

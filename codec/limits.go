@@ -123,6 +123,9 @@ func (cfg ConnConfig) withDefaults() ConnConfig {
 	if cfg.MaxQueuedBytes <= 0 {
 		cfg.MaxQueuedBytes = d.MaxQueuedBytes
 	}
+	if cfg.FullBytes <= 0 {
+		cfg.FullBytes = cfg.MaxMessageBytes
+	}
 	cfg.StreamWindow = min(cfg.StreamWindow, maxWindow)
 	// RFC 9113 6.9.2: the connection's window begins at 65,535 and cannot be lowered by SETTINGS.
 	cfg.ConnWindow = min(max(cfg.ConnWindow, initialWindow), maxWindow)

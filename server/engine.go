@@ -27,8 +27,6 @@ const (
 	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
 	// of the GOAWAY.
 	defaultDrainTimeout = 5 * time.Second
-	// defaultMaxMemory bounds what all clients together make the process hold; see shard.Memory.
-	defaultMaxMemory = 512 << 20
 	// drainTouch is how often Stop looks at every connection that has not ended yet.
 	drainTouch = 50 * time.Millisecond
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
@@ -66,7 +64,7 @@ type Config struct {
 	Now func() int64
 	Log *slog.Logger
 
-	// Memory counts what clients make the process hold; nil: one of its own, with a limit of 512 MiB.
+	// Memory counts what clients make the process hold; nil: no limit.
 	Memory *shard.Memory
 	// KeepaliveInterval is how long a client may be silent before it is sent a PING, KeepaliveTimeout how long
 	// it may go on being silent then, before it is dropped. One of them 0: no PINGs.
@@ -134,10 +132,6 @@ func Start(cfg Config) (*Engine, error) {
 	cfg.MaxOutbound = orDefault(cfg.MaxOutbound, defaultMaxOutbound)
 	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
 	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
-
-	if cfg.Memory == nil {
-		cfg.Memory = shard.NewMemory(defaultMaxMemory)
-	}
 
 	listens, err := parseListens(cfg.ListenURLs)
 	if err != nil {
