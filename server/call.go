@@ -1,6 +1,8 @@
 package server
 
 import (
+	"sync/atomic"
+
 	"spindle/codec"
 	"spindle/shard"
 )
@@ -27,10 +29,11 @@ type call struct {
 	handler   StreamHandler // of a streaming RPC
 	op        *shard.Op     // of a unary RPC, from its message until the core's last word
 	opSize    int
-	refs      int   // answers of the core's loop that are on their way: of the op, of a cancel
-	carried   int64 // bytes of the answer in Memory, from Done until answered
-	abandoned bool  // the stream is gone, the core was told to cancel
-	coreDone  bool  // the core's loop only: Done was called
+	refs      int         // answers of the core's loop that are on their way: of the op, of a cancel
+	carried   int64       // bytes of the answer in Memory, from Done until answered
+	abandoned bool        // the stream is gone, the core was told to cancel
+	gone      atomic.Bool // abandoned, for the core to see
+	coreDone  bool        // the core's loop only: Done was called
 	hasLeader bool
 
 	start    int64 // in Loop.now
@@ -95,6 +98,7 @@ func (c *clientConn) submit(k *call, msg []byte) {
 	k.op, k.opSize = op, len(msg)
 	k.refs++
 	c.ops++
+	c.loop.working.Add(1)
 	c.opsBytes += len(msg)
 	if home := c.eng.loops[0]; home == c.loop {
 		c.loop.submit(op)
@@ -108,6 +112,10 @@ func opDone(op *shard.Op) {
 	k := op.User.(*call)
 	k.coreDone = true
 	// What is on its way to another loop counts too; its connection counts it from then on.
+	if len(op.Resp) >= chargeStep && op.Kind == shard.OpRange && k.loop.eng.cfg.Memory.Over() {
+		hitLimit(limitMemory)
+		op.Status, op.Resp = codec.ErrTooManyRequests, nil // nothing was changed by it
+	}
 	k.carried = int64(len(op.Resp))
 	if k.carried < chargeStep {
 		k.carried = 0
@@ -124,6 +132,7 @@ func opDone(op *shard.Op) {
 func (k *call) answered() {
 	c := k.conn
 	c.ops--
+	c.loop.working.Add(-1)
 	c.opsBytes -= k.opSize
 	k.refs--
 	if k.abandoned {
@@ -156,6 +165,7 @@ func (k *call) abandon() {
 	}
 	k.refs++
 	k.abandoned = true
+	k.gone.Store(true)
 	k.conn.h2.AddWork(1) // it goes on taking one of the connection's places until the core lets go
 	if home := k.loop.eng.loops[0]; home == k.loop {
 		k.cancelAtCore(home)

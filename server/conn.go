@@ -3,7 +3,6 @@ package server
 import (
 	"errors"
 	"log/slog"
-	"time"
 
 	"github.com/panjf2000/gnet/v2"
 
@@ -17,6 +16,11 @@ const (
 	// client has canceled count until the core lets go of them, so opening and resetting streams as fast
 	// as possible gains nothing. Beyond: ResourceExhausted "etcdserver: too many requests".
 	maxOpsPerConn = 4096
+	// Of all connections together the core has maxOps at most (and one of each). From busyOps on a connection may
+	// have no more than opsWhenBusy, so that a few greedy ones leave room, and time, for the others. The same answer.
+	maxOps      = 32768
+	busyOps     = 2048
+	opsWhenBusy = 128
 	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
 	maxOpBytesPerConn = 64 << 20
 	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them;
@@ -31,8 +35,6 @@ const (
 	// of it do not count.
 	maxStalledReplies = 1 << 20
 	maxStalledStream  = watchHoldBytes
-	// greetTimeout is how long a client may take until its preface and SETTINGS are here.
-	greetTimeout = 20 * time.Second
 )
 
 var errNotGreeted = errors.New("no HTTP/2 preface came")
@@ -225,7 +227,7 @@ func (c *clientConn) retry(now int64) {
 // connection is retry's.
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
-	if !c.h2.Greeted() && now-c.opened >= int64(greetTimeout) {
+	if !c.h2.Greeted() && now-c.opened >= int64(c.eng.cfg.GreetTimeout) {
 		hitLimit(limitPreface)
 		c.end(errNotGreeted)
 		return

@@ -34,6 +34,8 @@ func (c *clientConn) full(size int) (limit, bool) {
 	switch {
 	case c.ops >= maxOpsPerConn:
 		return limitRequests, true
+	case c.ops >= opsWhenBusy && c.eng.working() >= busyOps, c.ops > 0 && c.eng.working() >= maxOps:
+		return limitAllRequests, true
 	case c.opsBytes+size > maxOpBytesPerConn:
 		return limitRequestBytes, true
 	case c.h2.Queued() > maxWaitingReplies:
@@ -42,6 +44,14 @@ func (c *clientConn) full(size int) (limit, bool) {
 		return limitMemory, true
 	}
 	return 0, false
+}
+
+// working is how many ops the core has.
+func (e *Engine) working() (n int64) {
+	for _, l := range e.loops {
+		n += l.working.Load()
+	}
+	return n
 }
 
 // stuck says that the client holds much, and nothing of it was taken for a second.

@@ -42,6 +42,11 @@ func TestStopAnswersRequestsUnderWay(t *testing.T) {
 				last = f.LastStreamID
 			}
 		}
+		select {
+		case <-stopped:
+			t.Fatal("stopped while the GOAWAY was on its way")
+		case <-time.After(3 * drainTouch):
+		}
 		// The client has not seen it yet: it sends more, and only then answers the PING.
 		p.request(1, "/etcdserverpb.Maintenance/Status", "", nil)
 		p.request(3, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("hold")}))

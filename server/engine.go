@@ -24,6 +24,8 @@ const (
 	// defaultStallTimeout is how long a client may leave a full socket buffer, or answers that wait for
 	// window, untouched.
 	defaultStallTimeout = 30 * time.Second
+	// defaultGreetTimeout is how long a client may take until its preface and SETTINGS are here.
+	defaultGreetTimeout = 20 * time.Second
 	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
 	// of the GOAWAY.
 	defaultDrainTimeout = 5 * time.Second
@@ -73,6 +75,7 @@ type Config struct {
 
 	MaxConns     int
 	MaxOutbound  int // bytes
+	GreetTimeout time.Duration
 	StallTimeout time.Duration
 	DrainTimeout time.Duration
 	// BeforeClose is called by Stop, on its goroutine, once the requests under way were answered and before
@@ -130,6 +133,7 @@ func Start(cfg Config) (*Engine, error) {
 	}
 	cfg.MaxConns = orDefault(cfg.MaxConns, defaultMaxConns())
 	cfg.MaxOutbound = orDefault(cfg.MaxOutbound, defaultMaxOutbound)
+	cfg.GreetTimeout = orDefault(cfg.GreetTimeout, defaultGreetTimeout)
 	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
 	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
 

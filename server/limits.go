@@ -14,13 +14,14 @@ type limit uint8
 
 const (
 	limitConns          limit = iota // Config.MaxConns
-	limitPreface                     // greetTimeout
+	limitPreface                     // Config.GreetTimeout
 	limitKeepalive                   // Config.KeepaliveTimeout
 	limitStalled                     // Config.StallTimeout: the socket is not read
 	limitNoWindow                    // Config.StallTimeout: no HTTP/2 window for answers
 	limitBlockedControl              // maxBlockedControl
 	limitMemory                      // Memory
 	limitRequests                    // maxOpsPerConn
+	limitAllRequests                 // busyOps, maxOps
 	limitRequestBytes                // maxOpBytesPerConn
 	limitReplies                     // maxWaitingReplies
 	limitWatches                     // watches and their keys: of a stream, of a connection, of all
@@ -31,7 +32,7 @@ const (
 var limitNames = [limitCount]string{
 	limitConns: "connections", limitPreface: "preface_time", limitKeepalive: "keepalive", limitStalled: "stalled_reader",
 	limitNoWindow: "no_window", limitBlockedControl: "blocked_control", limitMemory: "memory",
-	limitRequests: "requests_in_flight", limitRequestBytes: "request_bytes_in_flight", limitReplies: "waiting_replies",
+	limitRequests: "requests_in_flight", limitAllRequests: "all_requests_in_flight", limitRequestBytes: "request_bytes_in_flight", limitReplies: "waiting_replies",
 	limitWatches: "watches", limitPendingCreates: "pending_creates",
 }
 

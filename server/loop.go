@@ -61,6 +61,7 @@ type Loop struct {
 	nowFn    func() int64             // l.now
 
 	freeCalls []*call      // unary calls to be used again
+	working   atomic.Int64 // ops of its clients that the core has, canceled ones included; written by the loop
 	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter
 }
@@ -162,7 +163,12 @@ func (l *Loop) deliver(m *letter) {
 	case letterFunc:
 		m.f()
 	case letterSubmit:
-		l.submit(m.call.op)
+		if k := m.call; k.gone.Load() { // canceled while it was on its way: it costs nothing more
+			k.op.Status = statusCanceled
+			opDone(k.op)
+		} else {
+			l.submit(k.op)
+		}
 	case letterCancel:
 		m.call.cancelAtCore(l)
 	case letterDone:

@@ -12,6 +12,7 @@ import (
 // counted may pass it by what one turn of a loop brings. What it decides is what comes next:
 //
 //   - lists that are larger than largeAnswer wait for room, then get etcd's "too many requests";
+//   - over it, reads of some size are answered with that, too;
 //   - near the limit (Pressed) a client that already holds much is refused further requests, watches get no more events
 //     than their clients take, messages in parts have to fit into little, and of the clients that take nothing
 //     the one that holds most is dropped.
@@ -48,6 +49,9 @@ func (m *Memory) Used() int64 {
 // Pressed says that more than seven eighths of the limit are used.
 func (m *Memory) Pressed() bool { return m != nil && m.used.Load() > m.limit-m.limit/8 }
 
+// Over says that more than the limit is used.
+func (m *Memory) Over() bool { return m != nil && m.used.Load() > m.limit }
+
 // fits says that n bytes more stay below the limit.
 func (m *Memory) fits(n int64) bool { return m.used.Load()+n <= m.limit }
 
@@ -57,7 +61,7 @@ func (m *Memory) half() bool { return m.used.Load() <= m.limit/2 }
 // Bounds of large answers.
 const (
 	// largeAnswer is the size from which on a list needs room in Memory before it is put together.
-	largeAnswer = 1 << 20
+	largeAnswer = 256 << 10
 	// maxLargeWaiting is how many lists may wait for that; further ones get "too many requests" at once. A
 	// list that waits holds nothing: it is read anew.
 	maxLargeWaiting = 1024
