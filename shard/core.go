@@ -109,6 +109,8 @@ type Core struct {
 	auto       autoCompactor
 	histories  []*History
 	large      largeReads
+	gates      []listGate // by shard, and one for lists of several
+	gatesOpen  bool       // one of them has room again
 
 	timers   timerHeap
 	timerSeq uint64
@@ -286,6 +288,7 @@ func (c *Core) stop(st codec.Status) {
 	for _, e := range queue {
 		e.w.abandon(st)
 	}
+	c.stopLists(st)
 	// Timers stay: requests that wait for something else end at their deadlines.
 }
 
@@ -307,7 +310,9 @@ func (c *Core) Submit(op *Op) {
 		}
 		switch {
 		case op.Kind == OpRange:
-			c.submitRange(op)
+			if c.enterList(op) {
+				c.submitRange(op)
+			}
 		case p.ReadOnly():
 			c.submitReadTxn(op)
 		default:
@@ -407,6 +412,7 @@ func (c *Core) awaitFrontier(shard int, rev, deadline int64, f func()) {
 
 // finish answers op with st. Resp must be complete when st is OK.
 func (c *Core) finish(op *Op, st codec.Status) {
+	c.leaveList(op)
 	op.Status = st
 	op.Done(op)
 }
@@ -417,6 +423,9 @@ func (c *Core) Flush() {
 		return
 	}
 	for range 8 { // what is woken may itself have something to send
+		if c.gatesOpen {
+			c.startLists()
+		}
 		if c.stale {
 			c.stale = false
 			c.moveFrontiers()
@@ -437,7 +446,7 @@ func (c *Core) Flush() {
 			}
 		}
 		c.clock.Flush()
-		if !c.dirty && !c.stale && !c.frontierRose {
+		if !c.dirty && !c.stale && !c.frontierRose && !c.gatesOpen {
 			return
 		}
 	}

@@ -4,10 +4,12 @@ package shard
 type coreOp struct {
 	plan Plan
 	w    write
+	gate int // of listGate, plus 1, while the list is under way
 }
 
 // reset forgets the request, and keeps the memory of ordinary size.
 func (o *coreOp) reset() {
 	o.plan.Reset()
 	o.w = write{}
+	o.gate = 0
 }
