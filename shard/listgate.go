@@ -20,7 +20,8 @@ type listGate struct {
 	head    int
 }
 
-// enterList says that op, a Range whose plan is parsed, may begin. Else it waits, or was answered.
+// enterList says that op, a Range whose plan is parsed, is none that has to pass a gate. Else it waits, at least for
+// the end of the turn: who asks and cancels in one breath costs nothing.
 func (c *Core) enterList(op *Op) bool {
 	p := &op.core.plan
 	if p.ops[0].end == nil || p.Empty() {
@@ -34,17 +35,13 @@ func (c *Core) enterList(op *Op) bool {
 		c.gates = make([]listGate, len(c.shards)+1)
 	}
 	g := &c.gates[gate]
-	switch {
-	case g.out < maxLists:
-		g.out++
-		op.core.gate = gate + 1
-		return true
-	case len(g.waiting)-g.head >= maxListsWaiting:
+	if len(g.waiting)-g.head >= maxListsWaiting {
 		c.stats.LargeRefused++
 		c.finish(op, codec.ErrTooManyRequests)
 		return false
 	}
 	g.waiting = append(g.waiting, op)
+	c.gatesOpen = c.gatesOpen || g.out < maxLists
 	return false
 }
 
