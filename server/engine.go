@@ -156,6 +156,10 @@ func Start(cfg Config) (*Engine, error) {
 			gnet.WithNumEventLoop(cfg.Loops),
 			gnet.WithLoadBalancing(gnet.LeastConnections),
 			gnet.WithReuseAddr(true),
+			// Each loop accepts for itself, one connection at a time, and OnOpen counts it before the next. With one
+			// acceptor for all loops, a flood of connections waits for them uncounted, until accept fails for want
+			// of descriptors, which gnet does not survive. (gnet ignores it when a unix socket is among the URLs.)
+			gnet.WithReusePort(true),
 			gnet.WithTicker(true),
 			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
 			gnet.WithTCPKeepAlive(keepAlive),

@@ -19,6 +19,10 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
+// turnEvery is how often a connection sends a burst: the attackers share the machine with the members and the good
+// client, and must not starve those by themselves.
+const turnEvery = 2 * time.Millisecond
+
 // Attack is one class.
 type Attack struct {
 	Name string
@@ -141,6 +145,8 @@ func (a *Attack) once(addr string, quit <-chan struct{}, sent *Sent) error {
 		}
 		return nil
 	}
+	breath := time.NewTicker(turnEvery)
+	defer breath.Stop()
 	for {
 		if err := a.Turn(c); err != nil {
 			return err
@@ -152,7 +158,7 @@ func (a *Attack) once(addr string, quit <-chan struct{}, sent *Sent) error {
 		select {
 		case <-quit:
 			return nil
-		default:
+		case <-breath.C:
 		}
 	}
 }
