@@ -89,6 +89,7 @@ func (r *pagedRead) admit() bool {
 	if size <= largeAnswer {
 		return true
 	}
+	size += min(size, 2*int64(len(r.parts))*wholePageBytes) // the pages, as long as it is put together
 	c := r.c
 	if len(c.large.waiting) == 0 && c.roomFor(size) {
 		r.hold(size)
