@@ -26,7 +26,7 @@ func limitHitsOf(name string) uint64 {
 // TestAttacks runs every attack against a server on a socket, until one of the bounds that are meant for it
 // has been run into, beside a good client, which must not notice.
 func TestAttacks(t *testing.T) {
-	cfg := Config{Loops: 2, StallTimeout: 2 * time.Second, GreetTimeout: time.Second, Memory: shard.NewMemory(16 << 20),
+	cfg := Config{Loops: 2, StallTimeout: 2 * time.Second, GreetTimeout: time.Second, Memory: shard.NewMemory(4 << 20),
 		Codec: codec.ConnConfig{PingMinTime: 5 * time.Second, MaxConcurrentStreams: 1000}}
 	s := startServer(t, cfg, func(e *Engine) {
 		NewWatchService(e, WatchConfig{
@@ -35,7 +35,7 @@ func TestAttacks(t *testing.T) {
 			Now:      func(done func(int64, codec.Status)) { done(1, codec.Status{}) }, WatchesPerStream: 10_000,
 		})
 	})
-	onLoop(s.Loops()[0], func() { s.core.big = make([]byte, 256<<10) })
+	onLoop(s.Loops()[0], func() { s.core.big = make([]byte, 64<<10) })
 	good := s.dial(t, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 	for _, a := range attack.All("big", "bih") {
 		if a.Conns > 50 {

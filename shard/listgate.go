@@ -40,6 +40,7 @@ func (c *Core) enterList(op *Op) bool {
 		c.finish(op, codec.ErrTooManyRequests)
 		return false
 	}
+	op.core.gateUntil = c.deadline()
 	g.waiting = append(g.waiting, op)
 	c.gatesOpen = c.gatesOpen || g.out < maxLists
 	return false
@@ -54,7 +55,8 @@ func (c *Core) leaveList(op *Op) {
 	}
 }
 
-// startLists begins what has room now. What was canceled while it waited is only answered.
+// startLists begins what has room now. What was canceled while it waited, or waited for longer than the shard timeout, is
+// only answered.
 func (c *Core) startLists() {
 	c.gatesOpen = false
 	for i := range c.gates {
@@ -68,6 +70,8 @@ func (c *Core) startLists() {
 			switch {
 			case op.canceled:
 				c.finish(op, statusCanceled)
+			case c.cfg.Now() > op.core.gateUntil:
+				c.finish(op, codec.ErrTimeout)
 			case c.state != stateReady:
 				c.finish(op, codec.ErrStopped)
 			default:
