@@ -228,10 +228,10 @@ func (e *Engine) awaitBoot() error {
 func (e *Engine) findLoops() error {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	var peers []*os.File
+	var peers []int
 	defer func() {
-		for _, f := range peers {
-			_ = f.Close() // the loop sees the end of the anchor and forgets it
+		for _, fd := range peers {
+			_ = unix.Close(fd) // the loop sees the end of the anchor and forgets it
 		}
 	}()
 	for len(e.loops) < e.cfg.Loops {
@@ -239,16 +239,18 @@ func (e *Engine) findLoops() error {
 		if err != nil {
 			return fmt.Errorf("spindle: socket pair: %w", err)
 		}
-		peers = append(peers, far)
 		// The context travels to OnOpen as the connection's; an anchor's loop is not known yet.
-		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), anchor{}))
+		bell := &anchor{}
+		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), bell))
 		if err != nil {
 			_ = near.Close()
+			_ = unix.Close(far)
 			return fmt.Errorf("spindle: enroll an anchor: %w", err)
 		}
 		select {
 		case r := <-res:
 			if r.Err != nil {
+				_ = unix.Close(far)
 				return fmt.Errorf("spindle: enroll an anchor: %w", r.Err)
 			}
 			el := r.Conn.EventLoop()
@@ -256,6 +258,10 @@ func (e *Engine) findLoops() error {
 				l := newLoop(e, len(e.loops), el)
 				e.byEL[el] = l
 				e.loops = append(e.loops, l)
+				l.bell = far // this one stays
+				bell.loop.Store(l)
+			} else {
+				peers = append(peers, far)
 			}
 		case <-ctx.Done():
 			return fmt.Errorf("spindle: event loops did not start: %w", ctx.Err())
@@ -266,18 +272,18 @@ func (e *Engine) findLoops() error {
 	return nil
 }
 
-func socketPair() (near net.Conn, far *os.File, err error) {
+func socketPair() (near net.Conn, far int, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, nil, err
+		return nil, -1, err
 	}
 	f := os.NewFile(uintptr(fds[0]), "anchor")
 	defer f.Close()
-	far = os.NewFile(uintptr(fds[1]), "anchor peer")
+	far = fds[1]
 	near, err = net.FileConn(f) // a duplicate of f
 	if err != nil {
-		_ = far.Close()
-		return nil, nil, err
+		_ = unix.Close(far)
+		return nil, -1, err
 	}
 	return near, far, nil
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
 
 	"spindle/shard"
 )
@@ -42,7 +43,10 @@ type Loop struct {
 	spare   []letter // memory for letters
 	rung    bool     // the doorbell was pressed and the mailbox not yet emptied
 	stopped bool
-	hooks   atomic.Pointer[[]func()] // copied on write
+	// bell is the far end of a socket pair whose other end the loop reads, or -1. gnet's own Execute runs tasks
+	// until there are none, so two loops that write to each other would keep both from their sockets.
+	bell  int
+	hooks atomic.Pointer[[]func()] // copied on write
 
 	inTurn bool
 	nested bool  // an event came while the end of the turn was running
@@ -92,6 +96,7 @@ func newLoop(e *Engine, index int, el gnet.EventLoop) *Loop {
 		eng:   e,
 		log:   e.log,
 		el:    el,
+		bell:  -1,
 		conns: make(map[*clientConn]struct{}),
 		turns: loopTurns(index),
 	}
@@ -116,15 +121,28 @@ func (l *Loop) post(m letter) {
 	if !l.rung {
 		l.rung = true
 		// Under the lock, because of stop. An error means that the engine has stopped.
-		_ = l.el.Execute(context.Background(), (*doorbell)(l))
+		if l.bell < 0 {
+			_ = l.el.Execute(context.Background(), (*doorbell)(l))
+			return
+		}
+		for {
+			if _, err := unix.Write(l.bell, ding[:]); err != unix.EINTR {
+				break
+			}
+		}
 	}
 }
+
+var ding [1]byte
 
 // stop makes the loop deaf to letters, before gnet closes the descriptor that serves as the doorbell:
 // gnet would ring it all the same, whatever the number stands for by then.
 func (l *Loop) stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.bell >= 0 && !l.stopped {
+		_ = unix.Close(l.bell)
+	}
 	l.stopped = true
 	l.letters = nil
 }
