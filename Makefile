@@ -13,6 +13,9 @@ SEEDS ?= 20000
 # How long `make soak` runs.
 SOAK ?= 3m
 
+# How long `make attack` runs each attack.
+ATTACK ?= 3s
+
 # What the tests of kube-apiserver's storage run over: spindle or etcd.
 KUBE_BACKEND ?= spindle
 
@@ -54,6 +57,10 @@ kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: 
 .PHONY: soak
 soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
 	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
+
+.PHONY: attack
+attack: ## Every attack on the server for ATTACK=3s: what was sent, what the proxy spent, what a good client saw
+	SPINDLE_ATTACK=$(ATTACK) $(GO) test -count 1 -v -timeout 1h -run 'TestAttackReport$$' ./server/e2e
 
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of them

@@ -86,7 +86,7 @@ func openRig(t testing.TB) *rig {
 	base := time.Now()
 	e := newEngine(Config{
 		Log: quiet(), Now: func() int64 { return int64(time.Since(base)) + 1 },
-		MaxOutbound: 1 << 20, StallTimeout: time.Minute,
+		MaxOutbound: 1 << 20, StallTimeout: time.Minute, GreetTimeout: defaultGreetTimeout,
 		OnPanic: func(err error, _ bool) { t.Error(err) },
 	})
 	r := &rig{sock: &fakeSock{}, core: &fixedCore{resp: bytes.Repeat([]byte("r"), 340)}, id: 1}

@@ -40,6 +40,8 @@ type CoreConfig struct {
 	// HistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
 	HistoryBytes int
 
+	// Memory bounds what large answers may take; nil: nothing does.
+	Memory *Memory
 	// Limits are enforced towards clients.
 	Limits Limits
 	// MemberMaxTxnOps and MemberMaxRequestBytes are what the members accept (etcd's --max-txn-ops and
@@ -108,6 +110,9 @@ type Core struct {
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
+	large      largeReads
+	gates      []listGate // by shard, and one for lists of several
+	gatesOpen  bool       // one of them has room again
 
 	timers   timerHeap
 	timerSeq uint64
@@ -144,7 +149,7 @@ const (
 // Stats counts what a Core did. Read on the core's goroutine.
 type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
-	ReadBatches, BatchedReads, Rereads                                           uint64
+	ReadBatches, BatchedReads, Rereads, LargeWaited, LargeRefused                uint64
 	Unrecorded, Foreign                                                          uint64
 }
 
@@ -285,6 +290,7 @@ func (c *Core) stop(st codec.Status) {
 	for _, e := range queue {
 		e.w.abandon(st)
 	}
+	c.stopLists(st)
 	// Timers stay: requests that wait for something else end at their deadlines.
 }
 
@@ -306,7 +312,9 @@ func (c *Core) Submit(op *Op) {
 		}
 		switch {
 		case op.Kind == OpRange:
-			c.submitRange(op)
+			if c.enterList(op) {
+				c.submitRange(op)
+			}
 		case p.ReadOnly():
 			c.submitReadTxn(op)
 		default:
@@ -406,6 +414,7 @@ func (c *Core) awaitFrontier(shard int, rev, deadline int64, f func()) {
 
 // finish answers op with st. Resp must be complete when st is OK.
 func (c *Core) finish(op *Op, st codec.Status) {
+	c.leaveList(op)
 	op.Status = st
 	op.Done(op)
 }
@@ -416,6 +425,9 @@ func (c *Core) Flush() {
 		return
 	}
 	for range 8 { // what is woken may itself have something to send
+		if c.gatesOpen {
+			c.startLists()
+		}
 		if c.stale {
 			c.stale = false
 			c.moveFrontiers()
@@ -436,7 +448,7 @@ func (c *Core) Flush() {
 			}
 		}
 		c.clock.Flush()
-		if !c.dirty && !c.stale && !c.frontierRose {
+		if !c.dirty && !c.stale && !c.frontierRose && !c.gatesOpen {
 			return
 		}
 	}
