@@ -34,9 +34,12 @@ func checkPrefix(flag byte, n uint32, limit int, encoding string, client bool) S
 		if encoding == "" || encoding == "identity" {
 			return Status{Internal, "grpc: compressed flag set with identity or empty encoding"}
 		}
+		if !client && encoding == "gzip" {
+			return Status{}
+		}
 		code := Unimplemented
 		if client {
-			code = Internal
+			code = Internal // none was offered
 		}
 		return Status{code, "grpc: Decompressor is not installed for grpc-encoding " + strconv.Quote(encoding)}
 	}

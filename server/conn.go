@@ -60,6 +60,10 @@ type clientConn struct {
 	added    int   // bytes written since it was blocked
 
 	opened    int64              // in Loop.now
+	received  int64              // when bytes came last
+	pinged    int64              // when a PING was sent that nothing has come after, 0 for none
+	charged   int                // bytes of this connection in Engine's Memory
+	lastHeld  int                // charged when second looked last
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
 	waiting   int                // bytes of answers that waited for window when second looked
 	waitSince int64              // when second last saw that they were few, or fewer than before
@@ -81,11 +85,14 @@ func newClientConn(l *Loop) *clientConn {
 func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.sock = sock
 	c.opened = c.loop.now()
+	c.received = c.opened
 	c.eng.conns.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
 	metricConns.Inc()
-	c.h2 = codec.NewServerConn(c.eng.cfg.Codec, c)
+	cfg := c.eng.cfg.Codec
+	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
+	c.h2 = codec.NewServerConn(cfg, c)
 	c.touch()
 }
 
@@ -96,6 +103,7 @@ func (c *clientConn) OnTraffic(sock gnet.Conn) {
 		return
 	}
 	metricBytesIn.Add(len(p))
+	c.received, c.pinged = c.loop.now(), 0
 	if c.ending == nil {
 		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
 		c.ending = c.h2.Feed(p)
@@ -122,6 +130,7 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 	}
 	c.log.Debug("client connection closed", "loop", c.loop.index, "streams", c.h2.Streams(), "reason", err)
 	c.h2.Close()
+	c.charge()
 }
 
 // touch puts the connection on the list of those that write at the end of the turn.
@@ -154,14 +163,18 @@ func (c *clientConn) flush() {
 		c.h2.Flushed()
 		if c.blocked {
 			if c.added += n; c.added > maxBlockedControl {
-				c.drop("client does not read and keeps asking")
+				c.drop(limitBlockedControl, "client does not read and keeps asking")
 				return
 			}
 		} else if c.sock.OutboundBuffered() > c.eng.cfg.MaxOutbound {
 			c.block()
 		}
 	}
-	if c.ending != nil && !c.closed {
+	if c.closed {
+		return
+	}
+	c.charge()
+	if c.ending != nil || c.h2.Drained() && c.sock.OutboundBuffered() == 0 {
 		c.kill()
 	}
 }
@@ -204,7 +217,7 @@ func (c *clientConn) retry(now int64) {
 	case waiting < c.buffered:
 		c.buffered, c.stalled = waiting, now
 	case now-c.stalled >= int64(c.eng.cfg.StallTimeout):
-		c.drop("client does not read")
+		c.drop(limitStalled, "client does not read")
 	}
 }
 
@@ -213,7 +226,11 @@ func (c *clientConn) retry(now int64) {
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
 	if !c.h2.Greeted() && now-c.opened >= int64(greetTimeout) {
+		hitLimit(limitPreface)
 		c.end(errNotGreeted)
+		return
+	}
+	if !c.alive(now) {
 		return
 	}
 	waiting := c.h2.Queued()
@@ -225,13 +242,14 @@ func (c *clientConn) second(now int64) {
 	if c.blocked || waiting <= maxStalledReplies || waiting < c.waiting {
 		c.waitSince = now
 	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
-		c.drop("client gives no window for its answers")
+		c.drop(limitNoWindow, "client gives no window for its answers")
 	}
 	c.waiting = waiting
 }
 
-func (c *clientConn) drop(why string) {
+func (c *clientConn) drop(l limit, why string) {
 	metricConnsDropped.Inc()
+	hitLimit(l)
 	c.log.Warn("connection dropped: "+why, "client", c.sock.RemoteAddr(), "buffered", c.sock.OutboundBuffered(), "queued", c.h2.Queued())
 	c.kill()
 }
@@ -251,10 +269,36 @@ func (c *clientConn) kill() {
 	}
 }
 
-// goAway tells all clients of the loop to open no further streams.
+// goAway tells all clients of the loop to open no further streams, and streams that would not end by themselves to
+// move. Those are told at the end of the next turn: what this one's hooks have for them goes out before.
 func (l *Loop) goAway() {
 	for c := range l.conns {
 		c.h2.GoAway()
+		c.touch()
+	}
+	l.Post(func() {
+		for c := range l.conns {
+			c.drain()
+		}
+	})
+}
+
+// drain ends the streams that would not end by themselves.
+func (c *clientConn) drain() {
+	for k := range c.streaming {
+		if d, ok := k.handler.(Drainer); ok {
+			d.Drain()
+		}
+	}
+	c.touch()
+}
+
+// touchAll makes every connection look whether it is done.
+func (l *Loop) touchAll() {
+	for c := range l.conns {
+		if c.h2.GoneAway() {
+			c.drain() // streams of requests that were under way at the GOAWAY
+		}
 		c.touch()
 	}
 }

@@ -24,8 +24,11 @@ const (
 	// defaultStallTimeout is how long a client may leave a full socket buffer, or answers that wait for
 	// window, untouched.
 	defaultStallTimeout = 30 * time.Second
-	// defaultDrainTimeout bounds how long Stop waits for requests that are under way.
-	defaultDrainTimeout = 2 * time.Second
+	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
+	// of the GOAWAY.
+	defaultDrainTimeout = 5 * time.Second
+	// drainTouch is how often Stop looks at every connection that has not ended yet.
+	drainTouch = 50 * time.Millisecond
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
 	// back. gnet's own buffer has no bound.
 	defaultMaxOutbound = 1 << 20
@@ -60,6 +63,13 @@ type Config struct {
 	// Now is the clock of deadlines, in nanoseconds, never backwards: the Core's.
 	Now func() int64
 	Log *slog.Logger
+
+	// Memory counts what clients make the process hold; nil: no limit.
+	Memory *shard.Memory
+	// KeepaliveInterval is how long a client may be silent before it is sent a PING, KeepaliveTimeout how long
+	// it may go on being silent then, before it is dropped. One of them 0: no PINGs.
+	KeepaliveInterval time.Duration
+	KeepaliveTimeout  time.Duration
 
 	MaxConns     int
 	MaxOutbound  int // bytes
@@ -164,7 +174,7 @@ func Start(cfg Config) (*Engine, error) {
 }
 
 func newEngine(cfg Config) *Engine {
-	return &Engine{
+	e := &Engine{
 		cfg:    cfg,
 		log:    cfg.Log,
 		now:    cfg.Now,
@@ -173,6 +183,8 @@ func newEngine(cfg Config) *Engine {
 		booted: make(chan struct{}),
 		done:   make(chan struct{}),
 	}
+	serveHealth(e)
+	return e
 }
 
 func orDefault[T int | time.Duration](v, def T) T {
@@ -292,9 +304,10 @@ func (e *Engine) Err() error {
 	return errors.New("spindle: the event loops stopped, see the log")
 }
 
-// Stop ends the engine: no new connections, GOAWAY to all clients, a short wait for the unary requests
-// under way, then every connection is closed and its streams are canceled. It returns ctx's error when
-// even that takes too long. Further calls wait for the first.
+// Stop ends the engine: no new connections, GOAWAY to all clients (RFC 9113 6.8: first announced, then final when
+// the client has seen it). Requests under way are answered, watches are told to move (Unavailable), and each
+// connection is closed when it has no stream left. What is open after Config.DrainTimeout is closed all
+// the same. It returns ctx's error when even that takes too long. Further calls wait for the first.
 func (e *Engine) Stop(ctx context.Context) error {
 	e.stopped.Do(func() {
 		e.ready.Store(false)
@@ -319,7 +332,7 @@ func (e *Engine) Stop(ctx context.Context) error {
 	}
 }
 
-// awaitIdle returns when all unary requests were answered, or it took too long.
+// awaitIdle returns when all clients have gone, or it took too long.
 func (e *Engine) awaitIdle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
 	defer cancel()
@@ -338,18 +351,21 @@ func (e *Engine) awaitIdle(ctx context.Context) {
 	}
 	poll := time.NewTicker(drainPoll)
 	defer poll.Stop()
-	for {
-		var n int64
-		for _, l := range e.loops {
-			n += l.inflight.Load()
-		}
-		if n == 0 {
-			return
-		}
+	look := time.NewTicker(drainTouch)
+	defer look.Stop()
+	for e.conns.Load() > 0 {
 		select {
 		case <-poll.C:
+		case <-look.C:
+			for _, l := range e.loops {
+				l.Post(l.touchAll)
+			}
 		case <-ctx.Done():
-			e.log.Warn("stopping with requests under way", "requests", n)
+			var n int64
+			for _, l := range e.loops {
+				n += l.inflight.Load()
+			}
+			e.log.Warn("stopping with clients that did not leave", "connections", e.conns.Load(), "requests", n)
 			return
 		case <-e.done:
 			return

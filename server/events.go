@@ -61,6 +61,7 @@ func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	}
 	if n := e.conns.Load(); n >= int64(e.cfg.MaxConns) {
 		metricConnsRefused.Inc()
+		hitLimit(limitConns)
 		return nil, gnet.Close
 	}
 	l := e.byEL[c.EventLoop()]

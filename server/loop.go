@@ -58,6 +58,7 @@ type Loop struct {
 	ticking  atomic.Bool              // a tick is in the mailbox
 	tickFn   func()                   // l.tick, bound once
 	secondFn func()                   // l.second
+	nowFn    func() int64             // l.now
 
 	freeCalls []*call      // unary calls to be used again
 	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
@@ -93,7 +94,7 @@ func newLoop(e *Engine, index int, el gnet.EventLoop) *Loop {
 		conns: make(map[*clientConn]struct{}),
 		turns: loopTurns(index),
 	}
-	l.tickFn, l.secondFn = l.tick, l.second
+	l.tickFn, l.secondFn, l.nowFn = l.tick, l.second, l.now
 	l.hooks.Store(new([]func()))
 	return l
 }
@@ -324,8 +325,18 @@ func (l *Loop) tick() {
 // second is posted about once a second while there are clients.
 func (l *Loop) second() {
 	now := l.now()
+	var worst *clientConn
 	for c := range l.conns {
 		c.second(now)
+		if !c.closed && c.stuck() && (worst == nil || c.charged > worst.charged) {
+			worst = c
+		}
+	}
+	if worst != nil && l.eng.cfg.Memory.Pressed() {
+		worst.drop(limitMemory, "memory is short, and this client holds the most and takes nothing")
+	}
+	for c := range l.conns {
+		c.lastHeld = c.charged
 	}
 }
 

@@ -171,7 +171,7 @@ func TestRefusals(t *testing.T) {
 	// All that etcd has and Spindle has not answers, and by name.
 	for _, sv := range services {
 		for _, m := range sv.methods {
-			if m.op != nil {
+			if m.op != nil || sv.name == healthService.name {
 				continue
 			}
 			path := "/" + sv.name + "/" + m.name

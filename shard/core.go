@@ -40,6 +40,8 @@ type CoreConfig struct {
 	// HistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
 	HistoryBytes int
 
+	// Memory bounds what large answers may take; nil: nothing does.
+	Memory *Memory
 	// Limits are enforced towards clients.
 	Limits Limits
 	// MemberMaxTxnOps and MemberMaxRequestBytes are what the members accept (etcd's --max-txn-ops and
@@ -108,6 +110,7 @@ type Core struct {
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
+	large      largeReads
 
 	timers   timerHeap
 	timerSeq uint64
@@ -144,7 +147,7 @@ const (
 // Stats counts what a Core did. Read on the core's goroutine.
 type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
-	ReadBatches, BatchedReads, Rereads                                           uint64
+	ReadBatches, BatchedReads, Rereads, LargeWaited, LargeRefused                uint64
 	Unrecorded, Foreign                                                          uint64
 }
 
