@@ -2,7 +2,9 @@ package codec
 
 import (
 	"bytes"
+	"compress/gzip"
 	"fmt"
+	"io"
 	"sort"
 	"strings"
 	"testing"
@@ -78,6 +80,7 @@ func fuzzBytes(client bool, script []byte) []byte {
 		case 12: // a message
 			out = appendFrameHeader(out, prefixLen+n, frameData, flags&flagEndStream, id)
 			out = append(appendPrefix(out, n), body...)
+			out[len(out)-n-prefixLen] = flags >> 7 // compressed
 		case 13: // the start of a message
 			out = appendFrameHeader(out, prefixLen+n, frameData, flags&flagEndStream, id)
 			out = append(appendPrefix(out, n+int(flags)), body...)
@@ -379,6 +382,11 @@ func fuzzSeeds(f *testing.F, client bool) {
 	seed(frame(11, 0x10, 1), frame(13, 200, 1, 1, 2, 3), frame(0, flagPadded, 1, 2, 0, 0, 0, 0), frame(6, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8))
 	seed(frame(1, 0, 1, fuzzRequests[0][:5]...), frame(9, flagEndHeaders, 1, fuzzRequests[0][5:]...), frame(12, 1, 1))
 	seed(frame(7, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0), frame(11, 0x21, 3), frame(3, 0, 5, 0, 0, 0, 7), frame(6, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0))
+	var zip bytes.Buffer
+	z := gzip.NewWriter(&zip)
+	z.Write([]byte("compressed"))
+	z.Close()
+	seed(frame(11, 0x60, 1), frame(12, 0x80, 1, zip.Bytes()...), frame(12, 0x81, 1, 'x'))
 	if client {
 		seed(frame(11, 0, 1), frame(12, 0, 1, 1, 2, 3), frame(11, 0, 5), frame(12, 0, 5, 1), frame(11, 0x11, 5))
 	}
@@ -392,6 +400,42 @@ func FuzzServerConn(f *testing.F) {
 func FuzzClientConn(f *testing.F) {
 	fuzzSeeds(f, true)
 	f.Fuzz(func(t *testing.T, script []byte, cuts uint64) { fuzzConn(t, true, script, cuts) })
+}
+
+// FuzzInflate: a compressed message becomes what compress/gzip makes of it, or is refused within its bound.
+func FuzzInflate(f *testing.F) {
+	var zip bytes.Buffer
+	z := gzip.NewWriter(&zip)
+	z.Write(bytes.Repeat([]byte("message "), 1000))
+	z.Close()
+	f.Add(zip.Bytes(), uint16(8000))
+	f.Add(zip.Bytes(), uint16(7999))
+	f.Add(append(bytes.Clone(zip.Bytes()), zip.Bytes()...), uint16(60000))
+	f.Fuzz(func(t *testing.T, p []byte, limit uint16) {
+		defer watchdog()()
+		b, st := inflate(p, int(limit))
+		r, err := gzip.NewReader(bytes.NewReader(p))
+		var want []byte
+		if err == nil {
+			want, err = io.ReadAll(io.LimitReader(r, int64(limit)+1))
+		}
+		switch {
+		case err == nil && len(want) <= int(limit):
+			if st.Code != OK || !bytes.Equal(b.b, want) {
+				t.Fatalf("%v instead of %d bytes", st, len(want))
+			}
+		case err == nil:
+			if st.Code != ResourceExhausted {
+				t.Fatalf("more than %d bytes: %v", limit, st)
+			}
+		case st.Code == OK:
+			t.Fatalf("accepted, but %v", err)
+		}
+		if b != nil && len(b.b) > int(limit) {
+			t.Fatalf("%d bytes", len(b.b))
+		}
+		putBuffer(b)
+	})
 }
 
 // FuzzFrameHeader compares the nine bytes of a frame's header with x/net's framer.

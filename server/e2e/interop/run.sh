@@ -25,7 +25,7 @@ cleanup() {
 		kill "$pid" 2>/dev/null || true
 		wait "$pid" 2>/dev/null || true
 	fi
-	[ "$status" -eq 0 ] || { echo "--- spindle's log"; tail -n 50 "$work/log"; }
+	[ "$status" -eq 0 ] || { echo "--- spindle's log"; tail -n 20 "$work/log" | cut -c1-300; }
 	rm -rf "$work"
 }
 trap cleanup EXIT
