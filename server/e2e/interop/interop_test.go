@@ -410,7 +410,7 @@ func TestUnknown(t *testing.T) {
 	}
 	for i := range 200 { // canceled in all states
 		cctx, cancel := context.WithTimeout(ctx, time.Duration(i)*20*time.Microsecond)
-		_, err := pb.NewKVClient(cc).Range(cctx, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+		_, err := pb.NewKVClient(cc).Range(cctx, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z"), Limit: 3})
 		cancel()
 		if c := status.Code(err); c != codes.OK && c != codes.DeadlineExceeded {
 			t.Fatalf("call %d: %v", i, err)
