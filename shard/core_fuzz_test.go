@@ -79,18 +79,21 @@ func (w *fuzzWatch) Hold(bool)   {}
 func (w *fuzzWatch) Close()      { w.closed = true }
 
 type fuzzWorld struct {
-	t       *testing.T
-	s       *script
-	c       *Core
-	now     int64
-	calls   []fuzzCall
-	watches []*fuzzWatch
-	epoch   revclock.ID
-	table   *Map
-	ops     int          // under way
-	waiting map[*Op]bool // of them, the unary ones
-	streams []*RangeStream
-	hist    []*History
+	t        *testing.T
+	s        *script
+	c        *Core
+	now      int64
+	calls    []fuzzCall
+	watches  []*fuzzWatch
+	epoch    revclock.ID
+	coord    map[string]*mvccpb.KeyValue // what an honest coordinator holds
+	coordRev int64
+	last     int64 // revision of the last record in order
+	table    *Map
+	ops      int          // under way
+	waiting  map[*Op]bool // of them, the unary ones
+	streams  []*RangeStream
+	hist     []*History
 }
 
 func (w *fuzzWorld) Call(to codec.ClusterID, m codec.Method, req []byte, _ time.Duration, c codec.Completion) {
@@ -106,6 +109,10 @@ func (w *fuzzWorld) Watch(to codec.ClusterID, _ []byte, sink codec.WatchSink) co
 func (w *fuzzWorld) record() *Record {
 	s := w.s
 	last := s.rev()
+	if last < 128 {
+		w.last += last % 4
+		last = w.last
+	}
 	r := &Record{Last: last, First: last - int64(s.next()%8), Kind: RecordKind(1 + s.next()%3), Epoch: w.epoch, Proxy: w.c.cfg.Proxy, Batch: uint64(s.next())}
 	if r.First <= 0 && last > 0 || s.next() == 1 {
 		r.First = last
@@ -195,6 +202,9 @@ func (w *fuzzWorld) reply(c *fuzzCall) []byte {
 	var m proto.Message
 	switch c.m {
 	case codec.MethodTxn:
+		if c.to == codec.Coordinator && w.s.next() < 220 {
+			return w.coordinate(c.req)
+		}
 		var q pb.TxnRequest
 		if err := proto.Unmarshal(c.req, &q); err != nil {
 			w.t.Fatalf("the Core sent %x: %v", c.req, err)
@@ -212,6 +222,39 @@ func (w *fuzzWorld) reply(c *fuzzCall) []byte {
 		return w.s.take(int(w.s.next() % 16))
 	}
 	return mustMarshal(w.t, m)
+}
+
+// coordinate answers as an honest coordinator that nobody else uses.
+func (w *fuzzWorld) coordinate(req []byte) []byte {
+	var q pb.TxnRequest
+	if err := proto.Unmarshal(req, &q); err != nil {
+		w.t.Fatalf("the Core sent %x: %v", req, err)
+	}
+	var run func(q *pb.TxnRequest) *pb.TxnResponse
+	run = func(q *pb.TxnRequest) *pb.TxnResponse {
+		r := &pb.TxnResponse{Header: &pb.ResponseHeader{ClusterId: 7}, Succeeded: true}
+		for _, op := range q.Success {
+			switch x := op.Request.(type) {
+			case *pb.RequestOp_RequestRange:
+				o := rangeOf()
+				if kv := w.coord[string(x.RequestRange.Key)]; kv != nil {
+					o = rangeOf(kv)
+				}
+				r.Responses = append(r.Responses, o)
+			case *pb.RequestOp_RequestPut:
+				if r.Header.Revision == 0 {
+					w.coordRev++
+				}
+				w.coord[string(x.RequestPut.Key)] = &mvccpb.KeyValue{Key: x.RequestPut.Key, Value: x.RequestPut.Value, ModRevision: w.coordRev, CreateRevision: 2, Version: 2}
+				r.Responses = append(r.Responses, &pb.ResponseOp{Response: &pb.ResponseOp_ResponsePut{ResponsePut: &pb.PutResponse{}}})
+			case *pb.RequestOp_RequestTxn:
+				r.Responses = append(r.Responses, &pb.ResponseOp{Response: &pb.ResponseOp_ResponseTxn{ResponseTxn: run(x.RequestTxn)}})
+			}
+		}
+		r.Header.Revision = w.coordRev
+		return r
+	}
+	return mustMarshal(w.t, run(&q))
 }
 
 // damage changes a part of an answer.
@@ -274,6 +317,10 @@ func (w *fuzzWorld) event() {
 		return
 	}
 	m := &pb.WatchResponse{Header: w.header(), Fragment: s.next() == 77}
+	if kv := w.coord["t"]; kv != nil && x.to == codec.Coordinator && s.next() < 220 {
+		x.sink.OnMessage(mustMarshal(w.t, &pb.WatchResponse{Header: w.header(), Events: []*mvccpb.Event{{Kv: kv}}}))
+		return
+	}
 	local := s.rev()
 	for n := s.next() % 6; n > 0; n-- {
 		ev := &mvccpb.Event{}
@@ -395,6 +442,7 @@ func (w *fuzzWorld) start(shards int) {
 		return &mvccpb.KeyValue{Key: []byte(key), Value: value, CreateRevision: mod, ModRevision: mod, Version: 1}
 	}
 	epochKV := kv(revclock.KeyEpoch, revclock.AppendEpoch(nil, w.epoch), 2)
+	w.coord, w.coordRev = map[string]*mvccpb.KeyValue{revclock.KeyEpoch: epochKV}, 3
 	snap := revclock.AppendSnapshot(nil, &revclock.Snapshot{N: 1, Shards: make([]revclock.SnapshotShard, shards)})
 	w.c.Start()
 	for range 20 {
@@ -429,7 +477,7 @@ func fuzzCore(t *testing.T, in []byte) {
 	if len(in) > 4<<10 {
 		return
 	}
-	w := &fuzzWorld{t: t, s: &script{in}, now: 1, epoch: revclock.ID{9}, waiting: map[*Op]bool{}}
+	w := &fuzzWorld{t: t, s: &script{in}, now: 1, epoch: revclock.ID{9}, coord: map[string]*mvccpb.KeyValue{}, waiting: map[*Op]bool{}}
 	shards := 1 + int(w.s.next()&1)
 	if w.s.next()&15 == 15 {
 		// Members and coordinator lie from the first word on.
