@@ -106,6 +106,10 @@ func (w *fuzzWorld) Watch(to codec.ClusterID, _ []byte, sink codec.WatchSink) co
 	return x
 }
 
+func (w *fuzzWorld) KeepAlive(to codec.ClusterID, sink codec.WatchSink) codec.WatchHandle {
+	return w.Watch(to, nil, sink)
+}
+
 func (w *fuzzWorld) record() *Record {
 	s := w.s
 	last := s.rev()
