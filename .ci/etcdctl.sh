@@ -1,9 +1,9 @@
 #!/bin/sh
 # Runs the real etcdctl against a running spindle and compares what it prints with what etcd would.
-# Everything is built here; only Go is needed. Usage: .ci/etcdctl.sh (from anywhere)
+# Everything is built here; only Go is needed. Usage: [ETCD_VERSION=v3.6.16] .ci/etcdctl.sh (from anywhere)
 set -eu
 
-ETCD_VERSION=v3.7.3
+ETCD_VERSION=${ETCD_VERSION:-v3.7.3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$root/.tmp/bin
 mkdir -p "$bin"
@@ -21,8 +21,7 @@ if [ ! -x "$etcdctl" ]; then
 
 		require go.etcd.io/etcd/etcdctl/v3 $ETCD_VERSION
 	MOD
-	printf 'package scratch\n\nimport _ "go.etcd.io/etcd/etcdctl/v3/ctlv3"\n' >"$scratch/scratch.go"
-	(cd "$scratch" && go mod tidy && go build -o "$etcdctl" go.etcd.io/etcd/etcdctl/v3)
+	(cd "$scratch" && go build -mod=mod -o "$etcdctl" go.etcd.io/etcd/etcdctl/v3)
 fi
 (cd "$root" && go build -o "$bin/spindle" .)
 

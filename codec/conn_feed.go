@@ -29,19 +29,20 @@ func (c *Conn) feed(p []byte) error {
 			p = p[n:]
 			continue
 		}
+		var n int
+		var err error
 		if c.inData {
-			n, err := c.readData(p)
-			if err != nil {
-				return err
-			}
-			p = p[n:]
-			continue
+			n, err = c.readData(p)
+		} else {
+			n, err = c.readFrame(p)
 		}
-		n, err := c.readFrame(p)
 		if err != nil {
 			return err
 		}
 		p = p[n:]
+		// After each frame, not once a piece: what a frame lets go out does not depend on how the network
+		// cut the bytes, nor on a frame behind it.
+		c.pump()
 	}
 	return nil
 }

@@ -158,7 +158,7 @@ func (c *Conn) request(id uint32, endStream, selfDep bool, f *fields) error {
 		return c.answer(id, endStream, 400, Status{Internal, "no host or :authority header present"})
 	case f.method != "POST":
 		return c.answer(id, endStream, 405, Status{Internal, "Received a HEADERS frame with :method " +
-			strconv.Quote(f.method) + " which should be POST"})
+			quote(f.method) + " which should be POST"})
 	case f.hasTimeout && timeout == 0:
 		return c.answer(id, endStream, 200, Status{DeadlineExceeded, "context deadline exceeded"})
 	}
@@ -168,7 +168,7 @@ func (c *Conn) request(id uint32, endStream, selfDep bool, f *fields) error {
 	s.stream.bodyLeft = f.contentLength
 	c.srv.OnRequest(s)
 	if s.stream.phase == phaseLive && c.usable() && !knownEncoding(f.encoding) {
-		c.abort(s, Status{Unimplemented, "grpc: Decompressor is not installed for grpc-encoding " + strconv.Quote(f.encoding)})
+		c.abort(s, Status{Unimplemented, "grpc: Decompressor is not installed for grpc-encoding " + quote(f.encoding)})
 		return nil
 	}
 	if endStream && s.stream.phase != phaseDead && c.usable() {
@@ -213,7 +213,7 @@ func (c *Conn) plainRequest(id uint32, endStream bool, f *fields) error {
 	st := &s.stream
 	st.phase = phasePlain
 	st.bodyLeft = f.contentLength
-	st.st = Status{InvalidArgument, "invalid gRPC request content-type " + strconv.Quote(f.contentType)}
+	st.st = Status{InvalidArgument, "invalid gRPC request content-type " + quote(f.contentType)}
 	if endStream {
 		st.remoteClosed = true
 		c.answerPlain(s)

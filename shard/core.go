@@ -60,6 +60,8 @@ type CoreConfig struct {
 	// of it is closed at. For tests: with fewer keys than the default nothing beyond a shard's share of a
 	// limit is asked for either.
 	PageKeys, ChunkBytes int
+	// CreateEntries is the size of the cache of create revisions. For tests of many short-lived Cores.
+	CreateEntries int
 
 	// Sabotage plants bugs for the simulation to find. Never set outside of tests.
 	Sabotage Sabotage
@@ -199,6 +201,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	def(&cfg.MemberMaxTxnOps, 128)
 	def(&cfg.PageKeys, firstPageKeys)
 	def(&cfg.ChunkBytes, streamChunkBytes)
+	def(&cfg.CreateEntries, 1<<17)
 	def(&cfg.MemberMaxRequestBytes, 1536<<10)
 	c := &Core{cfg: cfg, tr: tr, log: cfg.Log, reason: "starting", compacted: -1, compactRec: -1}
 	c.clock = revclock.New(revclock.Config{
@@ -208,7 +211,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		Rand:          cfg.Rand,
 		SnapshotEvery: cfg.SnapshotEvery,
 	}, tr, (*clockEvents)(c))
-	c.creates = NewCreateCache(1 << 17)
+	c.creates = NewCreateCache(cfg.CreateEntries)
 	return c
 }
 
