@@ -18,6 +18,8 @@ import (
 // responses it was made of.
 type Snapshot struct {
 	kvs []snapKV // in order of keys, each once
+	// foreign says that there are values which somebody else wrote; their keys are left out.
+	foreign bool
 }
 
 // NewSnapshot makes a Snapshot of the RangeResponses (in member form) that answer AppendSnapshotOps. It
@@ -29,6 +31,7 @@ func NewSnapshot(parts [][]byte) *Snapshot {
 		for it.next() {
 			s.kvs = append(s.kvs, it.kv)
 		}
+		s.foreign = s.foreign || it.skipped > 0
 	}
 	slices.SortStableFunc(s.kvs, func(a, b snapKV) int { return bytes.Compare(a.Key, b.Key) })
 	s.kvs = slices.CompactFunc(s.kvs, func(a, b snapKV) bool { return bytes.Equal(a.Key, b.Key) })

@@ -65,6 +65,11 @@ type shardState struct {
 	pending        []pendingEvent
 	pendingBytes   int
 	covers         []cover // wait for the next batch
+	foreign        foreignKeys
+	found          map[string]int64 // foreign values that reads met: key and local revision
+	rewrites       map[string]*rewrite
+	rewriteTimer   bool
+	foreignWarned  int64 // ns
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
@@ -95,6 +100,7 @@ func (s *shardState) openStream() {
 	s.clearPending()
 	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
+	s.foreign.rewind(start - 1)
 	s.pos = start - 1
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
 }
@@ -304,21 +310,22 @@ func (c *Core) ringRoom() int64 {
 // unrecorded keeps a local revision without a clock record.
 func (s *shardState) unrecorded(local int64, events [][]byte) {
 	for _, e := range events {
-		kv, _, del := eventKVs(e)
+		kv, prev, del := eventKVs(e)
 		if len(kv.Key) == 0 || kv.Key[0] == 0 {
 			s.reservedChanged(kv, del)
 			continue
 		}
 		s.lastUnrecorded = local
 		s.c.stats.Unrecorded++
-		if !del {
-			s.c.stats.Foreign++
-			s.c.log.Warn("a key was written to a member directly; close members to everyone but spindle", "shard", s.name)
-			continue
+		if !del || prev.Key != nil && prev.Lease == 0 {
+			s.sawForeign(kv.Key, del)
 		}
-		s.addPending(e, local)
+		if ev := s.foreign.waits(e); ev != nil {
+			s.addPending(ev, local)
+		}
 	}
 	s.armPending()
+	s.armRewrites(fenceJitter)
 }
 
 // reservedChanged looks at a change of one of Spindle's own keys.
