@@ -37,6 +37,25 @@ func (c *checker) metForeignAt(o *op, rev int64) bool {
 	return false
 }
 
+// mayMissDelete reports whether o may have overtaken a batch in flight that gives a revision to the delete of a
+// key without a lease, by somebody else: such a read may miss it.
+func (c *checker) mayMissDelete(o *op) bool {
+	if !c.r.Events.Foreign {
+		return false
+	}
+	for _, r := range c.h.ranges {
+		if r.first > o.rev || r.at < o.begin {
+			continue
+		}
+		for _, f := range c.h.byRev[r.first] {
+			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // own makes everything that happened at o's revision o's.
 func (c *checker) own(o *op) {
 	for _, f := range c.h.byRev[o.rev] {

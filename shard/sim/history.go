@@ -129,7 +129,7 @@ type window struct {
 }
 
 type rangeOf struct {
-	local       int64
+	local, at   int64 // local revision of the record, and when it was written
 	first, last int64
 	shard       int
 	proxy       [16]byte
@@ -215,7 +215,7 @@ func (h *history) readShard(shard int, log []*Change) error {
 		}
 		clock = rec.last
 		h.last = max(h.last, rec.last)
-		h.ranges = append(h.ranges, rangeOf{group[0].Main, rec.first, rec.last, shard, rec.proxy, rec.batch})
+		h.ranges = append(h.ranges, rangeOf{group[0].Main, group[0].At, rec.first, rec.last, shard, rec.proxy, rec.batch})
 		for _, c := range waiting {
 			if err := h.add(shard, c, rec.first, true); err != nil {
 				return err
