@@ -389,4 +389,6 @@ func (p *Plan) decideRewrite(local int64, create Create) {
 	slot := &p.PutSlots[0]
 	slot.runs, slot.fresh, slot.Known, slot.Guard = true, create.Meta == 0, true, false
 	slot.Create = create
+	// It keeps the member's lease, which is there as long as the guard holds.
+	slot.lease, slot.member, p.leases = 0, p.ops[0].lease, p.leases[:0]
 }
