@@ -18,6 +18,28 @@ func (c *checker) meets(fits func(*window) bool) bool {
 	return false
 }
 
+// hidden reports whether the range may hold, at a revision, a key that is on the member and that clients do not see.
+func (c *checker) hidden(q *pb.RangeRequest, at int64) bool {
+	return c.meets(func(w *window) bool {
+		return w.hidden && w.after <= at && w.until >= at && within(w.key, string(q.Key), string(q.RangeEnd))
+	})
+}
+
+// countsHidden reports whether a Txn has a range of the past whose count may have such a key.
+func (c *checker) countsHidden(t *pb.TxnRequest) bool {
+	for _, ops := range [][]*pb.RequestOp{t.Success, t.Failure} {
+		for _, o := range ops {
+			if q := o.GetRequestRange(); q != nil && q.Revision > 0 && (q.CountOnly || q.Limit > 0) && c.hidden(q, q.Revision) {
+				return true
+			}
+			if n := o.GetRequestTxn(); n != nil && c.countsHidden(n) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // metForeign reports whether a request that went to a shard in a batch touched a key whose value was foreign
 // then.
 func (c *checker) metForeign(o *op) bool { return c.metForeignAt(o, o.rev) }
