@@ -286,6 +286,10 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.Rereads += b.Rereads
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
+	a.LeaseAttaches += b.LeaseAttaches
+	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
+	a.LeaseReconciliations += b.LeaseReconciliations
+	a.LeaseOrphans += b.LeaseOrphans
 	return a
 }
 

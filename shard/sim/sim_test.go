@@ -105,7 +105,6 @@ func TestSimulation(t *testing.T) {
 		sum.Canceled += stats.Canceled
 		sum.Leased += stats.Leased
 		sum.Ended += stats.Ended
-		sum.Core.LeaseCopiesRevoked += stats.Core.LeaseCopiesRevoked
 		sum.Histories += stats.Histories
 		sum.PastEntries += stats.PastEntries
 		sum.Slowest = max(sum.Slowest, stats.Slowest)
