@@ -331,7 +331,8 @@ func FuzzDecodeEvents(f *testing.F) {
 					}
 				}
 			}
-			for _, en := range s.decode(&rec, []pendingEvent{{msg: pending}}, [][]byte{a, b, a}, past) {
+			var foreign foreignKeys
+			for _, en := range s.decode(&rec, []pendingEvent{{msg: pending}}, [][]byte{a, b, a}, &foreign, past) {
 				if en.Rev < rec.First || en.Rev > rec.Last {
 					t.Fatalf("an event at %d, of the batch %d to %d", en.Rev, rec.First, rec.Last)
 				}

@@ -18,6 +18,7 @@ type write struct {
 	rev   int64 // given by the batch that carries it, 0 before
 	alone bool  // a batch with it was refused: it goes by itself, to find the culprit
 	since int64 // when it arrived, ns
+	once  bool  // it is not tried again when its guard fails
 
 	// finish takes the answer (nil: the whole request is answered by op.Resp).
 	finish func(w *write, resp []byte, st codec.Status)
@@ -173,8 +174,9 @@ const (
 	cmpRangeEnd                                         = 64
 	resultEqual, resultGreater, resultLess              = 0, 1, 2
 	targetVersion, targetCreate, targetMod, targetValue = 0, 1, 2, 3
-	putKey, putValue                                    = 1, 2
-	rangeKey, rangeEnd, rangeRevision                   = 1, 2, 4
+	putKey, putValue, putLease                          = 1, 2, 3
+	rangeKey, rangeEnd, rangeLimit, rangeRevision       = 1, 2, 3, 4
+	rangeKeysOnly                                       = 8
 )
 
 // appendCompare appends one compare to a TxnRequest; the target's value must be appended by value.

@@ -75,6 +75,10 @@ type Sabotage struct {
 	RetickWithoutLooking bool
 	// FrontierIgnoresRanges moves the frontier to N whatever ranges are open.
 	FrontierIgnoresRanges bool
+	// UnrecordedBehind gives what has no record the revision of the record before.
+	UnrecordedBehind bool
+	// KeepCopies does not revoke the copies of a lease that ended.
+	KeepCopies bool
 	// HistoryAhead lets a read of the past go on before every shard's stream has come there.
 	HistoryAhead bool
 	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
@@ -115,6 +119,7 @@ type Core struct {
 	large      largeReads
 	gates      []listGate // by shard, and one for lists of several
 	gatesOpen  bool       // one of them has room again
+	leases     leases
 
 	timers   timerHeap
 	timerSeq uint64
@@ -153,6 +158,9 @@ type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
 	ReadBatches, BatchedReads, Rereads, LargeWaited, LargeRefused                uint64
 	Unrecorded, Foreign                                                          uint64
+	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
+	// of reconciliation, and copies found by them that no marker named.
+	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64
 }
 
 type nowEntry struct {
@@ -212,6 +220,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		SnapshotEvery: cfg.SnapshotEvery,
 	}, tr, (*clockEvents)(c))
 	c.creates = NewCreateCache(cfg.CreateEntries)
+	c.leases = newLeases(c)
 	return c
 }
 
@@ -287,6 +296,7 @@ func (c *Core) stop(st codec.Status) {
 	for len(c.histories) > 0 {
 		c.histories[0].Close()
 	}
+	c.leases.stop(st)
 	c.clock.Stop()
 	queue := c.nowQueue
 	c.nowQueue = nil
@@ -331,6 +341,8 @@ func (c *Core) Submit(op *Op) {
 		c.submitAlarm(op)
 	case OpMemberList:
 		c.submitMemberList(op)
+	case OpLeaseGrant, OpLeaseRevoke, OpLeaseKeepAlive, OpLeaseTimeToLive, OpLeaseLeases:
+		c.submitLease(op)
 	default:
 		c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: not built"})
 	}

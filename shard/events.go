@@ -7,15 +7,25 @@ import (
 
 // publish puts the events of one batch, and what waited for its record, into the ring: decoded once,
 // stamps removed, in the form in which every watcher gets them.
-func (s *shardState) publish(rec *Record, events [][]byte) {
-	for _, en := range s.decode(rec, s.pending, events, false) {
+//
+// It returns false if something about foreign values must be looked up first: then the stream begins again at
+// the last record.
+func (s *shardState) publish(rec *Record, events [][]byte) bool {
+	entries := s.decode(rec, s.pending, events, &s.foreign, false)
+	if len(s.foreign.unknown) > 0 {
+		s.lookupForeign()
+		return false
+	}
+	for _, en := range entries {
 		s.c.ring.Publish(en)
 	}
+	return true
 }
 
 // decode makes entries of the events of one batch, and of what waited for its record. past says that they
-// are read a second time, for a History: nothing new is learnt from them.
-func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, past bool) []*watchring.Entry {
+// are read a second time, for a History: nothing new is learnt from them. What they do to foreign values is
+// taken from foreign.
+func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, foreign *foreignKeys, past bool) []*watchring.Entry {
 	size := 0
 	for _, p := range pending {
 		size += len(p.msg) + 2*codec.MaxKVHeader
@@ -23,12 +33,19 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, e := range events {
 		size += len(e) + 2*codec.MaxKVHeader
 	}
-	e := entries{s: s, past: past, buf: make([]byte, 0, size)}
+	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes)}
+	first := rec.First
+	if s.c.cfg.Sabotage.UnrecordedBehind {
+		first = max(s.rec.last, 1)
+	}
 	for _, p := range pending {
-		e.add(rec.First, p.msg, rec)
+		e.add(first, p.msg, rec)
 	}
 	for _, ev := range events {
 		e.add(0, ev, rec)
+	}
+	if len(foreign.unknown) == 0 {
+		foreign.recorded()
 	}
 	return e.all
 }
@@ -38,8 +55,10 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 type entries struct {
 	s    *shardState
 	past bool
-	buf  []byte
-	cur  *watchring.Entry
+	// foreign has the keys whose value was foreign until now.
+	foreign *foreignKeys
+	buf     []byte
+	cur     *watchring.Entry
 	// late are entries that were begun already: a revision's events need not stand together when
 	// unrecorded events share the first revision of a batch.
 	all []*watchring.Entry
@@ -51,7 +70,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	kv, prev, del := eventKVs(ev)
 	if len(kv.Key) == 0 || kv.Key[0] == 0 {
 		if string(kv.Key) != KeyClock && !e.past {
-			s.reservedChanged(kv, del)
+			s.reservedChanged(kv, prev, del)
 		}
 		return
 	}
@@ -78,6 +97,18 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		rev = st.Rev
 		kv.Value, kv.CreateRevision, kv.ModRevision = user, st.Create, st.Rev
 		kv.Version += st.VersionOffset
+		if st.Lease != 0 {
+			kv.Lease = st.Lease
+		}
+	}
+	if was, ok := e.foreign.take(kv.Key, local.ModRevision); ok {
+		if del && was.known && was.old == nil {
+			return // clients never saw it
+		}
+		prev = codec.KV{}
+		if was.old != nil {
+			prev, _ = codec.ParseKV(was.old)
+		}
 	}
 	en := e.entry(rev)
 	start := len(e.buf)
@@ -97,9 +128,11 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	dst = codec.EndMessage(dst, m)
 	noPrev := len(dst) - start
 	if prev.Key != nil {
-		if pst, user, ok := ParseStamp(prev.Value); ok {
-			prev.Value, prev.CreateRevision, prev.ModRevision = user, pst.Create, pst.Rev
-			prev.Version += pst.VersionOffset
+		ok := unstamp(&prev)
+		if !ok && e.foreign.missing(&local, &prev) {
+			return
+		}
+		if ok {
 			dst, m = codec.BeginMessage(dst, 3)
 			dst = codec.AppendKV(dst, &prev)
 			dst = codec.EndMessage(dst, m)

@@ -123,6 +123,10 @@ func (r *recovery) evaluate(resp []byte) {
 		return
 	}
 	snap := NewSnapshot(t.resps)
+	if snap.foreign {
+		s.answer(w, codec.ErrTimeout) // what the shard compared with was not what clients see
+		return
+	}
 	if !w.plan.GuardsHold(snap) {
 		s.again(w) // the shard refused it: it was not applied
 		return

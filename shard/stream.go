@@ -63,6 +63,12 @@ type shardState struct {
 	from           int64  // where the stream begins, if history was compacted behind rec; 0: behind rec
 	torn           bool   // changes without a record were lost in that compaction
 	pending        []pendingEvent
+	pendingBytes   int
+	foreign        foreignKeys
+	found          map[string]int64 // foreign values that reads met: key and local revision
+	rewrites       map[string]*rewrite
+	rewriteTimer   bool
+	foreignWarned  int64 // ns
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
@@ -72,6 +78,7 @@ type shardState struct {
 	reopens        int // in a row, without a message
 	openTimer      int64
 	pendingTimer   bool
+	lease          leaseShard
 	window         int64 // this shard's reorder window, ns
 }
 
@@ -90,9 +97,10 @@ type streamSink struct {
 // openStream begins the stream behind the record at rec.
 func (s *shardState) openStream() {
 	s.gen++
-	s.pending = s.pending[:0]
+	s.clearPending()
 	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
+	s.foreign.rewind()
 	s.pos = start - 1
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
 }
@@ -131,6 +139,23 @@ func (s *shardState) reopen() {
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
 	s.c.after(s.c.jitter(d), func() {
+		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
+			s.openStream()
+		}
+	})
+}
+
+// lookupForeign opens the stream again when it is known what foreign values have replaced.
+func (s *shardState) lookupForeign() {
+	if s.handle != nil {
+		s.handle.Close()
+		s.handle = nil
+	}
+	s.gen++
+	gen := s.gen
+	s.held, s.holding = nil, false // it comes again
+	s.c.frontierRose = true
+	s.foreign.lookup(s, func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
 			s.openStream()
 		}
@@ -268,8 +293,12 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		has = true
 	}
 	if !has {
-		s.unrecorded(local, events)
+		gen := s.gen
+		if s.unrecorded(local, events); gen != s.gen {
+			return true
+		}
 		s.pos, s.furthest = local, max(s.furthest, local)
+		s.c.leases.streamMoved(s)
 		return true
 	}
 	if rec.Last > c.ringRoom() && !(s.holding && c.cfg.Now() >= s.holdUntil) {
@@ -281,9 +310,12 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		}
 		return false
 	}
-	s.publish(&rec, events)
+	if !s.publish(&rec, events) {
+		return true
+	}
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
+	s.c.leases.streamMoved(s)
 	return true
 }
 
@@ -302,46 +334,30 @@ func (c *Core) ringRoom() int64 {
 // unrecorded keeps a local revision without a clock record.
 func (s *shardState) unrecorded(local int64, events [][]byte) {
 	for _, e := range events {
-		kv, _, del := eventKVs(e)
+		kv, prev, del := eventKVs(e)
 		if len(kv.Key) == 0 || kv.Key[0] == 0 {
-			s.reservedChanged(kv, del)
+			s.reservedChanged(kv, prev, del)
 			continue
 		}
 		s.lastUnrecorded = local
 		s.c.stats.Unrecorded++
-		if !del {
-			s.c.stats.Foreign++
-			s.c.log.Warn("a key was written to a member directly; close members to everyone but spindle", "shard", s.name)
-			continue
+		if !del || prev.Key != nil && prev.Lease == 0 {
+			s.sawForeign(kv.Key, del)
 		}
-		s.pending = append(s.pending, pendingEvent{append([]byte(nil), e...), local})
+		if ev := s.foreign.waits(e); ev != nil {
+			s.addPending(ev, local)
+		}
+	}
+	if len(s.foreign.unknown) > 0 {
+		s.lookupForeign()
+		return
 	}
 	s.armPending()
-}
-
-// armPending sees to it that events which wait for a record get one, if need be from an empty batch.
-func (s *shardState) armPending() {
-	if len(s.pending) > 0 && !s.pendingTimer {
-		s.pendingTimer = true
-		s.c.after(s.c.jitter(fenceJitter), func() {
-			s.pendingTimer = false
-			s.fencePending()
-		})
-	}
-}
-
-// fencePending sends an empty batch for the events that wait, unless a batch is on its way: then it
-// looks again later.
-func (s *shardState) fencePending() {
-	if len(s.pending) > 0 && s.cur == nil {
-		s.wantFence = true
-		s.touch()
-	}
-	s.armPending()
+	s.armRewrites(fenceJitter)
 }
 
 // reservedChanged looks at a change of one of Spindle's own keys.
-func (s *shardState) reservedChanged(kv codec.KV, del bool) {
+func (s *shardState) reservedChanged(kv, prev codec.KV, del bool) {
 	switch string(kv.Key) {
 	case KeyCompact:
 		if rev, ok := ParseCompaction(kv.Value); ok && !del {
@@ -350,6 +366,10 @@ func (s *shardState) reservedChanged(kv codec.KV, del bool) {
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {
 			s.c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
+		}
+	default:
+		if x, ok := ParseLeaseKey(kv.Key); ok && del {
+			s.c.leases.keyGone(s, x, kv.ModRevision, prev)
 		}
 	}
 }
@@ -378,7 +398,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
 	}
 	s.points = append(s.points, s.rec)
-	s.pending = s.pending[:0]
+	s.clearPending()
 	if s.torn {
 		// They have this record's first revision.
 		c.ring.RaiseTail(rec.First)

@@ -237,13 +237,21 @@ func (s *shardState) committed(b *batch, t txnReply) {
 // again brings back a write whose guard failed: what the proxy believed of its keys was wrong. It was
 // not applied.
 func (s *shardState) again(w *write) {
+	if w.once {
+		s.answer(w, statusOvertaken)
+		return
+	}
 	s.c.stats.WrongCreates++
 	w.rev = 0
 	if s.c.cfg.Now()-w.since > int64(s.c.cfg.ShardTimeout) {
 		s.answer(w, codec.ErrTimeout)
 		return
 	}
-	if w.plan.Slow() {
+	if w.plan.HasLease() {
+		s.c.resolveAgain(s, w)
+		return
+	}
+	if w.plan.Slow() || !w.plan.Ready() {
 		s.lookup(w)
 		return
 	}

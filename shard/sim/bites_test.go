@@ -3,6 +3,7 @@ package sim
 import (
 	"encoding/binary"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,6 +32,24 @@ func TestItBites(t *testing.T) {
 			// It takes a proxy whose streams stand still while another one compacts, and little else.
 			c.Shards, c.Proxies, c.Clients, c.Ops, c.Think, c.Far, c.Faults = 1, 2, 3, 400, 5*time.Millisecond, 0, Faults{}
 			c.Chaos, c.Events = 15*time.Millisecond, ChaosEvents{StreamHole: true, Lag: true}
+		}},
+		{"events without a record have the revision of the record before", func(c *Config) {
+			c.Sabotage = shard.Sabotage{UnrecordedBehind: true}
+		}},
+		{"copies of leases not revoked", func(c *Config) {
+			c.Sabotage, c.Leases, c.Shards = shard.Sabotage{KeepCopies: true}, true, 3
+		}},
+		{"guards on leases lost", func(c *Config) {
+			// A proxy whose stream lags believes in the lease that had the ID before.
+			c.Leases, c.Shards, c.Proxies, c.Keys, c.Clients, c.Ops, c.Pad = true, 2, 2, 4, 4, 80, 0
+			c.Faults, c.Think, c.Chaos, c.Events = Faults{}, 5*time.Millisecond, 20*time.Millisecond, ChaosEvents{Lag: true, StreamHole: true}
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to >= 0 && writesClock(q) {
+					for _, o := range q.Success {
+						dropLeaseGuards(o.GetRequestTxn())
+					}
+				}
+			})
 		}},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
@@ -123,6 +142,16 @@ func dropCreates(q *pb.TxnRequest) {
 	q.Compare = slices.DeleteFunc(q.Compare, func(c *pb.Compare) bool { return c.Target == pb.Compare_CREATE })
 	for _, o := range q.Success {
 		dropCreates(o.GetRequestTxn())
+	}
+}
+
+func dropLeaseGuards(q *pb.TxnRequest) {
+	if q == nil {
+		return
+	}
+	q.Compare = slices.DeleteFunc(q.Compare, func(c *pb.Compare) bool { return strings.HasPrefix(string(c.Key), shard.KeyLeases) })
+	for _, o := range q.Success {
+		dropLeaseGuards(o.GetRequestTxn())
 	}
 }
 

@@ -40,6 +40,8 @@ type Config struct {
 	// PageKeys and ChunkBytes make the pages and chunks of lists small.
 	PageKeys, ChunkBytes int
 
+	// Leases lets clients grant, keep, revoke and use leases.
+	Leases bool
 	// Ranges gives the proxies a range map; without it keys are hashed.
 	Ranges bool
 	// AutoCompact is what the proxies compact by themselves.
@@ -58,6 +60,9 @@ type ChaosEvents struct {
 	Reset, Down, Hole, Pause, Lag, StreamHole, Crash, Expire bool
 	// Compact lets somebody else compact a member.
 	Compact bool
+	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
+	// key before a foreign put may be gone with a compaction.
+	Foreign bool
 }
 
 // ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
@@ -123,6 +128,10 @@ func ConfigOf(seed uint64) Config {
 	case 1:
 		c.AutoCompact = shard.AutoCompact{Mode: shard.AutoCompactRevision, Keep: int64(1 + r.IntN(60)), Every: ms(50, 1000)}
 	}
+	if c.Chaos > 0 && r.IntN(3) == 0 {
+		c.Events.Foreign, c.Events.Compact, c.AutoCompact = true, false, shard.AutoCompact{}
+	}
+	c.Leases = r.IntN(3) == 0
 	return c
 }
 

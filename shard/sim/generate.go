@@ -34,7 +34,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 		mod = kv.ModRevision
 	}
 	put := func(k string) *pb.RequestOp {
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(6) == 0}}}
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(6) == 0, Lease: c.someLease(g)}}}
 	}
 	get := func(k string) *pb.RequestOp {
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte(k)}}}
@@ -49,8 +49,13 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	if r.compacted > 1 && r.net.now-r.compactedAt < int64(200*time.Millisecond) && g.IntN(4) == 0 {
 		return c.past(key, max(1, r.compacted-1-int64(g.IntN(3))), put(key), g)
 	}
+	if r.Leases && g.IntN(6) == 0 {
+		return c.leaseOp(g)
+	}
 	switch k := g.IntN(103); {
 	case k >= 101:
+		return 0, &pb.WatchProgressRequest{}
+	case k == 100 && r.Events.Foreign:
 		return 0, &pb.WatchProgressRequest{}
 	case k == 100:
 		q := &pb.CompactionRequest{Revision: r.shown - int64(g.IntN(60))}
@@ -62,7 +67,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 		}
 		return shard.OpCompact, q
 	case k < 12:
-		return shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: value(), PrevKv: g.IntN(4) == 0}
+		return shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: value(), PrevKv: g.IntN(4) == 0, Lease: c.someLease(g)}
 	case k < 26:
 		q := &pb.RangeRequest{Key: []byte(key)}
 		switch g.IntN(12) {
@@ -207,6 +212,8 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 				p := &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(4) == 0}
 				if g.IntN(8) == 0 {
 					p.IgnoreLease = true
+				} else {
+					p.Lease = c.someLease(g)
 				}
 				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: p}})
 			case n < 4 && !used[k]:

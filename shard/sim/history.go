@@ -13,16 +13,28 @@ import (
 const keyClock = "\x00clock"
 
 // parseStamp splits a stored value. (A simulation never moves keys: extensions are not read.)
-func parseStamp(v []byte) (mod, create int64, user []byte, err error) {
+func parseStamp(v []byte) (mod, create, lease int64, user []byte, err error) {
 	if len(v) < 9 {
-		return 0, 0, nil, errors.New("no stamp")
+		return 0, 0, 0, nil, errors.New("no stamp")
 	}
 	mod = int64(binary.BigEndian.Uint64(v))
 	age, n := binary.Uvarint(v[8:])
-	if n <= 0 || age&1 != 0 || mod <= 0 || int64(age>>1) >= mod {
-		return 0, 0, nil, errors.New("bad stamp")
+	if n <= 0 || mod <= 0 || mod >= 1<<56 || int64(age>>1) >= mod {
+		return 0, 0, 0, nil, errors.New("bad stamp")
 	}
-	return mod, mod - int64(age>>1), v[8+n:], nil
+	v = v[8+n:]
+	if age&1 != 0 { // the only extension of a run: the client's ID of a lease
+		size, k := binary.Uvarint(v)
+		if k <= 0 || size < 2 || size > uint64(len(v)-k) || v[k] != 2 {
+			return 0, 0, 0, nil, errors.New("bad extension")
+		}
+		id, m := binary.Uvarint(v[k+1:])
+		if m <= 0 || 1+m != int(size) {
+			return 0, 0, 0, nil, errors.New("bad extension")
+		}
+		lease, v = int64(id), v[k+int(size):]
+	}
+	return mod, mod - int64(age>>1), lease, v, nil
 }
 
 type record struct {
@@ -95,6 +107,11 @@ type fact struct {
 	local   int64
 	// unrecorded: nobody's request; a lease that expired.
 	unrecorded bool
+	lease      int64 // as clients know it
+	member     int64 // as the member knows it
+	at         int64 // virtual ns
+	// window is the time during which the key's value was foreign, until this change; nil if it was not.
+	window *window
 }
 
 // history is what really happened.
@@ -107,9 +124,27 @@ type history struct {
 	ranges []rangeOf          // ranges of all records, ascending
 	last   int64              // the largest revision of any record
 	wait   int                // changes that still wait for a record
+	// windows are the times at which a key's value on its shard was foreign, raw those that have not ended.
+	windows []*window
+	raw     map[string]*window
+	ended   map[*Change]*window // by the delete that ended it, which waits for a record
+	visible map[string]bool     // clients see the key, what waits for a record included
+}
+
+// window is a time during which a key had a value that somebody else had put: clients saw what was there before.
+type window struct {
+	key    string
+	shard  int
+	puts   int64 // how many
+	from   int64 // local revision of the first
+	to     int64 // local revision of the change that ended it, 0 if there was none
+	after  int64 // the clock when it began
+	until  int64 // the revision of the change that ended it
+	hidden bool  // clients saw nothing
 }
 
 type rangeOf struct {
+	local, at   int64 // local revision of the record, and when it was written
 	first, last int64
 	shard       int
 	proxy       [16]byte
@@ -118,7 +153,7 @@ type rangeOf struct {
 
 // readHistory works through the clusters' logs. Whatever in them breaks a promise is an error.
 func readHistory(members []*Cluster) (*history, error) {
-	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}}
+	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}, raw: map[string]*window{}, ended: map[*Change]*window{}, visible: map[string]bool{}}
 	for i, m := range members {
 		if err := h.readShard(i, m.Log()); err != nil {
 			return nil, fmt.Errorf("shard%d: %w", i, err)
@@ -140,6 +175,7 @@ func readHistory(members []*Cluster) (*history, error) {
 
 func (h *history) readShard(shard int, log []*Change) error {
 	var waiting []*Change
+	var closing []*window // until the next record
 	clock := int64(0)
 	for len(log) > 0 {
 		n := 1
@@ -165,7 +201,27 @@ func (h *history) readShard(shard int, log []*Change) error {
 			}
 		}
 		if rec == nil {
-			waiting = append(waiting, changes...)
+			for _, c := range changes {
+				k := string(c.KV.Key)
+				w := h.raw[k]
+				switch {
+				case !c.Delete && w == nil:
+					w = &window{key: k, shard: shard, puts: 1, from: c.Main, after: clock, until: 1 << 62, hidden: !h.visible[k]}
+					h.raw[k], h.windows = w, append(h.windows, w)
+				case !c.Delete:
+					w.puts++
+				case w != nil && w.hidden:
+					h.close(w, c.Main, 1<<62) // clients never saw the key
+					closing = append(closing, w)
+				default:
+					if w != nil {
+						delete(h.raw, k)
+						h.ended[c] = w
+					}
+					h.visible[k] = false
+					waiting = append(waiting, c)
+				}
+			}
 			continue
 		}
 		if rec.last == 0 && clock == 0 && len(changes) == 0 {
@@ -175,8 +231,12 @@ func (h *history) readShard(shard int, log []*Change) error {
 			return fmt.Errorf("L%d: a record of %d..%d follows the clock %d", group[0].Main, rec.first, rec.last, clock)
 		}
 		clock = rec.last
+		for _, w := range closing {
+			w.until = rec.first
+		}
+		closing = nil
 		h.last = max(h.last, rec.last)
-		h.ranges = append(h.ranges, rangeOf{rec.first, rec.last, shard, rec.proxy, rec.batch})
+		h.ranges = append(h.ranges, rangeOf{group[0].Main, group[0].At, rec.first, rec.last, shard, rec.proxy, rec.batch})
 		for _, c := range waiting {
 			if err := h.add(shard, c, rec.first, true); err != nil {
 				return err
@@ -206,7 +266,7 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 				return fmt.Errorf("the delete of %q is in no record", c.KV.Key)
 			}
 		} else {
-			mod, _, _, err := parseStamp(c.KV.Value)
+			mod, _, _, _, err := parseStamp(c.KV.Value)
 			if err != nil {
 				return fmt.Errorf("key %q: %w", c.KV.Key, err)
 			}
@@ -219,6 +279,11 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 			return fmt.Errorf("key %q has the spare revision %d", c.KV.Key, rev)
 		}
 		at = rev
+		if w := h.raw[string(c.KV.Key)]; c.Delete && w != nil && w.hidden {
+			h.close(w, c.Main, rev)
+			continue
+		}
+		h.visible[string(c.KV.Key)] = !c.Delete
 		if err := h.add(shard, c, rev, false); err != nil {
 			return err
 		}
@@ -226,22 +291,43 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 	return nil
 }
 
+// close ends a window.
+func (h *history) close(w *window, local, rev int64) {
+	w.to, w.until = local, rev
+	delete(h.raw, w.key)
+}
+
 // add puts one change into the history, and checks create revision and version.
 func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
-	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded}
+	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded, at: c.At}
+	puts := int64(0)
+	w := h.ended[c]
+	if w == nil && !unrecorded {
+		w = h.raw[f.key]
+	}
+	if w != nil {
+		f.window, puts = w, w.puts
+		w.to, w.until = c.Main, rev
+		if h.raw[f.key] == w {
+			delete(h.raw, f.key)
+		}
+	}
 	old := h.at(f.key, rev) // nothing newer is there yet: the shard's log is read in order
 	if old != nil && old.shard != shard {
 		return fmt.Errorf("key %q lies on shard%d too", f.key, old.shard)
 	}
 	if !c.Delete {
-		_, create, user, err := parseStamp(c.KV.Value)
+		_, create, lease, user, err := parseStamp(c.KV.Value)
 		if err != nil || unrecorded {
 			return fmt.Errorf("L%d: key %q was put by somebody else (%v)", c.Main, f.key, err)
 		}
-		f.value, f.create, f.version = string(user), create, c.KV.Version
-		wantCreate, wantVersion := rev, int64(1)
+		f.value, f.create, f.version, f.lease, f.member = string(user), create, c.KV.Version, lease, c.KV.Lease
+		if lease == 0 {
+			f.lease = c.KV.Lease
+		}
+		wantCreate, wantVersion := rev, 1+puts // a foreign put counts as a version
 		if old != nil {
-			wantCreate, wantVersion = old.create, old.version+1
+			wantCreate, wantVersion = old.create, old.version+1+puts
 		}
 		if create != wantCreate || f.version != wantVersion {
 			return fmt.Errorf("key %q at revision %d has create revision %d and version %d, must be %d and %d", f.key, rev, create, f.version, wantCreate, wantVersion)

@@ -39,6 +39,8 @@ type Run struct {
 	compactedAt int64 // virtual time when it was told so
 	shown       int64 // the largest revision that any client was shown
 	expired     map[expiry]bool
+	leaseIDs    []int64         // that clients were given
+	foreigns    map[string]bool // values that somebody else put
 	part        *shard.Partition
 	follows     []*follower
 	viewers     []*viewer
@@ -51,6 +53,8 @@ type Stats struct {
 	Events, Ops, OK, Unknown, Crashes, Failures, Lapped, Facts, Compactions int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
+	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
+	Leased, Ended int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.
@@ -92,7 +96,7 @@ func Go(cfg Config) (Stats, error) {
 
 // newRun makes the world of a run. Its proxies start with the first step.
 func newRun(cfg Config) *Run {
-	r := &Run{Config: cfg, expired: map[expiry]bool{}}
+	r := &Run{Config: cfg, expired: map[expiry]bool{}, foreigns: map[string]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
 	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
 	for _, m := range r.net.Members {
@@ -289,6 +293,10 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.Rereads += b.Rereads
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
+	a.LeaseAttaches += b.LeaseAttaches
+	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
+	a.LeaseReconciliations += b.LeaseReconciliations
+	a.LeaseOrphans += b.LeaseOrphans
 	return a
 }
 
