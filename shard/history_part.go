@@ -75,7 +75,7 @@ func (p *historyPart) open() {
 	p.gen++
 	p.clear()
 	p.pos = p.seen
-	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1, true), &historySink{p, p.gen})
+	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1), &historySink{p, p.gen})
 }
 
 // clear forgets what is not complete.

@@ -25,6 +25,7 @@ type pastRig struct {
 	local []int64 // per shard
 	watch []*pastWatch
 	calls []pastCall
+	ticks int64
 }
 
 type pastWatch struct {
@@ -106,6 +107,18 @@ func (r *pastRig) tick(d time.Duration) {
 // batch is a local revision of a shard, as etcd shows it: puts "key" and deletes "-key" at their revisions. The
 // shard's own stream has seen it, and every frontier moves to last.
 func (r *pastRig) batch(shard int, first, last int64, what map[int64]string) []*mvccpb.Event {
+	events := r.events(shard, first, last, what)
+	s := r.c.shards[shard]
+	s.rec = point{first, last, r.local[shard]}
+	s.points = append(s.points, s.rec)
+	for i := range r.c.shards {
+		r.c.frontier.Set(i, last)
+	}
+	return events
+}
+
+// events are those of a batch that no stream of the proxy's has seen.
+func (r *pastRig) events(shard int, first, last int64, what map[int64]string) []*mvccpb.Event {
 	r.local[shard]++
 	local := r.local[shard]
 	rec := &Record{First: first, Last: last, Kind: KindBatch}
@@ -123,12 +136,6 @@ func (r *pastRig) batch(shard int, first, last int64, what map[int64]string) []*
 		}
 	}
 	events = append(events, &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte(KeyClock), Value: AppendRecord(nil, rec), ModRevision: local, Version: 2}})
-	s := r.c.shards[shard]
-	s.rec = point{first, last, local}
-	s.points = append(s.points, s.rec)
-	for i := range r.c.shards {
-		r.c.frontier.Set(i, last)
-	}
 	return events
 }
 

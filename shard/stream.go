@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"slices"
 	"sort"
 	"time"
 
@@ -64,6 +65,7 @@ type shardState struct {
 	torn           bool   // changes without a record were lost in that compaction
 	pending        []pendingEvent
 	points         []point
+	partial        [][]byte // events of a local revision that the next fragment may go on with; copies
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
 	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
@@ -91,20 +93,22 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.gen++
 	s.pending = s.pending[:0]
-	s.held, s.holding = nil, false
+	s.partial, s.held, s.holding = nil, nil, false
 	start := max(s.rec.local+1, s.from)
 	s.pos = start - 1
-	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
+	s.handle = s.c.tr.Watch(s.cluster, watchAll(start), &streamSink{s, s.gen})
 }
 
-// watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv.
-func watchAll(start int64, fragment bool) []byte {
+// watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv. It asks for
+// fragments: without them etcd puts up to a thousand local revisions into one message, which may be larger than
+// any message that is taken.
+func watchAll(start int64) []byte {
 	req, m := codec.BeginMessage(nil, 1)
 	req = codec.AppendString(req, 1, "\x00")
 	req = codec.AppendString(req, 2, "\x00")
 	req = codec.AppendInt(req, 3, start)
 	req = codec.AppendBool(req, 6, true)
-	req = codec.AppendBool(req, 8, fragment)
+	req = codec.AppendBool(req, 8, true)
 	return codec.EndMessage(req, m)
 }
 
@@ -154,7 +158,7 @@ func (s *shardState) take(msg []byte) {
 	it := codec.Fields{Msg: msg}
 	var events [][]byte
 	var compacted int64
-	var canceled bool
+	var canceled, fragment bool
 	var reason string
 	for it.Next() {
 		switch it.Field.Num {
@@ -164,6 +168,8 @@ func (s *shardState) take(msg []byte) {
 			compacted = int64(it.Field.Val)
 		case 6:
 			reason = string(it.Field.Bytes)
+		case 7:
+			fragment = it.Field.Val != 0
 		case 11:
 			events = append(events, it.Field.Bytes)
 		}
@@ -182,6 +188,9 @@ func (s *shardState) take(msg []byte) {
 		return
 	}
 	s.reopens = 0
+	if fragment || len(s.partial) > 0 {
+		events = s.complete(events, fragment)
+	}
 	gen := s.gen
 	for len(events) > 0 {
 		local, n := eventLocal(events[0]), 1
@@ -199,6 +208,32 @@ func (s *shardState) take(msg []byte) {
 	}
 }
 
+// complete returns the events that are complete after a message, behind what earlier fragments left: those of
+// its last local revision may go on in the next fragment. What is kept is bounded by what one local revision
+// changes, which the ring takes as a whole anyway.
+func (s *shardState) complete(events [][]byte, fragment bool) [][]byte {
+	kept := len(s.partial)
+	all := append(s.partial, events...)
+	s.partial = nil
+	if !fragment || len(all) == 0 {
+		return all
+	}
+	local, n := eventLocal(all[len(all)-1]), len(all)
+	for n > kept && eventLocal(all[n-1]) == local {
+		n--
+	}
+	if n == kept && kept > 0 && eventLocal(all[0]) == local {
+		n = 0
+	}
+	for i := max(n, kept); i < len(all); i++ {
+		all[i] = append([]byte(nil), all[i]...)
+	}
+	if s.partial = all; n > 0 {
+		s.partial = slices.Clone(all[n:])
+	}
+	return all[:n]
+}
+
 // eventLocal returns the local mod revision of an encoded mvccpb.Event.
 func eventLocal(ev []byte) int64 {
 	it := codec.Fields{Msg: ev}
@@ -211,12 +246,19 @@ func eventLocal(ev []byte) int64 {
 	return 0
 }
 
-// hold keeps events until the ring has room for them.
+// hold keeps events until the ring has room for them, and what waits behind them for the next fragment.
 func (s *shardState) hold(events [][]byte) {
 	var msg []byte
+	if len(s.partial) > 0 {
+		msg = codec.AppendBool(msg, 7, true)
+	}
 	for _, e := range events {
 		msg = codec.AppendBytes(msg, 11, e)
 	}
+	for _, e := range s.partial {
+		msg = codec.AppendBytes(msg, 11, e)
+	}
+	s.partial = nil
 	s.held = append([][]byte{msg}, s.held...)
 	if !s.holding && s.handle != nil {
 		s.holding = true

@@ -1,0 +1,126 @@
+package shard
+
+import (
+	"fmt"
+	"testing"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
+	"spindle/revclock"
+	"spindle/watchring"
+)
+
+// newStreamRig is a pastRig whose own streams are open, from the beginning.
+func newStreamRig(t *testing.T, shards int) *pastRig {
+	r := newPastRig(t, shards)
+	for _, s := range r.c.shards {
+		s.streaming = true
+		s.openStream()
+	}
+	return r
+}
+
+// shown returns the revisions in the ring up to one.
+func (r *pastRig) shown(upTo int64) string {
+	out := ""
+	for rev := r.c.ring.Tail() + 1; rev <= upTo; rev++ {
+		if e, _ := r.c.ring.Load(rev); e != nil {
+			out += fmt.Sprintf("%d:%d ", rev, len(e.Events))
+		}
+	}
+	return out
+}
+
+// handOut lets the coordinator hand out ranges, n revisions each, to the shards in order.
+func (r *pastRig) handOut(n int, shards ...int) {
+	r.t.Helper()
+	for _, i := range shards {
+		r.ticks++
+		tick := revclock.AppendTick(nil, &revclock.Tick{Proxy: revclock.ID{9}, Nonce: uint64(r.ticks), Items: []revclock.TickItem{{Shard: i, Count: n, Filter: []byte{1, 2, 3, 4, 5, 6, 7, 8}}}})
+		if _, err := r.c.clock.Log().Fold(tick, r.ticks, r.now, 0); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	r.c.stale = true
+}
+
+// A local revision may come in several messages, and the ring may have no room for what stands before it.
+func TestStreamTakesFragments(t *testing.T) {
+	r := newStreamRig(t, 2)
+	r.handOut(2, 1) // 2 and 3: the other shard's, open all the time
+	r.c.frontier = watchring.NewFrontier(2, 1)
+	w := r.open()[0]
+	if w.to != 0 {
+		t.Fatal("whose stream is it?")
+	}
+	s := r.c.shards[0]
+	s.rec = point{local: 1}
+	a := r.events(0, 4, 6, map[int64]string{4: "a", 5: "b", 6: "-c"})
+	b := r.events(0, 7, 8, map[int64]string{7: "d", 8: "e"})
+	far := r.events(0, 30, 31, map[int64]string{30: "f", 31: "g"})
+	last := r.events(0, 32, 34, map[int64]string{32: "h", 33: "i", 34: "j"})
+	r.handOut(28, 0) // 4 to 31
+	r.handOut(3, 0)
+
+	w.bring(true, a[:2]...)
+	expect(t, "a piece of a batch", r.shown(40), "")
+	w.bring(true, a[2])
+	w.bring(true, append(a[3:], b[0])...)
+	expect(t, "a batch, and a piece of the next", r.shown(40), "4:1 5:1 6:1 ")
+	w.bring(true, append(b[1:], far[0])...)
+	expect(t, "the next", r.shown(40), "4:1 5:1 6:1 7:1 8:1 ")
+
+	// The next one has no room, and the one behind it begins in the same message.
+	w.bring(true, append(far[1:], last[0])...)
+	if !w.held {
+		t.Fatal("there is room")
+	}
+	w.bring(true, last[1])
+	w.bring(false, last[2:]...)
+	r.c.Flush()
+	expect(t, "no room", r.shown(40), "4:1 5:1 6:1 7:1 8:1 ")
+	r.c.clock.Log().SetClock(1, 3)
+	r.c.stale = true
+	r.c.Flush()
+	if w.held {
+		t.Error("held with room enough")
+	}
+	expect(t, "all of it", r.shown(40), "30:1 31:1 32:1 33:1 34:1 ")
+	if len(s.partial)+len(s.held) > 0 {
+		t.Errorf("%d pieces and %d messages are left", len(s.partial), len(s.held))
+	}
+}
+
+// A stream that ends inside a local revision begins again before it.
+func TestStreamForgetsHalfARevision(t *testing.T) {
+	r := newStreamRig(t, 1)
+	s := r.c.shards[0]
+	a := r.events(0, 2, 3, map[int64]string{2: "a", 3: "b"})
+	r.handOut(2, 0)
+	first := r.open()[0]
+	first.bring(true, a[0])
+	first.closed = true
+	first.sink.OnEnd(codec.Status{Code: codec.Unavailable})
+	r.tick(maxReopenDelay)
+	w := r.open()[0]
+	if w.start != 2 {
+		t.Fatalf("it begins at %d", w.start)
+	}
+	w.bring(false, a...)
+	expect(t, "each event once", r.shown(3), "2:1 3:1 ")
+	if s.rec.last != 3 {
+		t.Errorf("the record is %v", s.rec)
+	}
+}
+
+// created is the answer to a watch's request.
+func (w *pastWatch) created() {
+	w.r.t.Helper()
+	b, err := proto.Marshal(&etcdserverpb.WatchResponse{Created: true})
+	if err != nil {
+		w.r.t.Fatal(err)
+	}
+	w.sink.OnMessage(b)
+}
