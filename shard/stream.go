@@ -70,8 +70,8 @@ type shardState struct {
 	holding        bool
 	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
 	furthest       int64 // the largest pos there was
-	stallTimer     bool
-	reopens        int // in a row, without a message
+	reopens        int   // in a row, without a record
+	stall          stall // what the stream lacks
 	openTimer      int64
 	pendingTimer   bool
 	window         int64 // this shard's reorder window, ns
@@ -96,7 +96,9 @@ func (s *shardState) openStream() {
 	s.partial, s.held, s.holding = nil, nil, false
 	start := max(s.rec.local+1, s.from)
 	s.pos = start - 1
+	s.stall.opened = s.c.cfg.Now()
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start), &streamSink{s, s.gen})
+	s.watchStall()
 }
 
 // watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv. It asks for
@@ -116,6 +118,9 @@ func (k *streamSink) OnEnd(st codec.Status) {
 	s := k.s
 	if k.gen != s.gen || s.c.state == stateFailed || s.c.state == stateClosed {
 		return
+	}
+	if s.c.cfg.Now()-s.stall.opened >= int64(lastingStream) {
+		s.reopens = 0
 	}
 	if s.reopens == 0 {
 		s.c.log.Warn("watch stream of a member cluster ended; opening it again until it lasts", "shard", s.name, "code", st.Code, "err", st.Msg)
@@ -187,7 +192,9 @@ func (s *shardState) take(msg []byte) {
 		s.reopen()
 		return
 	}
-	s.reopens = 0
+	if len(events) > 0 {
+		s.stall.brought++
+	}
 	if fragment || len(s.partial) > 0 {
 		events = s.complete(events, fragment)
 	}
@@ -416,6 +423,7 @@ func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
 func (s *shardState) recorded(local int64, rec *Record) {
 	c := s.c
 	s.rec = point{rec.First, rec.Last, local}
+	s.reopens, s.stall.times = 0, 0
 	if len(s.points) >= maxPoints {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
 	}
@@ -512,26 +520,6 @@ func (s *shardState) watchOpenRanges() {
 		s.openTimer = due
 		c.at(due, func() { c.stale = true })
 	}
-}
-
-// streamStall is how long the stream may lack what a reply has shown to be there.
-const streamStall = 2 * time.Second
-
-// expectOnStream is told that the shard has reached a local revision. A stream that does not show it in
-// time is opened again, on another node if there is one.
-func (s *shardState) expectOnStream(local int64) {
-	if s.stallTimer || s.pos >= local {
-		return
-	}
-	s.stallTimer = true
-	gen := s.gen
-	s.c.after(streamStall, func() {
-		s.stallTimer = false
-		if s.gen == gen && s.pos < local && !s.holding && s.handle != nil {
-			s.c.log.Warn("the watch stream of a member cluster lags behind its answers; opening it again", "shard", s.name)
-			s.reopen()
-		}
-	})
 }
 
 // compactedUnder handles that the member compacted what the stream was to read: somebody else did, or

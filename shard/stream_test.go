@@ -3,8 +3,10 @@ package shard
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
@@ -123,4 +125,71 @@ func (w *pastWatch) created() {
 		w.r.t.Fatal(err)
 	}
 	w.sink.OnMessage(b)
+}
+
+// A member may need longer for its first data than a stream may be silent: openings that cut each other short
+// would never get any. A stream that is behind but moves is left alone.
+func TestStreamSlowMemberCatchesUp(t *testing.T) {
+	r := newStreamRig(t, 1)
+	s := r.c.shards[0]
+	var backlog [][]*mvccpb.Event
+	for rev := int64(2); rev <= 21; rev++ {
+		backlog = append(backlog, r.events(0, rev, rev, map[int64]string{rev: "k"}))
+	}
+	r.handOut(20, 0)
+	s.expectOnStream(r.local[0])
+	// It answers at once, and needs 3 s for what is there.
+	opens, since := 0, int64(0)
+	var w *pastWatch
+	for range 30 {
+		if o := r.open(); len(o) == 1 && o[0] != w {
+			w, since = o[0], r.now
+			opens++
+			w.created()
+		}
+		if r.now-since >= int64(3*time.Second) {
+			break
+		}
+		r.tick(time.Second)
+	}
+	if opens > 2 {
+		t.Fatalf("%d openings, no progress", opens)
+	}
+	// A revision each 1.5 s, while the shard goes on.
+	for i, events := range backlog {
+		w.bring(false, events...)
+		r.c.Flush()
+		r.local[0]++
+		s.expectOnStream(r.local[0])
+		r.tick(1500 * time.Millisecond)
+		if w.closed {
+			t.Fatalf("it was moving, and was opened again after %d revisions", i+1)
+		}
+	}
+	if s.rec.last != 21 {
+		t.Errorf("it has come to %v", s.rec)
+	}
+	// Silence is noticed, at first soon.
+	r.tick(streamStall)
+	r.tick(streamStall)
+	if !w.closed || s.stall.times != 1 {
+		t.Errorf("closed: %v, silent openings: %d", w.closed, s.stall.times)
+	}
+}
+
+// Openings that bring nothing follow each other at growing distances, whatever the member answers to them.
+func TestStreamReopensWithPauses(t *testing.T) {
+	r := newStreamRig(t, 1)
+	for range 60 {
+		w := r.open()[0]
+		w.created()
+		w.closed = true
+		w.sink.OnEnd(codec.Status{Code: codec.ResourceExhausted, Msg: "too large"})
+		for len(r.open()) == 0 {
+			r.tick(time.Millisecond)
+		}
+	}
+	if took := time.Duration(r.now); took < 20*time.Second {
+		t.Errorf("60 openings in %v", took)
+	}
 }
