@@ -477,10 +477,10 @@ func (c *Core) moveFrontiers() {
 	}
 	if c.frontierRose {
 		c.publishCompaction()
-		c.ring.Trim(c.frontier.Get(watchring.All))
-		for _, s := range c.shards {
-			s.resumeStream()
-		}
+	}
+	c.trimRing()
+	for _, s := range c.shards {
+		s.resumeStream()
 	}
 }
 

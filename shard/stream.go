@@ -68,7 +68,10 @@ type shardState struct {
 	partial        [][]byte // events of a local revision that the next fragment may go on with; copies
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
-	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
+	holdUntil      int64 // ns; then those that stand in the way do not count any more
+	waits          point // the record that is held: its revisions
+	heard          bool  // the stream has brought something since it was opened
+	late           bool  // it was waited for in vain; until its next record nobody waits for it
 	furthest       int64 // the largest pos there was
 	reopens        int   // in a row, without a record
 	stall          stall // what the stream lacks
@@ -95,7 +98,7 @@ func (s *shardState) openStream() {
 	s.pending = s.pending[:0]
 	s.partial, s.held, s.holding = nil, nil, false
 	start := max(s.rec.local+1, s.from)
-	s.pos = start - 1
+	s.pos, s.heard = start-1, false
 	s.stall.opened = s.c.cfg.Now()
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start), &streamSink{s, s.gen})
 	s.watchStall()
@@ -135,7 +138,7 @@ func (s *shardState) reopen() {
 		s.handle = nil
 	}
 	s.gen++
-	s.c.frontierRose = true // it holds no other shard back any more
+	s.c.stale = true // it holds no other shard back any more
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
@@ -151,6 +154,7 @@ func (k *streamSink) OnMessage(msg []byte) {
 	if k.gen != s.gen {
 		return
 	}
+	s.heard = true
 	if len(s.held) > 0 {
 		s.held = append(s.held, append([]byte(nil), msg...))
 		return
@@ -253,45 +257,6 @@ func eventLocal(ev []byte) int64 {
 	return 0
 }
 
-// hold keeps events until the ring has room for them, and what waits behind them for the next fragment.
-func (s *shardState) hold(events [][]byte) {
-	var msg []byte
-	if len(s.partial) > 0 {
-		msg = codec.AppendBool(msg, 7, true)
-	}
-	for _, e := range events {
-		msg = codec.AppendBytes(msg, 11, e)
-	}
-	for _, e := range s.partial {
-		msg = codec.AppendBytes(msg, 11, e)
-	}
-	s.partial = nil
-	s.held = append([][]byte{msg}, s.held...)
-	if !s.holding && s.handle != nil {
-		s.holding = true
-		s.holdUntil = s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)
-		s.handle.Hold(true)
-		s.c.at(s.holdUntil, s.resumeStream)
-	}
-}
-
-// resumeStream goes on with what was held, when a frontier rose.
-func (s *shardState) resumeStream() {
-	for len(s.held) > 0 {
-		msg := s.held[0]
-		s.held = s.held[1:]
-		n := len(s.held)
-		s.take(msg)
-		if len(s.held) > n {
-			return // no room yet
-		}
-	}
-	if s.holding && s.handle != nil {
-		s.holding = false
-		s.handle.Hold(false)
-	}
-}
-
 // group takes all events of one local revision. It returns false when the ring has no room for them.
 func (s *shardState) group(local int64, events [][]byte) bool {
 	c := s.c
@@ -321,7 +286,8 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		s.pos, s.furthest = local, max(s.furthest, local)
 		return true
 	}
-	if rec.Last > c.ringRoom() && !(s.holding && c.cfg.Now() >= s.holdUntil) {
+	if !s.roomFor(point{first: rec.First, last: rec.Last}) {
+		s.waits = point{first: rec.First, last: rec.Last}
 		// There is no room for it, but it says that nothing below its first revision will come. Without
 		// this the shard would wait for the frontier that it holds back itself.
 		if l := c.clock.Log(); l.Clock(s.idx) < rec.First-1 {
@@ -334,18 +300,6 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
 	return true
-}
-
-// ringRoom returns the largest revision that may be put into the ring now: a quarter of the ring stays
-// free for readers. A shard whose stream is down holds nobody up.
-func (c *Core) ringRoom() int64 {
-	least := int64(-1)
-	for i, s := range c.shards {
-		if f := c.frontier.Get(i); s.handle != nil && (least < 0 || f < least) {
-			least = f
-		}
-	}
-	return least + c.ring.Size()*3/4
 }
 
 // unrecorded keeps a local revision without a clock record.
@@ -423,7 +377,7 @@ func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
 func (s *shardState) recorded(local int64, rec *Record) {
 	c := s.c
 	s.rec = point{rec.First, rec.Last, local}
-	s.reopens, s.stall.times = 0, 0
+	s.reopens, s.stall.times, s.late = 0, 0, false
 	if len(s.points) >= maxPoints {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
 	}

@@ -53,6 +53,7 @@ func TestStreamTakesFragments(t *testing.T) {
 	r := newStreamRig(t, 2)
 	r.handOut(2, 1) // 2 and 3: the other shard's, open all the time
 	r.c.frontier = watchring.NewFrontier(2, 1)
+	r.streamsOf()
 	w := r.open()[0]
 	if w.to != 0 {
 		t.Fatal("whose stream is it?")
@@ -191,5 +192,119 @@ func TestStreamReopensWithPauses(t *testing.T) {
 	}
 	if took := time.Duration(r.now); took < 20*time.Second {
 		t.Errorf("60 openings in %v", took)
+	}
+}
+
+// streamsOf returns the open streams by shard, and lets them say that they are there.
+func (r *pastRig) streamsOf() (out []*pastWatch) {
+	out = make([]*pastWatch, len(r.c.shards))
+	for _, w := range r.open() {
+		out[w.to] = w
+		w.created()
+	}
+	return out
+}
+
+// A shard without a live stream keeps nothing in the ring, and one that is slow holds the others back before
+// the ring weighs more than about twice its limit.
+func TestStreamRingBytes(t *testing.T) {
+	const limit = 1000
+	setup := func(t *testing.T) (*pastRig, []*pastWatch, func(rev int64)) {
+		r := newStreamRig(t, 2)
+		r.c.cfg.RingBytes = limit
+		r.c.ring = watchring.NewRing(256, limit, 0)
+		r.handOut(1, 0)   // 2: stays open
+		r.handOut(100, 1) // 3 to 102
+		w := r.streamsOf()
+		return r, w, func(rev int64) {
+			w[1].bring(false, r.events(1, rev, rev, map[int64]string{rev: "k"})...)
+			r.c.Flush()
+		}
+	}
+	t.Run("dead", func(t *testing.T) {
+		r, w, put := setup(t)
+		w[0].closed = true
+		w[0].sink.OnEnd(codec.Status{Code: codec.Unavailable})
+		for rev := int64(3); rev <= 102; rev++ {
+			put(rev)
+			if b := r.c.ring.Bytes(); b > limit {
+				t.Fatalf("%d bytes at %d, the limit is %d", b, rev, limit)
+			}
+		}
+		if w[1].held || r.c.frontier.Get(1) != 102 || r.c.frontier.Get(watchring.All) != 1 {
+			t.Errorf("held: %v, frontiers %d and %d", w[1].held, r.c.frontier.Get(1), r.c.frontier.Get(watchring.All))
+		}
+	})
+	t.Run("slow", func(t *testing.T) {
+		r, w, put := setup(t)
+		rev := int64(3)
+		for ; rev <= 50; rev++ {
+			put(rev)
+		}
+		if b := r.c.ring.Bytes(); !w[1].held || b > 2*limit+300 {
+			t.Fatalf("%d bytes at %d, held: %v", b, rev, w[1].held)
+		}
+		// It comes: all goes on.
+		w[0].bring(false, r.events(0, 2, 2, map[int64]string{2: "a"})...)
+		r.c.Flush()
+		r.c.Flush()
+		if b := r.c.ring.Bytes(); w[1].held || r.c.frontier.Get(watchring.All) != 50 || b > limit {
+			t.Errorf("%d bytes, held: %v, frontier %d", b, w[1].held, r.c.frontier.Get(watchring.All))
+		}
+	})
+	t.Run("silent", func(t *testing.T) {
+		r, w, put := setup(t)
+		for rev := int64(3); rev <= 50; rev++ {
+			put(rev)
+		}
+		r.tick(r.c.cfg.ShardTimeout)
+		r.c.Flush()
+		r.c.Flush()
+		if b := r.c.ring.Bytes(); w[1].held || r.c.frontier.Get(1) != 50 || b > limit {
+			t.Fatalf("after a time: %d bytes, held: %v, frontier %d", b, w[1].held, r.c.frontier.Get(1))
+		}
+		for rev := int64(51); rev <= 102; rev++ {
+			put(rev)
+			if w[1].held {
+				t.Fatal("it is waited for once more, and has brought nothing meanwhile")
+			}
+		}
+	})
+}
+
+// A shard that dies, or whose stream cannot be opened, holds nobody back.
+func TestStreamDyingShardHoldsNobody(t *testing.T) {
+	r := newStreamRig(t, 2)
+	r.handOut(1, 0)
+	r.handOut(60, 1)
+	w := r.streamsOf()
+	rev := int64(3)
+	for ; rev <= 40; rev++ {
+		w[1].bring(false, r.events(1, rev, rev, map[int64]string{rev: "k"})...)
+		r.c.Flush()
+	}
+	if !w[1].held {
+		t.Fatal("there is room")
+	}
+	for range 5 {
+		dead := r.open()[0]
+		if dead.to != 0 {
+			dead = r.open()[1]
+		}
+		dead.closed = true
+		dead.sink.OnEnd(codec.Status{Code: codec.Unavailable})
+		r.c.Flush()
+		if w[1].held {
+			t.Fatalf("held at %d by a shard that is gone", rev)
+		}
+		for len(r.open()) < 2 {
+			r.tick(time.Millisecond)
+		}
+		w[1].bring(false, r.events(1, rev, rev, map[int64]string{rev: "k"})...)
+		rev++
+		r.c.Flush()
+		if w[1].held {
+			t.Fatalf("held at %d by a stream that has brought nothing", rev)
+		}
 	}
 }
