@@ -230,6 +230,9 @@ func (v *viewer) Ended(w *watchring.Watcher) {
 	v.p.r.stats.Canceled++
 }
 
+// Failed implements watchring.Sink.
+func (v *viewer) Failed(reason string) { v.p.r.fail("%s: a stream failed: %s", v.p.host.Name, reason) }
+
 // died ends the viewer with its proxy.
 func (v *viewer) died() { v.dead = true }
 
