@@ -106,6 +106,8 @@ type Core struct {
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
+	// historyTimer will look whether a History can give its place up.
+	historyTimer bool
 
 	timers   timerHeap
 	timerSeq uint64
