@@ -73,6 +73,8 @@ type Sabotage struct {
 	FrontierIgnoresRanges bool
 	// HistoryAhead lets a read of the past go on before every shard's stream has come there.
 	HistoryAhead bool
+	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
+	CompactionUnread bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member

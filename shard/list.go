@@ -328,10 +328,17 @@ func (c *Core) submitHistoryRange(op *Op) {
 			c.finish(op, codec.ErrCompacted)
 		default:
 			if op.core.plan.Empty() {
-				hdr := c.hdr
-				hdr.Revision = n
-				op.Resp = op.core.plan.AnswerRange(op.Resp[:0], nil, hdr, nil)
-				c.finish(op, codec.Status{})
+				c.lookCompacted(rev, func(st codec.Status) {
+					if op.canceled {
+						st = statusCanceled
+					}
+					if st.Code == codec.OK {
+						hdr := c.hdr
+						hdr.Revision = n
+						op.Resp = op.core.plan.AnswerRange(op.Resp[:0], nil, hdr, nil)
+					}
+					c.finish(op, st)
+				})
 				return
 			}
 			if op.core.plan.paged() {

@@ -26,9 +26,10 @@ const (
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
-	// that ordinary lists take one page; its further ones aim at wholePageBytes.
+	// that ordinary lists take one page; its further ones aim at wholePageBytes, and have at most wholePageKeys.
 	wholeFactor    = 32
 	wholePageBytes = 4 << 20
+	wholePageKeys  = 16 << 10
 	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
 	maxReserve = 256 << 20
 	// pageSlack is what a shard is asked for beyond its share of a limit, plus shareSpread times the
@@ -63,6 +64,10 @@ type pagePart struct {
 	full    bool
 	skipped int64
 
+	fetched int64    // keys of the pages that have come
+	ends    [][]byte // where the next pages end, see pages_ends.go; none: at the range's end
+	endless bool     // a look for them found none
+
 	counted bool
 	total   int64 // keys of the shard in the whole range, at its local revision
 	taken   int64 // keys merged, or walked over to count them
@@ -78,12 +83,12 @@ func (p *pagePart) pageLimit() int64 {
 	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
 		return limit
 	}
-	want, aim := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts))
+	want, aim, most := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
 	if r.whole() && want >= firstPageKeys {
-		want, aim = want*wholeFactor, wholePageBytes
+		want, aim, most = want*wholeFactor, wholePageBytes, wholePageKeys
 	}
 	if p.limit > 0 {
-		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, maxPageKeys)
+		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, most)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
@@ -112,6 +117,10 @@ func (p *pagePart) fetch() {
 	}
 	p.inFlight = true
 	p.limit = p.pageLimit()
+	if p.needsEnds() {
+		(&endsCall{p: p, gen: p.r.gen}).send()
+		return
+	}
 	(&pageCall{p: p, gen: p.r.gen, deadline: p.r.c.deadline()}).send()
 }
 
@@ -160,7 +169,7 @@ func (p *pagePart) appendRead(dst []byte, local int64) []byte {
 // appendFields appends the fields of the page's RangeRequest.
 func (p *pagePart) appendFields(dst []byte, local int64) []byte {
 	dst = codec.AppendBytes(dst, 1, p.from)
-	dst = codec.AppendBytes(dst, 2, p.r.iv.End)
+	dst = codec.AppendBytes(dst, 2, p.end())
 	if p.r.spec.countOnly && !p.inside {
 		return codec.AppendBool(codec.AppendInt(dst, 4, local), 9, true)
 	}
@@ -271,12 +280,16 @@ func (p *pagePart) take(resp []byte) bool {
 	if !p.counted {
 		p.counted, p.total = true, last.count
 	}
+	p.fetched += last.n
 	p.more = last.more
 	if last.n > 0 {
 		p.perKey = int64(len(resp))/last.n + 1
 	}
-	if p.more {
+	switch {
+	case p.more:
 		p.from = append(append(p.from[:0], last.key...), 0)
+	case len(p.ends) > 0:
+		p.more, p.from, p.ends = true, append(p.from[:0], p.ends[0]...), p.ends[1:]
 	}
 	return true
 }

@@ -106,7 +106,11 @@ func (c *Core) streamAt(s *RangeStream, rev int64) {
 		case rev < c.compacted:
 			s.ended(codec.ErrCompacted)
 		case s.op.core.plan.Empty():
-			s.empty(n, st)
+			c.lookCompacted(rev, func(st codec.Status) {
+				if !s.over {
+					s.empty(n, st)
+				}
+			})
 		default:
 			r := c.newPagedRead(&s.op, s)
 			s.read = r

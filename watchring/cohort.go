@@ -25,8 +25,9 @@ type cohort struct {
 	events      int
 }
 
-// collect keeps ev for the members of c if the variant lets it pass. Events come in order, each once.
-func (h *Hub) collect(c *cohort, rev int64, ev *Event) {
+// collect keeps ev for the members of c if the variant lets it pass. Events come in order, each once. hasPrev
+// says that what lies before rev can still be read (see hasPrev).
+func (h *Hub) collect(c *cohort, rev int64, ev *Event, hasPrev bool) {
 	if ev.Delete && c.variant.noDelete || !ev.Delete && c.variant.noPut {
 		return
 	}
@@ -36,7 +37,7 @@ func (h *Hub) collect(c *cohort, rev int64, ev *Event) {
 		h.dirty = append(h.dirty, c)
 	}
 	size := len(c.buf)
-	c.buf = appendEvent(c.buf, ev, c.variant.prevKV)
+	c.buf = appendEvent(c.buf, ev, c.variant.prevKV && hasPrev)
 	h.collected += len(c.buf) - size
 	c.last = rev
 	c.events++

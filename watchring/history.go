@@ -274,12 +274,13 @@ func (h *Hub) deliverPast(w *Watcher, entries []*Entry, upTo int64) (all bool) {
 		e := entries[i]
 		h.revs++
 		size := len(buf)
+		prevKV := w.PrevKV && h.hasPrev(e.Rev)
 		for k := range e.Events {
 			ev := &e.Events[k]
 			if ev.Delete && w.NoDelete || !ev.Delete && w.NoPut || !w.holds(ev.Key) {
 				continue
 			}
-			buf = appendEvent(buf, ev, w.PrevKV)
+			buf = appendEvent(buf, ev, prevKV)
 			events++
 		}
 		if len(buf) > size {

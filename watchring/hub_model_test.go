@@ -537,7 +537,7 @@ func (s *modelStream) events(mw *modelWatcher, m *etcdserverpb.WatchResponse) {
 		x := mw.want[mw.next]
 		var want mvccpb.Event
 		body := x.ev.Body
-		if !mw.PrevKV {
+		if !mw.PrevKV || x.rev <= w.front.Compacted() {
 			body = body[:x.ev.NoPrev]
 		}
 		if err := proto.Unmarshal(body, &want); err != nil {

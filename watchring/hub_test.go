@@ -164,6 +164,67 @@ func TestHubCompacted(t *testing.T) {
 	r.expect(sink, "id=3 rev=13 a@13", "id=2 rev=9 canceled compact=13")
 }
 
+// wholePast is a HistorySource that answers once, at once, with all that it has.
+type wholePast struct {
+	entries []*Entry
+	asked   bool
+}
+
+func (p *wholePast) OpenHistory(set int, from int64) HistoryReader {
+	return &wholePast{entries: p.entries}
+}
+func (p *wholePast) Close() {}
+func (p *wholePast) Next(max int, done func(HistoryChunk)) {
+	if !p.asked {
+		p.asked = true
+		done(HistoryChunk{Entries: p.entries, UpTo: p.entries[len(p.entries)-1].Rev})
+	}
+}
+
+// TestHubPrevKVCompacted: an event has lost its prev_kv, as in etcd, if the revision before it is compacted when
+// it is sent: to a watch that begins at the compact revision (from the ring or from history), and to a
+// member of its group that is as late.
+func TestHubPrevKVCompacted(t *testing.T) {
+	past := &wholePast{}
+	r := newRig(t, 1, HubConfig{History: past})
+	want := func(what string, sink *recorder, lost int64, revs ...int64) {
+		t.Helper()
+		pumpAll(t, r.hub)
+		var got []int64
+		for _, m := range sink.got {
+			for _, e := range m.Events {
+				got = append(got, e.Kv.ModRevision)
+				if has := e.PrevKv != nil; has != (e.Kv.ModRevision > lost) {
+					t.Errorf("%s: the event of %d has prev_kv: %v; %d is compacted", what, e.Kv.ModRevision, has, lost)
+				}
+			}
+		}
+		sink.got = nil
+		if !slices.Equal(got, revs) {
+			t.Errorf("%s: events of %v, want %v", what, got, revs)
+		}
+	}
+	watch := func(start int64) *recorder {
+		sink := &recorder{t: t}
+		r.hub.Add(r.hub.NewStream(sink), &Watcher{Key: "a", Start: start, PrevKV: true})
+		return sink
+	}
+	live := watch(1)
+	for rev := int64(1); rev <= 5; rev++ {
+		e := makeEntry(t, rev, 0, "a")
+		r.ring.Publish(e)
+		past.entries = append(past.entries, e)
+	}
+	r.front.Set(0, 3)
+	want("a member", live, 0, 1, 2, 3)
+	r.front.SetCompacted(4)
+	r.front.Set(0, 5)
+	want("a member that comes after the compaction", live, 4, 4, 5)
+	want("from the ring", watch(4), 4, 4, 5)
+	r.ring.RaiseTail(5)
+	want("from history", watch(4), 4, 4, 5)
+}
+
 // TestHubAddWithinSend: a watch that is added while the Hub is at work gets nothing from before its start,
 // though its cohort has collected just that.
 func TestHubAddWithinSend(t *testing.T) {

@@ -99,11 +99,12 @@ func (h *Hub) step(g *group, limit int64) {
 
 // match collects the events of e for all cohorts that want them.
 func (h *Hub) match(g *group, e *Entry) {
+	hasPrev := h.hasPrev(e.Rev)
 	for i := range e.Events {
 		ev := &e.Events[i]
 		if t := g.exact[string(ev.Key)]; t != nil {
 			for _, c := range t.cohorts {
-				h.collect(c, e.Rev, ev)
+				h.collect(c, e.Rev, ev, hasPrev)
 			}
 		}
 		if g.ranges.root == nil {
@@ -112,7 +113,7 @@ func (h *Hub) match(g *group, e *Entry) {
 		h.hits = g.ranges.find(h.hits[:0], ev.Key)
 		for _, t := range h.hits {
 			for _, c := range t.cohorts {
-				h.collect(c, e.Rev, ev)
+				h.collect(c, e.Rev, ev, hasPrev)
 			}
 		}
 	}
@@ -235,12 +236,13 @@ func (h *Hub) catchUp(w *Watcher) {
 			continue
 		}
 		if g.set == All || e.Shard == g.set {
+			prevKV := v.prevKV && h.hasPrev(rev)
 			for i := range e.Events {
 				ev := &e.Events[i]
 				if ev.Delete && v.noDelete || !ev.Delete && v.noPut || !w.holds(ev.Key) {
 					continue
 				}
-				buf = appendEvent(buf, ev, v.prevKV)
+				buf = appendEvent(buf, ev, prevKV)
 				events++
 				last = rev
 			}
@@ -274,6 +276,11 @@ func (h *Hub) catchUp(w *Watcher) {
 		h.join(w)
 	}
 }
+
+// hasPrev says that an event of rev is sent with its prev_kv to who wants it. etcd reads that at rev-1 when it
+// sends the event, and leaves it out where that revision is compacted by then (server/etcdserver/api/v3rpc/watch.go,
+// sendLoop). kube-apiserver relies on it: such an event tells it that it came too late.
+func (h *Hub) hasPrev(rev int64) bool { return rev > h.frontier.Compacted() }
 
 // isGone says that w wants a revision that it cannot get any more.
 func (h *Hub) isGone(w *Watcher) bool {

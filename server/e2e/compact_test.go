@@ -96,6 +96,8 @@ func TestCompactManyProxies(t *testing.T) {
 			if _, err = p.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte("c/000"), Revision: at - 1}); err == nil {
 				t.Errorf("below the compaction, one key, proxy %d: answered", i)
 			}
+			_, err = p.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte("c/1"), RangeEnd: []byte("c/1"), Revision: at - 1})
+			wantOutOfRange(t, fmt.Sprintf("below the compaction, an empty range, proxy %d", i), err, textCompacted)
 			after, err := rangeAt(p, t, at)
 			if err != nil || fmt.Sprint(after.Kvs) != fmt.Sprint(before.Kvs) {
 				t.Errorf("at the compaction: %v, %v", after, err)
@@ -106,7 +108,7 @@ func TestCompactManyProxies(t *testing.T) {
 	}
 	// Watches: from below canceled with the revision, from there on served.
 	for i, p := range proxies {
-		openWatchOn(t, p, []byte("c/"), []byte("c0"), low).until(t, low)
+		openWatchOver(t, p, []byte("c/"), []byte("c0"), low, low).until(t, low)
 		stream, err := p.w.Watch(callContext(t))
 		if err != nil {
 			t.Fatal(err)
@@ -145,7 +147,7 @@ func TestCompactManyProxies(t *testing.T) {
 	if _, err := rangeAt(p, t, low); err != nil {
 		t.Errorf("at the compaction after a restart: %v", err)
 	}
-	openWatchOn(t, p, []byte("c/"), []byte("c0"), low).until(t, low)
+	openWatchOver(t, p, []byte("c/"), []byte("c0"), low, low).until(t, low)
 	for i := range m.Shards {
 		member := dial(t, m.Shards[i])
 		waitUntil(t, "the record is completed", readyTimeout, func() bool {

@@ -16,15 +16,16 @@ import (
 // eventLog collects what one watch (with prev_kv, on a stream of its own) brings, and checks on the way
 // what must hold for any watch: revisions rise, a revision comes in one response, headers keep step.
 type eventLog struct {
-	mu       sync.Mutex
-	cond     *sync.Cond
-	start    int64
-	created  int64 // header revision of the created message
-	events   []*mvccpb.Event
-	progress int64 // everything up to here has come
-	err      error
-	stream   pb.Watch_WatchClient
-	cancel   context.CancelFunc
+	mu        sync.Mutex
+	cond      *sync.Cond
+	start     int64
+	created   int64 // header revision of the created message
+	events    []*mvccpb.Event
+	progress  int64 // everything up to here has come
+	err       error
+	compacted int64 // see openWatchOver
+	stream    pb.Watch_WatchClient
+	cancel    context.CancelFunc
 }
 
 // close ends the watch; the log keeps what it has.
@@ -36,6 +37,13 @@ func openWatch(t testing.TB, s *rpc, prefix string, start int64) *eventLog {
 }
 
 func openWatchOn(t testing.TB, s *rpc, prefix, end []byte, start int64) *eventLog {
+	t.Helper()
+	return openWatchOver(t, s, prefix, end, start, 0)
+}
+
+// openWatchOver opens a watch where everything below compacted is known to be compacted: events up to there
+// must have lost their prev_kv, all others must have it.
+func openWatchOver(t testing.TB, s *rpc, prefix, end []byte, start, compacted int64) *eventLog {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
@@ -49,7 +57,7 @@ func openWatchOn(t testing.TB, s *rpc, prefix, end []byte, start int64) *eventLo
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &eventLog{start: start, stream: stream, cancel: cancel}
+	l := &eventLog{start: start, compacted: compacted, stream: stream, cancel: cancel}
 	l.cond = sync.NewCond(&l.mu)
 	first, err := stream.Recv()
 	if err != nil {
@@ -113,7 +121,7 @@ func (l *eventLog) take(resp *pb.WatchResponse) error {
 		}
 		// A Txn may write a key twice (a put and a delete in sibling Txns); prev_kv is from before it.
 		hasPrev := e.PrevKv != nil
-		wantPrev := e.Type == mvccpb.Event_DELETE || e.Kv.CreateRevision != e.Kv.ModRevision
+		wantPrev := rev > l.compacted && (e.Type == mvccpb.Event_DELETE || e.Kv.CreateRevision != e.Kv.ModRevision)
 		if hasPrev != wantPrev && !slices.ContainsFunc(resp.Events, func(o *mvccpb.Event) bool {
 			return o != e && o.Kv.ModRevision == rev && bytes.Equal(o.Kv.Key, e.Kv.Key)
 		}) {

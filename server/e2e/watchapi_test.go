@@ -262,18 +262,28 @@ func TestWatchAPI(t *testing.T) {
 			t.Errorf("etcd:\n%s\nspindle:\n%s", a, b)
 		}
 	})
-	for side, s := range sides {
-		if _, err := s.kv.Compact(ctx, &pb.CompactionRequest{Revision: rev(side, 5)}); err != nil {
-			t.Fatal(err)
+	compact := func(i int) {
+		t.Helper()
+		for side, s := range sides {
+			if _, err := s.kv.Compact(ctx, &pb.CompactionRequest{Revision: rev(side, i)}); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
+	compact(5)
 	compare("start is compacted", func(w *watchTalk) {
 		w.create(&pb.WatchCreateRequest{Key: key("a"), StartRevision: rev(w.side, 2)})
 		w.next()
 		w.next()
 	})
 	compare("start at the compaction", func(w *watchTalk) {
-		w.create(&pb.WatchCreateRequest{Key: key("p/"), RangeEnd: key("p0"), StartRevision: rev(w.side, 5)})
+		w.create(&pb.WatchCreateRequest{Key: key("p/"), RangeEnd: key("p0"), StartRevision: rev(w.side, 5), PrevKv: true})
+		w.next()
+		w.events(1)
+	})
+	compact(6) // what "p/1" was before it cannot be read any more
+	compare("prev_kv at the compaction", func(w *watchTalk) {
+		w.create(&pb.WatchCreateRequest{Key: key("p/"), RangeEnd: key("p0"), StartRevision: rev(w.side, 6), PrevKv: true})
 		w.next()
 		w.events(1)
 	})

@@ -26,6 +26,12 @@ func TestItBites(t *testing.T) {
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
+		{"an answered compaction does not hold on every proxy", func(c *Config) {
+			c.Sabotage = shard.Sabotage{CompactionUnread: true}
+			// It takes a proxy whose streams stand still while another one compacts, and little else.
+			c.Shards, c.Proxies, c.Clients, c.Ops, c.Think, c.Far, c.Faults = 1, 2, 3, 400, 5*time.Millisecond, 0, Faults{}
+			c.Chaos, c.Events = 15*time.Millisecond, ChaosEvents{StreamHole: true, Lag: true}
+		}},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {

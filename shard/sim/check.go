@@ -123,11 +123,11 @@ func (c *checker) answer(o *op) error {
 	if o.rev < 1 {
 		return fmt.Errorf("header.revision is %d", o.rev)
 	}
+	if k := c.lateRead(o); k != nil {
+		return fmt.Errorf("what it reads was compacted before it began, by %v", k)
+	}
 	switch q := o.req.(type) {
 	case *pb.RangeRequest:
-		if k := c.lateRead(o); k != nil {
-			return fmt.Errorf("what it reads was compacted before it began, by %v", k)
-		}
 		return c.rangeAnswer(o, q)
 	case *pb.CompactionRequest, *pb.WatchProgressRequest:
 		if o.rev < o.floor {

@@ -1,8 +1,8 @@
 package sim
 
 import (
-	"bytes"
 	"fmt"
+	"math"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -125,12 +125,22 @@ func (c *checker) autoCompacted() (rev int64) {
 // lateRead reports whether o was answered from history that had been compacted, with an answer, before o
 // began.
 func (c *checker) lateRead(o *op) *op {
-	q, ok := o.req.(*pb.RangeRequest)
-	if !ok || q.Revision <= 0 || o.st.Code != codec.OK || len(q.RangeEnd) > 0 && bytes.Compare(q.RangeEnd, q.Key) <= 0 {
+	read := int64(math.MaxInt64)
+	switch q := o.req.(type) {
+	case *pb.RangeRequest:
+		if q.Revision > 0 {
+			read = q.Revision
+		}
+	case *pb.TxnRequest:
+		if t, ok := o.resp.(*pb.TxnResponse); ok {
+			read = oldestRead(q, t, read)
+		}
+	}
+	if o.st.Code != codec.OK || read == math.MaxInt64 {
 		return nil
 	}
 	for _, k := range c.r.ops {
-		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && q.Revision < z.Revision {
+		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && read < z.Revision {
 			return k
 		}
 	}
@@ -147,6 +157,26 @@ func oldest(t *pb.TxnRequest, rev int64) int64 {
 			if n := o.GetRequestTxn(); n != nil {
 				rev = oldest(n, rev)
 			}
+		}
+	}
+	return rev
+}
+
+// oldestRead returns the smallest revision that the ranges name which a transaction has answered.
+func oldestRead(t *pb.TxnRequest, resp *pb.TxnResponse, rev int64) int64 {
+	ops := t.Failure
+	if resp.Succeeded {
+		ops = t.Success
+	}
+	for i, o := range ops {
+		if i >= len(resp.Responses) {
+			break // compared elsewhere
+		}
+		if q := o.GetRequestRange(); q != nil && q.Revision > 0 {
+			rev = min(rev, q.Revision)
+		}
+		if n, r := o.GetRequestTxn(), resp.Responses[i].GetResponseTxn(); n != nil && r != nil {
+			rev = oldestRead(n, r, rev)
 		}
 	}
 	return rev

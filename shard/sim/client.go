@@ -187,7 +187,9 @@ func (c *client) done(o *op, s *shard.Op) {
 		o.rev = h.Revision
 		r.show(o.rev)
 		if q, ok := o.req.(*pb.CompactionRequest); ok {
-			r.compacted = max(r.compacted, q.Revision)
+			if q.Revision > r.compacted {
+				r.compacted, r.compactedAt = q.Revision, r.net.now
+			}
 		}
 		c.learn(o)
 	} else {

@@ -35,14 +35,15 @@ type Run struct {
 	ops     []*op
 	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
 	// compacted is the largest revision that a client was told is compacted.
-	compacted int64
-	shown     int64 // the largest revision that any client was shown
-	expired   map[expiry]bool
-	part      *shard.Partition
-	follows   []*follower
-	viewers   []*viewer
-	fault     error // what was found while running
-	stats     Stats
+	compacted   int64
+	compactedAt int64 // virtual time when it was told so
+	shown       int64 // the largest revision that any client was shown
+	expired     map[expiry]bool
+	part        *shard.Partition
+	follows     []*follower
+	viewers     []*viewer
+	fault       error // what was found while running
+	stats       Stats
 }
 
 // Stats tells what a run did.
@@ -72,6 +73,25 @@ type expiry struct {
 
 // Go runs a configuration to its end, and checks it.
 func Go(cfg Config) (Stats, error) {
+	r := newRun(cfg)
+	err := r.drive()
+	r.stats.Events, r.stats.Ops = int(r.net.events), len(r.ops)
+	for _, p := range r.proxies {
+		if p.core != nil {
+			r.stats.Core = addStats(r.stats.Core, p.core.Stats())
+		}
+	}
+	if err == nil {
+		err = r.check()
+	}
+	if err != nil {
+		err = fmt.Errorf("seed %d: %w", cfg.Seed, err)
+	}
+	return r.stats, err
+}
+
+// newRun makes the world of a run. Its proxies start with the first step.
+func newRun(cfg Config) *Run {
 	r := &Run{Config: cfg, expired: map[expiry]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
 	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
@@ -88,20 +108,7 @@ func Go(cfg Config) (Stats, error) {
 		}
 		p.boot(r.net.Between(0, 50*time.Millisecond))
 	}
-	err := r.drive()
-	r.stats.Events, r.stats.Ops = int(r.net.events), len(r.ops)
-	for _, p := range r.proxies {
-		if p.core != nil {
-			r.stats.Core = addStats(r.stats.Core, p.core.Stats())
-		}
-	}
-	if err == nil {
-		err = r.check()
-	}
-	if err != nil {
-		err = fmt.Errorf("seed %d: %w", cfg.Seed, err)
-	}
-	return r.stats, err
+	return r
 }
 
 func (r *Run) fail(format string, args ...any) {

@@ -1,0 +1,99 @@
+package shard
+
+import (
+	"spindle/codec"
+)
+
+// This file keeps the cost of a long list linear. For every page, whatever its limit, etcd counts the keys from
+// the page's start to the end of the range (storage/mvcc/index.go, Revisions), so a list that always named the
+// range's end would cost its members the square of its length. Therefore a part with many pages before it looks at
+// the keys alone, many pages at once, and gives its pages ends that are near. An end is only a place where the list is
+// divided: whatever state it was seen in, what the pages show is the same.
+
+// Bounds of a look, in pages of the size that is being asked for.
+const (
+	// longPart is how many pages must lie before a part for a look to pay.
+	longPart = 16
+	// segmentPages is how many pages share an end. A page counts the rest of its segment.
+	segmentPages = 8
+	// lookPages is how many pages one look goes over at most, lookKeys how many keys. lookShare is how many times
+	// a stream's page (see pageBytes, which shrinks when there are many streams) the answer may be, about; the keys
+	// of one segment it always holds. It is let go of at once.
+	lookPages = 64
+	lookKeys  = 16 << 10
+	lookShare = 4
+	// lookOverhead is what a key alone takes in a member's answer beside its bytes.
+	lookOverhead = 48
+)
+
+// needsEnds says that the part should look at the keys before the next page.
+func (p *pagePart) needsEnds() bool {
+	long, _ := p.r.c.segments()
+	return p.r.spec.limit <= 0 && p.counted && len(p.ends) == 0 && !p.endless && p.total-p.fetched > long*p.limit
+}
+
+// segments returns longPart and segmentPages, or less where a test makes pages small, whose lists are short.
+func (c *Core) segments() (long, pages int64) {
+	if c.cfg.PageKeys < firstPageKeys {
+		return 1, 1
+	}
+	return longPart, segmentPages
+}
+
+// end is where the next page ends at the latest.
+func (p *pagePart) end() []byte {
+	if len(p.ends) > 0 {
+		return p.ends[0]
+	}
+	return p.r.iv.End
+}
+
+// endsCall is the Completion of a look at the keys. The page follows, also when the look failed: then it has no
+// near end, nor have those behind it.
+type endsCall struct {
+	p   *pagePart
+	gen int
+}
+
+func (q *endsCall) send() {
+	p := q.p
+	c := p.r.c
+	room := lookShare * c.pageBytes(len(p.r.parts)) / int64(len(p.from)+lookOverhead)
+	limit := min(lookPages*p.limit, max(min(lookKeys, room), segmentPages*p.limit))
+	body := codec.AppendBytes(c.scratch[:0], 1, p.from)
+	body = codec.AppendBytes(body, 2, p.r.iv.End)
+	body = codec.AppendInt(body, 3, limit)
+	body = codec.AppendInt(body, 4, p.local)
+	c.scratch = codec.AppendBool(body, 8, true) // keys_only
+	c.tr.Call(p.s.cluster, codec.MethodRange, c.scratch, c.cfg.ShardTimeout, q)
+}
+
+func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {
+	p := q.p
+	r := p.r
+	if r.over || r.gen != q.gen {
+		return
+	}
+	if st.Code == codec.OK {
+		p.divide(resp)
+	}
+	p.endless = len(p.ends) == 0
+	(&pageCall{p: p, gen: r.gen, deadline: r.c.deadline()}).send()
+}
+
+// divide takes every so many'th key of a look as an end.
+func (p *pagePart) divide(resp []byte) {
+	it := codec.Fields{Msg: resp}
+	_, pages := p.r.c.segments()
+	for n := int64(0); it.Next(); {
+		if it.Field.Num != 2 {
+			continue
+		}
+		if n++; n%(pages*p.limit) != 0 {
+			continue
+		}
+		if kv, ok := codec.ParseKV(it.Field.Bytes); ok {
+			p.ends = append(p.ends, append([]byte(nil), kv.Key...))
+		}
+	}
+}

@@ -1,0 +1,84 @@
+package sim
+
+import (
+	"testing"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// script is a world without clients, faults and checks, in which a test does one thing after another.
+type script struct {
+	*Run
+	t *testing.T
+}
+
+func newScript(t *testing.T, cfg Config) *script {
+	t.Helper()
+	w := &script{newRun(cfg), t}
+	for _, p := range w.proxies {
+		w.wait("start", func() bool { return p.ready })
+	}
+	return w
+}
+
+func (w *script) wait(what string, cond func() bool) {
+	w.t.Helper()
+	if !w.until(30*time.Second, cond) || !cond() {
+		w.t.Fatalf("%s: %v", what, w.fault)
+	}
+}
+
+func (w *script) call(p *proxy, kind shard.OpKind, req proto.Message) (rev int64, st codec.Status) {
+	w.t.Helper()
+	msg, err := proto.Marshal(req)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	over := false
+	p.core.Submit(&shard.Op{Kind: kind, Msg: msg, Done: func(s *shard.Op) {
+		over, st = true, s.Status
+		resp := answerOf(req)
+		if st.Code == codec.OK && proto.Unmarshal(s.Resp, resp) == nil {
+			rev = headerOf(resp).Revision
+		}
+	}})
+	p.turn()
+	w.wait("an answer", func() bool { return over })
+	return rev, st
+}
+
+func (w *script) stream(p *proxy, req *pb.RangeRequest, take func(*pb.RangeResponse)) (st codec.Status) {
+	w.t.Helper()
+	msg, err := proto.Marshal(req)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	over := false
+	wanted := false
+	s := &shard.RangeStream{Msg: msg, Chunk: func(_ *shard.RangeStream, chunk []byte) {
+		m := &pb.RangeStreamResponse{}
+		if err := proto.Unmarshal(chunk, m); err != nil {
+			w.t.Fatal(err)
+		}
+		if take != nil {
+			take(m.RangeResponse)
+		}
+		wanted = true
+	}, Done: func(s *shard.RangeStream) { over, st = true, s.Status }}
+	p.core.OpenRange(s)
+	p.turn()
+	for !over {
+		w.wait("a chunk", func() bool { return over || wanted })
+		if wanted && !over {
+			wanted = false
+			p.core.PullRange(s)
+			p.turn()
+		}
+	}
+	return st
+}
