@@ -94,12 +94,12 @@ type streamSink struct {
 
 // openStream begins the stream behind the record at rec.
 func (s *shardState) openStream() {
+	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
 	s.pending = s.pending[:0]
-	s.partial, s.held, s.holding = nil, nil, false
+	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
-	s.pos, s.heard = start-1, false
-	s.stall.opened = s.c.cfg.Now()
+	s.pos = start - 1
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start), &streamSink{s, s.gen})
 	s.watchStall()
 }
