@@ -108,8 +108,6 @@ type Core struct {
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
-	// historyTimer will look whether a History can give its place up.
-	historyTimer bool
 
 	timers   timerHeap
 	timerSeq uint64
@@ -118,6 +116,7 @@ type Core struct {
 	nowQueue     []nowEntry
 	sweeping     bool
 	probing      bool
+	historyTimer bool // one will look whether a History can give its place up
 	waiters      []frontierWaiter
 	frontierRose bool
 	stale        bool // the log or a stream moved: recompute frontiers

@@ -74,9 +74,10 @@ func (p *historyPart) open() {
 	if p.handle != nil || p.opening {
 		return
 	}
+	p.since = p.h.c.cfg.Now()
 	p.gen++
 	p.clear()
-	p.pos, p.since = p.seen, p.h.c.cfg.Now()
+	p.pos = p.seen
 	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1), &historySink{p, p.gen})
 }
 
