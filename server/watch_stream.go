@@ -167,6 +167,11 @@ func (s *watchStream) Drain() { s.finish(codec.ErrStopped) }
 // Ended implements watchring.Sink.
 func (s *watchStream) Ended(w *watchring.Watcher) { s.forget(w.ID) }
 
+// Failed implements watchring.Sink.
+func (s *watchStream) Failed(reason string) {
+	s.finish(codec.Status{Code: codec.Unavailable, Msg: reason})
+}
+
 func (s *watchStream) forget(id int64) {
 	if w := s.watches[id]; w != nil {
 		delete(s.watches, id)

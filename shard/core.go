@@ -128,6 +128,7 @@ type Core struct {
 	nowQueue     []nowEntry
 	sweeping     bool
 	probing      bool
+	historyTimer bool // one will look whether a History can give its place up
 	waiters      []frontierWaiter
 	frontierRose bool
 	stale        bool // the log or a stream moved: recompute frontiers
@@ -506,10 +507,10 @@ func (c *Core) moveFrontiers() {
 	}
 	if c.frontierRose {
 		c.publishCompaction()
-		c.ring.Trim(c.frontier.Get(watchring.All))
-		for _, s := range c.shards {
-			s.resumeStream()
-		}
+	}
+	c.trimRing()
+	for _, s := range c.shards {
+		s.resumeStream()
 	}
 }
 

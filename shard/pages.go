@@ -240,6 +240,9 @@ func (r *pagedRead) estimate() int64 {
 
 // reserve makes room for a unary answer, as large as the first pages make it seem.
 func (r *pagedRead) reserve() {
+	if r.spec.keysOnly {
+		return // pages bring values, which the answer has not
+	}
 	size, keys := int64(0), int64(math.MaxInt64)
 	if r.spec.limit > 0 {
 		keys = r.spec.limit

@@ -14,6 +14,10 @@ import (
 // next one.
 const maxReadsInFlight = 2
 
+// maxBatchedKeys is the largest limit of a list that travels with other reads. One that may be larger, or has none,
+// is read in pages: its answer may be of any size, and everything else would wait for it.
+const maxBatchedKeys = 1000
+
 // readItem is one request in a read Txn: a client's read, or a look that a write needs first.
 type readItem struct {
 	op       *Op    // a client's read, or
@@ -62,6 +66,10 @@ func (c *Core) submitRange(op *Op) {
 	shard, one := c.shardOf(p)
 	if !one {
 		c.submitList(op)
+		return
+	}
+	if limit := p.ranges[0].limit; p.paged() && (limit <= 0 || limit > maxBatchedKeys) {
+		c.newPagedRead(op, nil).begin()
 		return
 	}
 	c.shards[shard].read(readItem{op: op, deadline: c.deadline()})

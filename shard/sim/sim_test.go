@@ -121,7 +121,7 @@ func TestCalm(t *testing.T) {
 	dense := 0
 	for seed := uint64(1); seed <= 60; seed++ {
 		cfg := ConfigOf(seed)
-		cfg.Faults, cfg.Chaos, cfg.RingSize = Faults{}, 0, 1<<12
+		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
 		stats, err := Go(cfg)
 		if err != nil {
 			report(t, cfg, err)
@@ -155,7 +155,7 @@ func TestDeadShard(t *testing.T) {
 	ok := 0
 	for seed := uint64(1); seed <= 30; seed++ {
 		cfg := ConfigOf(seed)
-		cfg.Faults, cfg.Chaos, cfg.RingSize = Faults{}, 0, 1<<12
+		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
 		cfg.Leases = false // they need their homes
 		cfg.Dead, cfg.Shards, cfg.Clients, cfg.Keys, cfg.Think = true, 2+int(seed)%3, max(cfg.Clients, 2), 12, time.Millisecond
 		stats, err := Go(cfg)
