@@ -164,7 +164,7 @@ func Start(cfg Config) (*Engine, error) {
 }
 
 func newEngine(cfg Config) *Engine {
-	return &Engine{
+	e := &Engine{
 		cfg:    cfg,
 		log:    cfg.Log,
 		now:    cfg.Now,
@@ -173,6 +173,8 @@ func newEngine(cfg Config) *Engine {
 		booted: make(chan struct{}),
 		done:   make(chan struct{}),
 	}
+	e.HandleStream(leaseKeepAlivePath, newKeepAliveStream)
+	return e
 }
 
 func orDefault[T int | time.Duration](v, def T) T {
