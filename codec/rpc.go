@@ -62,6 +62,9 @@ type Transport interface {
 	// Watch opens a Watch stream (metadata hasleader: true) and sends req, an encoded WatchRequest, as
 	// its first message. req is read before Watch returns.
 	Watch(to ClusterID, req []byte, sink WatchSink) WatchHandle
+	// KeepAlive opens a LeaseKeepAlive stream (metadata hasleader: true). Each LeaseKeepAliveRequest that
+	// goes by Send is answered by one LeaseKeepAliveResponse.
+	KeepAlive(to ClusterID, sink WatchSink) WatchHandle
 }
 
 // Completion receives the outcome of a Call.
@@ -72,18 +75,18 @@ type Completion interface {
 	Complete(resp []byte, st Status, sent bool)
 }
 
-// WatchSink receives what a Watch stream brings.
+// WatchSink receives what a Watch or KeepAlive stream brings.
 type WatchSink interface {
-	// OnMessage reports one WatchResponse; msg is valid only during the call.
+	// OnMessage reports one response message; msg is valid only during the call.
 	OnMessage(msg []byte)
 	// OnEnd reports the end of the stream, exactly once, also when it could not be opened. It is not
 	// called after Close.
 	OnEnd(st Status)
 }
 
-// WatchHandle steers an open Watch stream.
+// WatchHandle steers an open Watch or KeepAlive stream.
 type WatchHandle interface {
-	// Send sends a further encoded WatchRequest (a progress request, say). req is read before return.
+	// Send sends a further encoded request message. req is read before return.
 	Send(req []byte)
 	// Hold stops (true) or resumes (false) the flow of messages by withholding HTTP/2 window; what is
 	// already buffered on this side still arrives (at most one stream window).

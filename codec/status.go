@@ -47,6 +47,8 @@ var (
 	ErrFutureRev       = Status{OutOfRange, "etcdserver: mvcc: required revision is a future revision"}
 	ErrNoSpace         = Status{ResourceExhausted, "etcdserver: mvcc: database space exceeded"}
 	ErrLeaseNotFound   = Status{NotFound, "etcdserver: requested lease not found"}
+	ErrLeaseExist      = Status{FailedPrecondition, "etcdserver: lease already exists"}
+	ErrLeaseTTL        = Status{OutOfRange, "etcdserver: too large lease TTL"}
 	ErrRequestTooLarge = Status{InvalidArgument, "etcdserver: request is too large"}
 	ErrTooManyRequests = Status{ResourceExhausted, "etcdserver: too many requests"}
 	ErrTimeout         = Status{Unavailable, "etcdserver: request timed out"}

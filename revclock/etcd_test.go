@@ -95,6 +95,10 @@ func (g *grpcTransport) Watch(_ codec.ClusterID, req []byte, sink codec.WatchSin
 	return h
 }
 
+func (g *grpcTransport) KeepAlive(codec.ClusterID, codec.WatchSink) codec.WatchHandle {
+	panic("the clock has no leases")
+}
+
 type grpcWatch struct {
 	cancel context.CancelFunc
 	closed bool // on the loop

@@ -149,6 +149,10 @@ type stream struct {
 	open bool
 }
 
+func (l *link) KeepAlive(codec.ClusterID, codec.WatchSink) codec.WatchHandle {
+	panic("the clock has no leases")
+}
+
 func (l *link) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec.WatchHandle {
 	w := l.w
 	var r pb.WatchRequest

@@ -173,8 +173,9 @@ const (
 	cmpRangeEnd                                         = 64
 	resultEqual, resultGreater, resultLess              = 0, 1, 2
 	targetVersion, targetCreate, targetMod, targetValue = 0, 1, 2, 3
-	putKey, putValue                                    = 1, 2
-	rangeKey, rangeEnd, rangeRevision                   = 1, 2, 4
+	putKey, putValue, putLease                          = 1, 2, 3
+	rangeKey, rangeEnd, rangeLimit, rangeRevision       = 1, 2, 3, 4
+	rangeKeysOnly                                       = 8
 )
 
 // appendCompare appends one compare to a TxnRequest; the target's value must be appended by value.

@@ -480,6 +480,7 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	c.state, c.reason, c.boot = stateReady, "", nil
 	c.armCompactionLags()
 	c.startAutoCompact()
+	c.startLeases()
 	c.log.Info("serving", "shards", len(c.shards), "revision", c.clock.Log().N())
 }
 

@@ -106,6 +106,7 @@ type Core struct {
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
+	leases     leases
 
 	timers   timerHeap
 	timerSeq uint64
@@ -144,6 +145,9 @@ type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
 	ReadBatches, BatchedReads, Rereads                                           uint64
 	Unrecorded, Foreign                                                          uint64
+	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
+	// of reconciliation, and copies found by them that no marker named.
+	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64
 }
 
 type nowEntry struct {
@@ -202,6 +206,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		SnapshotEvery: cfg.SnapshotEvery,
 	}, tr, (*clockEvents)(c))
 	c.creates = NewCreateCache(1 << 17)
+	c.leases = newLeases(c)
 	return c
 }
 
@@ -277,6 +282,7 @@ func (c *Core) stop(st codec.Status) {
 	for len(c.histories) > 0 {
 		c.histories[0].Close()
 	}
+	c.leases.stop(st)
 	c.clock.Stop()
 	queue := c.nowQueue
 	c.nowQueue = nil
@@ -318,6 +324,8 @@ func (c *Core) Submit(op *Op) {
 		c.submitAlarm(op)
 	case OpMemberList:
 		c.submitMemberList(op)
+	case OpLeaseGrant, OpLeaseRevoke, OpLeaseKeepAlive, OpLeaseTimeToLive, OpLeaseLeases:
+		c.submitLease(op)
 	default:
 		c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: not built"})
 	}

@@ -32,6 +32,10 @@ func (t *cannedTransport) Watch(codec.ClusterID, []byte, codec.WatchSink) codec.
 	return cannedWatch{}
 }
 
+func (t *cannedTransport) KeepAlive(codec.ClusterID, codec.WatchSink) codec.WatchHandle {
+	return cannedWatch{}
+}
+
 type cannedWatch struct{}
 
 func (cannedWatch) Send([]byte) {}

@@ -17,7 +17,8 @@ import (
 // Snapshot is what a request may touch, at one local revision of a shard. It holds views into the
 // responses it was made of.
 type Snapshot struct {
-	kvs []snapKV // in order of keys, each once
+	kvs    []snapKV   // in order of keys, each once
+	leases []codec.KV // keys of leases, as the shard has them
 }
 
 // NewSnapshot makes a Snapshot of the RangeResponses (in member form) that answer AppendSnapshotOps. It
@@ -25,6 +26,10 @@ type Snapshot struct {
 func NewSnapshot(parts [][]byte) *Snapshot {
 	s := &Snapshot{}
 	for _, part := range parts {
+		if kv, found := firstKV(part); found && isReserved(kv.Key) {
+			s.leases = append(s.leases, kv)
+			continue
+		}
 		it := partIter{it: codec.Fields{Msg: part}}
 		for it.next() {
 			s.kvs = append(s.kvs, it.kv)
@@ -67,7 +72,7 @@ func (s *Snapshot) get(key []byte) *snapKV {
 }
 
 // AppendSnapshotOps appends operations of a TxnRequest's success branch that read everything the request
-// may touch, at a local revision (0: the present), without limits. n is their number; their answers make
+// may touch, and the keys of the leases that it names, at a local revision (0: the present), without limits. n is their number; their answers make
 // a Snapshot. Intervals that meet are read once.
 func (p *Plan) AppendSnapshotOps(dst []byte, localRev int64) (out []byte, n int) {
 	var few [fewTouched]Interval
@@ -82,7 +87,7 @@ func (p *Plan) AppendSnapshotOps(dst []byte, localRev int64) (out []byte, n int)
 		}
 		dst = appendPlainRangeOp(dst, 2, iv, localRev)
 	}
-	return dst, n
+	return p.appendLeaseSnapshot(dst, localRev), n + len(p.leases)
 }
 
 // join returns the range of two that overlap, o beginning no earlier than iv.
@@ -133,7 +138,7 @@ func (p *Plan) GuardsHold(snap *Snapshot) bool {
 			return false
 		}
 	}
-	return true
+	return p.leaseGuardsHold(snap)
 }
 
 // Evaluate appends the client's response as it is if the request is executed on snap with revision
@@ -196,11 +201,14 @@ func (e *evaluation) chosen(t int) planSpan {
 	return e.p.txns[t].then
 }
 
-// check refuses puts that need a key which is not there.
+// check refuses puts that need a key which is not there, or a lease that is gone.
 func (e *evaluation) check(span planSpan, snap *Snapshot) codec.Status {
 	for i := span.from; i < span.to; i++ {
 		switch o := &e.p.ops[i]; o.kind {
 		case planPut:
+			if s := &e.p.PutSlots[o.idx]; s.lease > 0 && e.p.leases[s.lease-1].state == leaseGone {
+				return codec.ErrLeaseNotFound
+			}
 			if o.ignores() && snap.get(o.key) == nil {
 				return codec.ErrKeyNotFound
 			}

@@ -9,7 +9,8 @@ import (
 
 // Decide chooses the branches on snap, which is the state at local revision localRev, and sets the
 // guards under which the choice stays right. From then on AppendRequestOp writes the chosen operations
-// without the client's compares. An error is the client's answer: a put needs a key that is absent.
+// without the client's compares. An error is the client's answer: a put needs a key that is absent, or names
+// a lease that is gone.
 //
 // Guards are few, whatever the size of a range: a compare that failed did so for one key, which is
 // guarded by MOD == m; one that held for a range goes on to hold while no key in it is new or changed
@@ -24,6 +25,9 @@ func (p *Plan) Decide(snap *Snapshot, localRev int64) codec.Status {
 	}
 	for i := range p.PutSlots {
 		p.PutSlots[i].runs = false
+	}
+	for i := range p.leases {
+		p.leases[i].runs = false
 	}
 	d := decision{p: p, snap: snap, rev: localRev}
 	root := p.root
@@ -110,6 +114,13 @@ func (d *decision) take(span planSpan) codec.Status {
 func (d *decision) put(o *planOp) codec.Status {
 	kv := d.snap.get(o.key)
 	s := &d.p.PutSlots[o.idx]
+	if s.lease > 0 {
+		l := &d.p.leases[s.lease-1]
+		if l.state == leaseGone {
+			return codec.ErrLeaseNotFound
+		}
+		l.runs = true
+	}
 	s.runs, s.fresh, s.Known, s.Guard, s.Create = true, kv == nil, true, true, Create{}
 	if kv != nil {
 		s.Create = Create{kv.local, kv.CreateRevision}
@@ -130,7 +141,8 @@ func (d *decision) put(o *planOp) codec.Status {
 			o.value = d.keep(kv.Value)
 		}
 		if o.ignoreLease {
-			o.lease = kv.Lease
+			// The guard on the key proves that its lease is the same, and lives on this shard.
+			o.lease, s.member = kv.Lease, kv.member
 		}
 		d.guard(planGuard{iv: Interval{Key: o.key}, rev: kv.localMod})
 	}

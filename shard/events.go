@@ -51,7 +51,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	kv, prev, del := eventKVs(ev)
 	if len(kv.Key) == 0 || kv.Key[0] == 0 {
 		if string(kv.Key) != KeyClock && !e.past {
-			s.reservedChanged(kv, del)
+			s.reservedChanged(kv, prev, del)
 		}
 		return
 	}
@@ -78,6 +78,9 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		rev = st.Rev
 		kv.Value, kv.CreateRevision, kv.ModRevision = user, st.Create, st.Rev
 		kv.Version += st.VersionOffset
+		if st.Lease != 0 {
+			kv.Lease = st.Lease
+		}
 	}
 	en := e.entry(rev)
 	start := len(e.buf)
@@ -97,9 +100,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	dst = codec.EndMessage(dst, m)
 	noPrev := len(dst) - start
 	if prev.Key != nil {
-		if pst, user, ok := ParseStamp(prev.Value); ok {
-			prev.Value, prev.CreateRevision, prev.ModRevision = user, pst.Create, pst.Rev
-			prev.Version += pst.VersionOffset
+		if unstamp(&prev) {
 			dst, m = codec.BeginMessage(dst, 3)
 			dst = codec.AppendKV(dst, &prev)
 			dst = codec.EndMessage(dst, m)

@@ -41,6 +41,8 @@ var (
 		{"00000000000003e9 02 7632", Stamp{Rev: 1001, Create: 1000}, "v2"},
 		{"0000000000002710 d08c01 ", Stamp{Rev: 10000, Create: 1000}, ""},
 		{"0000000000002710 d18c01 02 01 0e 76", Stamp{Rev: 10000, Create: 1000, VersionOffset: 7}, "v"},
+		{"0000000000002710 d18c01 03 02 b960 76", Stamp{Rev: 10000, Create: 1000, Lease: 12345}, "v"},
+		{"0000000000002710 d18c01 0d 01 0e 02 feffffffffffffffff01 76", Stamp{Rev: 10000, Create: 1000, VersionOffset: 7, Lease: -2}, "v"},
 	}
 	goldenRecord = `00000000000003eb 01 01 e0e1e2e3e4e5e6e7e8e9eaebecedeeef a0a1a2a3a4a5a6a7a8a9aaabacadaeaf
 		2a 07 02
@@ -140,16 +142,19 @@ func TestGoldenFormats(t *testing.T) {
 func TestFormatsRefuse(t *testing.T) {
 	for _, s := range []string{
 		"", "00000000000003e8", // no age
-		"0000000000000000 00",             // revision 0
-		"80000000000003e8 00",             // negative
-		"0000000000000005 0a",             // created at 0
-		"00000000000003e8 8000",           // not minimal
-		"00000000000003e8 01",             // extension announced
-		"00000000000003e8 01 00",          // and empty
-		"00000000000003e8 01 02 02 0e 76", // unknown tag
-		"00000000000003e8 01 02 01 00",    // offset 0
-		"00000000000003e8 01 05 01 0e 76", // lying length
-		"00000000000003e8 01 03 01 0e 76", // more than the tag
+		"0000000000000000 00",                // revision 0
+		"80000000000003e8 00",                // negative
+		"0000000000000005 0a",                // created at 0
+		"00000000000003e8 8000",              // not minimal
+		"00000000000003e8 01",                // extension announced
+		"00000000000003e8 01 00",             // and empty
+		"00000000000003e8 01 02 03 0e 76",    // unknown tag
+		"00000000000003e8 01 02 01 00",       // offset 0
+		"00000000000003e8 01 02 02 00",       // lease 0
+		"00000000000003e8 01 04 02 0e 01 0e", // not ascending
+		"00000000000003e8 01 04 01 0e 01 0e", // twice
+		"00000000000003e8 01 05 01 0e 76",    // lying length
+		"00000000000003e8 01 03 01 0e 76",    // more than the tag
 	} {
 		if _, _, ok := ParseStamp(goldenBytes(t, s)); ok {
 			t.Errorf("stamp %s was taken", s)
@@ -235,6 +240,9 @@ func TestFormatsRoundTrip(t *testing.T) {
 		s.Create = 1 + r.Int64N(s.Rev)
 		if r.IntN(2) == 0 {
 			s.VersionOffset = int64(r.Uint64()) >> r.IntN(63)
+		}
+		if r.IntN(2) == 0 {
+			s.Lease = int64(r.Uint64())
 		}
 		user := text(50)
 		v := append(s.Append([]byte("x")), user...)[1:]

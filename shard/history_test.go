@@ -64,6 +64,11 @@ func (r *pastRig) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) co
 	return w
 }
 
+func (r *pastRig) KeepAlive(codec.ClusterID, codec.WatchSink) codec.WatchHandle {
+	r.t.Fatal("a read of the past keeps no lease alive")
+	return nil
+}
+
 func (w *pastWatch) Send([]byte)    {}
 func (w *pastWatch) Hold(hold bool) { w.held = hold }
 func (w *pastWatch) Close()         { w.closed = true }

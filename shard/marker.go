@@ -2,7 +2,6 @@ package shard
 
 import (
 	"encoding/binary"
-	"fmt"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -62,9 +61,16 @@ type LeaseMarker struct {
 	Shards []int // ascending
 }
 
-// AppendLeaseKey appends the key of the marker of a client's lease.
+// leaseKeySize is the size of every key that AppendLeaseKey makes.
+const leaseKeySize = len(KeyLeases) + 16
+
+// AppendLeaseKey appends the key of the marker of a client's lease, and of its copies.
 func AppendLeaseKey(dst []byte, lease int64) []byte {
-	return fmt.Appendf(append(dst, KeyLeases...), "%016x", uint64(lease))
+	dst = append(dst, KeyLeases...)
+	for shift := 60; shift >= 0; shift -= 4 {
+		dst = append(dst, "0123456789abcdef"[uint64(lease)>>shift&15])
+	}
+	return dst
 }
 
 // ParseLeaseKey reads a key that AppendLeaseKey made.

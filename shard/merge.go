@@ -82,23 +82,35 @@ type snapKV struct {
 	codec.KV
 	local    int64 // create revision on the shard
 	localMod int64
+	member   int64 // ID of its lease on the shard
 }
 
 // parseStored reads a KeyValue of a shard and brings it to client form. stamped is false for a value
-// that has no stamp: somebody else wrote it, and clients do not see it.
+// that has no stamp: somebody else wrote it, or it is one of Spindle's own keys; clients do not see it.
 func parseStored(msg []byte, kv *snapKV) (stamped, ok bool) {
 	raw, ok := codec.ParseKV(msg)
 	if !ok {
 		return false, false
 	}
-	st, user, stamped := ParseStamp(raw.Value)
-	kv.KV, kv.local, kv.localMod = raw, raw.CreateRevision, raw.ModRevision
-	if !stamped {
-		return false, true
+	kv.KV, kv.local, kv.localMod, kv.member = raw, raw.CreateRevision, raw.ModRevision, raw.Lease
+	return !isReserved(raw.Key) && unstamp(&kv.KV), true
+}
+
+// isReserved says that key is one of Spindle's own.
+func isReserved(key []byte) bool { return len(key) == 0 || key[0] == 0 }
+
+// unstamp brings what a shard stores to client form; false, with kv unchanged, if it has no stamp.
+func unstamp(kv *codec.KV) bool {
+	st, user, ok := ParseStamp(kv.Value)
+	if !ok {
+		return false
 	}
 	kv.Value, kv.ModRevision, kv.CreateRevision = user, st.Rev, st.Create
 	kv.Version += st.VersionOffset
-	return true, true
+	if st.Lease != 0 {
+		kv.Lease = st.Lease
+	}
+	return true
 }
 
 // partIter walks one shard's RangeResponse.

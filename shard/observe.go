@@ -16,6 +16,7 @@ type Observation struct {
 	Compact  int64
 	RingTail int64
 	RingSize int64 // bytes
+	Leases   int   // that this proxy knows
 	Core     Stats
 	Clock    revclock.Stats
 	Shards   []ShardObservation
@@ -36,6 +37,8 @@ type ShardObservation struct {
 	OldestAge int64
 	// Rejections is the number of rejections in a row, Pending that of events that wait for a record.
 	Rejections, Pending int
+	// Revokes is the number of copies of ended leases that wait to be revoked.
+	Revokes int
 	// Streaming is false while the shard's watch stream is down, Held is true while the ring is full.
 	Streaming, Held bool
 }
@@ -50,12 +53,14 @@ func (c *Core) Observe() Observation {
 		return o
 	}
 	o.Frontier, o.RingTail, o.RingSize = c.frontier.Get(watchring.All), c.ring.Tail(), c.ring.Bytes()
+	o.Leases = len(c.leases.table.entries)
 	now := c.cfg.Now()
 	for i, s := range c.shards {
 		a, _ := l.A(i)
 		so := ShardObservation{
 			Name: s.name, Clock: s.rec.last, Handed: a, Frontier: c.frontier.Get(i),
 			Queue: len(s.queue), Reads: len(s.reads), Rejections: s.rejections, Pending: len(s.pending),
+			Revokes:   len(s.lease.queue),
 			Streaming: s.handle != nil, Held: s.holding,
 		}
 		if open := l.Open(i); len(open) > 0 {

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"bytes"
+	"encoding/binary"
 	"sort"
 
 	"github.com/cespare/xxhash/v2"
@@ -35,6 +36,17 @@ func (p *Partition) ShardOf(key []byte) int {
 		return p.splits[p.split(key)].Shard
 	}
 	return int(p.table[Slot(key)])
+}
+
+// HomeOf returns the shard that judges the lease id, see docs/leases.md.
+func (p *Partition) HomeOf(id int64) int {
+	var key [8]byte
+	binary.BigEndian.PutUint64(key[:], uint64(id))
+	slot := Slot(key[:])
+	if p.kind == PartitionRange {
+		return slot * p.n / Slots
+	}
+	return int(p.table[slot])
 }
 
 // split returns the place of the last range that begins at or before key.

@@ -31,15 +31,16 @@ type Plan struct {
 	// PutSlots has one entry for every put in any branch, in the order of the request.
 	PutSlots []PutSlot
 
+	leases []planLease // that puts name, each once
 	ops    []planOp
 	cmps   []planCompare
 	ranges []rangeSpec
 	txns   []planTxn // 0 is the client's own Txn
 	root   planSpan  // of ops: the one operation of a request that is not a Txn
 
-	slow, history, lease bool
-	past                 []pastRange // by range; what readPast learned
-	budget               int         // operations that Parse may still store
+	slow, history bool
+	past          []pastRange // by range; what readPast learned
+	budget        int         // operations that Parse may still store
 
 	decided bool
 	guards  []planGuard // of a decided plan
@@ -114,7 +115,8 @@ type Create struct{ Local, Meta int64 }
 
 // PutSlot is one put. The Core fills in Create, Known and Guard (of a decided plan, Decide does).
 type PutSlot struct {
-	Key   []byte
+	Key []byte
+	// Lease is the ID of the lease that the client names, 0 for none.
 	Lease int64
 	// Proven is what the request itself proves about the key at the moment of this put: 0, it is absent
 	// (a compare that guards the branch); X > 0, its mod revision is X; -1,
@@ -129,6 +131,9 @@ type PutSlot struct {
 
 	fresh bool // decided: the put creates the key
 	runs  bool // decided: the put is on the chosen path
+
+	lease  int32 // place in Plan.leases, plus 1; 0 for none
+	member int64 // decided: the ID on the shard of the lease that ignore_lease keeps
 }
 
 // Ready says that everything that AppendRequestOp needs is there.
@@ -221,7 +226,7 @@ type planGuard struct {
 func (p *Plan) Reset() {
 	*p = Plan{
 		Writes: reuse(p.Writes), Reads: reuse(p.Reads), Deletes: reuse(p.Deletes), PutSlots: reuse(p.PutSlots),
-		ops: reuse(p.ops), cmps: reuse(p.cmps), ranges: reuse(p.ranges), txns: reuse(p.txns),
+		leases: reuse(p.leases), ops: reuse(p.ops), cmps: reuse(p.cmps), ranges: reuse(p.ranges), txns: reuse(p.txns),
 		guards: reuse(p.guards), own: reuseBytes(p.own), merge: p.merge.reset(),
 	}
 }
@@ -252,8 +257,8 @@ func (p *Plan) Slow() bool { return p.slow }
 // NeedsHistory says that a range inside a Txn names a revision.
 func (p *Plan) NeedsHistory() bool { return p.history }
 
-// HasLease says that some put names a lease; PutSlots has them.
-func (p *Plan) HasLease() bool { return p.lease }
+// HasLease says that some put names a lease.
+func (p *Plan) HasLease() bool { return len(p.leases) > 0 }
 
 // Empty says that the request touches no key that a client may see.
 func (p *Plan) Empty() bool { return len(p.Writes) == 0 && len(p.Reads) == 0 }
@@ -297,8 +302,8 @@ type Outcome uint8
 const (
 	// Answered: the request was executed (or failed as Status says), the answer is final.
 	Answered Outcome = iota
-	// WrongCreate: a guard on a create revision failed, nothing was executed. PutSlots now have the
-	// truth; the request goes into another batch.
+	// WrongCreate: a guard on a create revision, or on a lease, failed, nothing was executed. PutSlots now
+	// have the truth; the request goes into another batch, once its leases were looked for again.
 	WrongCreate
 	// GuardFailed: a guard of a decided plan failed, nothing was executed. It must be decided anew.
 	GuardFailed

@@ -76,16 +76,19 @@ func (p *Plan) Answer(dst, responseTxn []byte, hdr codec.Header, learn Learner) 
 	if !ok {
 		return dst, Answered, errMemberReply
 	}
-	creates := p.createGuards()
-	guarded := creates > 0 || p.decided && len(p.guards) > 0
+	guarded := p.createGuards()+p.leaseGuards() > 0 || p.decided && len(p.guards) > 0
 	if guarded && !outer.succeeded {
-		if p.decided {
-			return dst, GuardFailed, st
+		oc = GuardFailed
+		if !p.decided {
+			oc = WrongCreate
+			if !p.learnGuarded(&outer, hdr.Revision, learn) {
+				return dst, Answered, errMemberReply
+			}
 		}
-		if !p.learnGuarded(&outer, hdr.Revision, learn) {
+		if !p.learnLeases(&outer) {
 			return dst, Answered, errMemberReply
 		}
-		return dst, WrongCreate, st
+		return dst, oc, st
 	}
 	if p.nests() {
 		kind, body, ok := outer.next()

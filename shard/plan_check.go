@@ -157,7 +157,7 @@ func (p *Plan) touches() {
 		case o.kind == planPut:
 			p.Writes = append(p.Writes, iv)
 			p.slow = p.slow || o.ignores()
-			p.lease = p.lease || o.lease != 0
+			p.addLease(o)
 		case o.kind == planDelete && !iv.Empty():
 			p.Writes = append(p.Writes, iv)
 			p.Deletes = append(p.Deletes, iv)

@@ -54,11 +54,20 @@ const (
 func formOf(c *planCompare) compareForm {
 	known := c.result >= resultIsEqual && c.result <= resultIsNotEqual
 	switch c.target {
-	case targetOfVersion, targetOfLease:
+	case targetOfVersion:
 		if !known {
 			return compareTrue
 		}
 		return compareNative
+	case targetOfLease:
+		// A lease's ID on the shard may be another one: only whether there is one can be seen there.
+		switch {
+		case !known:
+			return compareTrue
+		case c.x == 0 && (c.result == resultIsEqual || c.result == resultIsNotEqual):
+			return compareNative
+		}
+		return compareSlow
 	case targetOfValue:
 		return compareSlow
 	case targetOfCreate, targetOfMod:

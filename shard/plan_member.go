@@ -15,7 +15,8 @@ import (
 //
 // The guards have a level of their own, so that a guess of the proxy that was wrong is not taken for the
 // client's else. The ranges of the failure branch read the keys whose create revision was wrong, in the
-// order of the guards.
+// order of the guards. Guards on leases (plan_lease.go) stand behind those on the puts' keys; a decided
+// plan has a failure branch for them alone.
 
 // guardsSlot says whether AppendRequestOp writes a guard on the create revision of PutSlots[i].
 func (p *Plan) guardsSlot(i int) bool {
@@ -51,7 +52,7 @@ func (p *Plan) clientCompares(t *planTxn) int {
 
 // nests says that the client's Txn stands in a level below the guards.
 func (p *Plan) nests() bool {
-	return p.Kind == OpTxn && !p.decided && p.createGuards() > 0 && p.clientCompares(&p.txns[0]) > 0
+	return p.Kind == OpTxn && !p.decided && p.createGuards()+p.leaseGuards() > 0 && p.clientCompares(&p.txns[0]) > 0
 }
 
 // success returns the operations of the request if it needs no Txn of its own.
@@ -70,7 +71,7 @@ func (p *Plan) success() planSpan {
 // there. The same Plan gives the same bytes until PutSlots or the decision change.
 func (p *Plan) AppendRequestOp(dst []byte, rev int64) []byte {
 	dst, op := codec.BeginMessage(dst, 4)
-	guards := p.createGuards()
+	guards := p.createGuards() + p.leaseGuards()
 	if p.decided {
 		for i := range p.guards {
 			dst = p.guards[i].appendCompare(dst)
@@ -81,6 +82,7 @@ func (p *Plan) AppendRequestOp(dst []byte, rev int64) []byte {
 			dst = appendNumberCompare(dst, s.Key, nil, targetOfCreate, resultIsEqual, s.Create.Local)
 		}
 	}
+	dst = p.appendLeaseGuards(dst)
 	switch {
 	case p.Kind == OpTxn && !p.decided && guards == 0:
 		dst = p.appendTxn(dst, &p.txns[0], rev)
@@ -101,6 +103,7 @@ func (p *Plan) AppendRequestOp(dst []byte, rev int64) []byte {
 			}
 		}
 	}
+	dst = p.appendLeaseReads(dst)
 	return codec.EndMessage(dst, op)
 }
 
@@ -159,12 +162,17 @@ func (p *Plan) appendPut(dst []byte, o *planOp, rev int64) []byte {
 		create = s.Create.Meta
 	}
 	var buf [MaxStamp]byte
-	stamp := AppendStamp(buf[:0], rev, create)
+	stamp, lease := buf[:0], int64(0)
+	if o.lease == 0 {
+		stamp = AppendStamp(stamp, rev, create)
+	} else {
+		stamp, lease = p.appendLeaseStamp(stamp, o, rev, create)
+	}
 	dst = codec.AppendBytes(dst, 1, o.key)
 	dst = protowire.AppendTag(dst, 2, protowire.BytesType)
 	dst = protowire.AppendVarint(dst, uint64(len(stamp)+len(o.value)))
 	dst = append(append(dst, stamp...), o.value...)
-	dst = codec.AppendInt(dst, 3, o.lease)
+	dst = codec.AppendInt(dst, 3, lease)
 	return codec.AppendBool(dst, 4, o.prevKV)
 }
 
@@ -211,7 +219,7 @@ func (p *Plan) AppendRangeRequest(dst []byte, localRev int64) []byte {
 // each nesting level, summed along the deepest path, from the Txn that AppendRequestOp writes downwards.
 // The level that this Txn itself stands in is the caller's.
 func (p *Plan) OpCost() int {
-	guards := p.createGuards()
+	guards := p.createGuards() + p.leaseGuards()
 	switch {
 	case p.Kind == OpTxn && !p.decided && guards == 0:
 		return p.txnCost(&p.txns[0])
@@ -268,6 +276,7 @@ func (p *Plan) Size() int {
 	for i := range p.PutSlots {
 		n += 2*(levelBytes+len(p.PutSlots[i].Key)) + 3*numberBytes
 	}
+	n += len(p.leases) * (2*(levelBytes+leaseKeySize) + 3*numberBytes)
 	for i := range p.guards {
 		g := &p.guards[i]
 		n += levelBytes + len(g.iv.Key) + len(g.iv.End) + 3*numberBytes

@@ -30,7 +30,7 @@ func newEtcdStore(t testing.TB) *etcdStore {
 	cfg.Path = filepath.Join(t.TempDir(), "db")
 	cfg.UnsafeNoFsync = true
 	be := backend.New(cfg)
-	lessor := &lease.FakeLessor{LeaseSet: map[lease.LeaseID]struct{}{1: {}, 2: {}, 3: {}}}
+	lessor := &lease.FakeLessor{LeaseSet: map[lease.LeaseID]struct{}{}}
 	kv := mvcc.NewStore(zap.NewNop(), be, lessor, mvcc.StoreConfig{})
 	t.Cleanup(func() { kv.Close(); be.Close() })
 	return &etcdStore{t, kv, lessor}
@@ -117,11 +117,48 @@ type planRig struct {
 	localOf map[int64]int64 // meta revision -> local revision
 	plan    Plan
 	stats   map[string]int
+	leases  map[int64]planLease // those that exist, with the truth on the member
 }
 
 func newPlanRig(t testing.TB, seed uint64) *planRig {
-	return &planRig{t: t, rng: rand.New(rand.NewPCG(seed, 1)), plain: newEtcdStore(t), member: newEtcdStore(t),
-		creates: NewCreateCache(64), localOf: map[int64]int64{}, stats: map[string]int{}}
+	r := &planRig{t: t, rng: rand.New(rand.NewPCG(seed, 1)), plain: newEtcdStore(t), member: newEtcdStore(t),
+		creates: NewCreateCache(64), localOf: map[int64]int64{}, stats: map[string]int{}, leases: map[int64]planLease{}}
+	// An alias, and a lease that has the same ID everywhere. Clients name a third one, which does not exist.
+	for _, l := range []planLease{{id: 1, member: 101}, {id: 2, member: 2}} {
+		r.plain.lessor.LeaseSet[lease.LeaseID(l.id)] = struct{}{}
+		r.member.lessor.LeaseSet[lease.LeaseID(l.member)] = struct{}{}
+		r.memberTxn(createLeaseKey(l.id, l.member))
+		l.create, l.state = r.member.kv.Rev(), leaseKnown
+		r.leases[l.id] = l
+	}
+	return r
+}
+
+// fillLeases does what the Core does when leases are resolved, sometimes with an older instance of one. It
+// returns what a put gets at once.
+func (r *planRig) fillLeases() codec.Status {
+	p := &r.plan
+	for i := range p.leases {
+		l := &p.leases[i]
+		if l.lost {
+			r.stats["lease lost"]++
+		}
+		truth, ok := r.leases[l.id]
+		switch {
+		case !ok:
+			l.state = leaseGone
+			r.stats["lease gone"]++
+			if st := p.errLeaseOf(); st.Code != codec.OK {
+				return st
+			}
+		case l.state == leaseUnknown && r.rng.IntN(4) == 0:
+			*l = truth
+			l.create += 1000
+		case l.state == leaseUnknown || l.lost:
+			*l = truth
+		}
+	}
+	return codec.Status{}
 }
 
 // memberTxn sends a Txn of the given fields to the member.
@@ -233,6 +270,9 @@ func (r *planRig) sameError(req proto.Message, st codec.Status, err error) {
 	if err != nil {
 		text = err.Error()
 	}
+	if err == lease.ErrLeaseNotFound { // etcd gives it its text above this level
+		text = codec.ErrLeaseNotFound.Msg
+	}
 	if st.Msg != text {
 		r.t.Fatalf("%v\nspindle: %q, etcd: %q", req, st.Msg, text)
 	}
@@ -279,6 +319,10 @@ func (r *planRig) runWrite(req proto.Message) {
 	shown := before
 	if changed {
 		shown = rev
+	}
+	if st := r.fillLeases(); st.Code != codec.OK {
+		r.sameError(req, st, err)
+		return
 	}
 	if p.Slow() {
 		r.stats["slow"]++
@@ -333,6 +377,7 @@ func (r *planRig) runWrite(req proto.Message) {
 			if len(out) != 0 {
 				r.t.Fatal("bytes of a request that was not executed")
 			}
+			r.fillLeases()
 			continue
 		}
 		if st.Code != codec.OK {

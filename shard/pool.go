@@ -297,6 +297,18 @@ func (p *Pool) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 // Watch implements codec.Transport. The stream goes to one endpoint and stays there; OnEnd says that it is over,
 // and the caller opens another.
 func (p *Pool) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec.WatchHandle {
+	w := p.stream(to, codec.MethodWatch, sink)
+	w.Send(req)
+	return w
+}
+
+// KeepAlive implements codec.Transport, as Watch does.
+func (p *Pool) KeepAlive(to codec.ClusterID, sink codec.WatchSink) codec.WatchHandle {
+	return p.stream(to, codec.MethodLeaseKeepAlive, sink)
+}
+
+// stream opens a stream in both directions.
+func (p *Pool) stream(to codec.ClusterID, m codec.Method, sink codec.WatchSink) *poolWatch {
 	w := &poolWatch{pool: p, sink: sink}
 	cl := p.clusters[to]
 	switch {
@@ -305,7 +317,7 @@ func (p *Pool) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec
 	case p.closed || len(cl.ready) == 0:
 		w.endLater(cl.down)
 	default:
-		l, s := cl.openStream(codec.MethodWatch, true, p.timers.now())
+		l, s := cl.openStream(m, true, p.timers.now())
 		if s == nil {
 			w.endLater(statusTooManyStreams)
 			break
@@ -313,7 +325,6 @@ func (p *Pool) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec
 		w.link, w.stream = l, s
 		s.User = w
 		l.opened(s)
-		l.conn.Send(s, req)
 		l.touch()
 	}
 	return w

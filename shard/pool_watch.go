@@ -2,7 +2,7 @@ package shard
 
 import "spindle/codec"
 
-// poolWatch is one Watch stream; the handle that its owner has. It outlives its connection: calls on a stream
+// poolWatch is one Watch or KeepAlive stream; the handle that its owner has. It outlives its connection: calls on a stream
 // that has ended do nothing.
 type poolWatch struct {
 	pool   *Pool

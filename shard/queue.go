@@ -14,10 +14,6 @@ import (
 // submitWrite routes a Put, DeleteRange or writing Txn.
 func (c *Core) submitWrite(op *Op) {
 	p := &op.core.plan
-	if st := c.refuseLeases(p); st.Code != codec.OK {
-		c.finish(op, st)
-		return
-	}
 	shard, one := c.shardOf(p)
 	if !one {
 		if op.Kind == OpDeleteRange {
@@ -32,20 +28,16 @@ func (c *Core) submitWrite(op *Op) {
 	}
 	w := &op.core.w
 	*w = write{op: op, plan: p, since: c.cfg.Now()}
+	if p.HasLease() {
+		c.resolveLeases(c.shards[shard], w)
+		return
+	}
 	c.prepare(c.shards[shard], w)
 }
 
 // errCrossShard is the answer to a Txn whose keys lie on more than one shard.
 var errCrossShard = codec.Status{Code: codec.InvalidArgument,
 	Msg: "spindle: the keys of this txn lie on more than one shard, and a txn over several shards is not built yet: use keys of one shard, or several txns"}
-
-// refuseLeases answers a put that names a lease: no lease can exist yet, so it is one that does not.
-func (c *Core) refuseLeases(p *Plan) codec.Status {
-	if p.HasLease() {
-		return codec.ErrLeaseNotFound
-	}
-	return codec.Status{}
-}
 
 // shardOf returns the shard on which everything that p may touch lies.
 func (c *Core) shardOf(p *Plan) (shard int, one bool) {

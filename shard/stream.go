@@ -72,6 +72,7 @@ type shardState struct {
 	reopens        int // in a row, without a message
 	openTimer      int64
 	pendingTimer   bool
+	lease          leaseShard
 	window         int64 // this shard's reorder window, ns
 }
 
@@ -270,6 +271,7 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	if !has {
 		s.unrecorded(local, events)
 		s.pos, s.furthest = local, max(s.furthest, local)
+		s.c.leases.streamMoved(s)
 		return true
 	}
 	if rec.Last > c.ringRoom() && !(s.holding && c.cfg.Now() >= s.holdUntil) {
@@ -284,6 +286,7 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	s.publish(&rec, events)
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
+	s.c.leases.streamMoved(s)
 	return true
 }
 
@@ -302,9 +305,9 @@ func (c *Core) ringRoom() int64 {
 // unrecorded keeps a local revision without a clock record.
 func (s *shardState) unrecorded(local int64, events [][]byte) {
 	for _, e := range events {
-		kv, _, del := eventKVs(e)
+		kv, prev, del := eventKVs(e)
 		if len(kv.Key) == 0 || kv.Key[0] == 0 {
-			s.reservedChanged(kv, del)
+			s.reservedChanged(kv, prev, del)
 			continue
 		}
 		s.lastUnrecorded = local
@@ -341,7 +344,7 @@ func (s *shardState) fencePending() {
 }
 
 // reservedChanged looks at a change of one of Spindle's own keys.
-func (s *shardState) reservedChanged(kv codec.KV, del bool) {
+func (s *shardState) reservedChanged(kv, prev codec.KV, del bool) {
 	switch string(kv.Key) {
 	case KeyCompact:
 		if rev, ok := ParseCompaction(kv.Value); ok && !del {
@@ -350,6 +353,10 @@ func (s *shardState) reservedChanged(kv codec.KV, del bool) {
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {
 			s.c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
+		}
+	default:
+		if x, ok := ParseLeaseKey(kv.Key); ok && del {
+			s.c.leases.keyGone(s, x, kv.ModRevision, prev)
 		}
 	}
 }

@@ -243,6 +243,10 @@ func (s *shardState) again(w *write) {
 		s.answer(w, codec.ErrTimeout)
 		return
 	}
+	if w.plan.HasLease() {
+		s.c.resolveAgain(s, w)
+		return
+	}
 	if w.plan.Slow() {
 		s.lookup(w)
 		return

@@ -51,6 +51,12 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_unrecorded_events_total`, o.Core.Unrecorded)
 	counter(`spindle_foreign_writes_total`, o.Core.Foreign)
 
+	gauge(`spindle_leases_known`, int64(o.Leases))
+	counter(`spindle_lease_attaches_total`, o.Core.LeaseAttaches)
+	counter(`spindle_lease_copies_revoked_total`, o.Core.LeaseCopiesRevoked)
+	counter(`spindle_lease_reconciliations_total`, o.Core.LeaseReconciliations)
+	counter(`spindle_lease_orphans_total`, o.Core.LeaseOrphans)
+
 	counter(`spindle_ticks_total`, o.Clock.Ticks)
 	counter(`spindle_ticks_fast_total`, o.Clock.FastTicks)
 	counter(`spindle_ticks_lost_total`, o.Clock.LostTicks)
@@ -69,6 +75,7 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 		gauge(of(`spindle_shard_open_ranges`), int64(s.Open))
 		gauge(of(`spindle_shard_rejections_in_a_row`), int64(s.Rejections))
 		gauge(of(`spindle_shard_events_waiting`), int64(s.Pending))
+		gauge(of(`spindle_shard_lease_revokes_waiting`), int64(s.Revokes))
 		gauge(of(`spindle_shard_streaming`), flag(s.Streaming))
 		gauge(of(`spindle_shard_stream_held`), flag(s.Held))
 		if s.Open > 0 {

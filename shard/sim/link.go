@@ -259,36 +259,55 @@ type stream struct {
 	held     bool
 	pumping  bool
 	in, out  int64 // when the latest message arrives, per direction: streams keep their order
+	alive    bool  // a KeepAlive stream: each request is a call that MethodLeaseKeepAlive answers
 	combines bool
 }
 
 // Watch implements codec.Transport.
 func (h *Host) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec.WatchHandle {
-	w := h.net
-	l := h.links[to]
-	s := &stream{l: l, sink: sink}
+	h.net.tracef("%s>%s watch %s", h.Name, h.links[to].cluster, describeWatchRequest(req))
+	s := h.open(to, &stream{sink: sink})
+	s.Send(req)
+	return s
+}
+
+// KeepAlive implements codec.Transport.
+func (h *Host) KeepAlive(to codec.ClusterID, sink codec.WatchSink) codec.WatchHandle {
+	return h.open(to, &stream{sink: sink, alive: true})
+}
+
+func (h *Host) open(to codec.ClusterID, s *stream) *stream {
+	s.l = h.links[to]
 	if h.dead {
+		s.sink = nil
 		return s
 	}
-	w.tracef("%s>%s watch %s", h.Name, l.cluster, describeWatchRequest(req))
-	l.streams = append(l.streams, s)
-	if l.Down {
+	s.l.streams = append(s.l.streams, s)
+	if s.l.Down {
 		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: not connected"})
 		return s
 	}
-	l.cluster.streams = append(l.cluster.streams, s)
-	s.Send(req)
+	s.l.cluster.streams = append(s.l.cluster.streams, s)
 	return s
 }
 
 // Send implements codec.WatchHandle.
 func (s *stream) Send(req []byte) {
+	if !s.isOpen() {
+		return
+	}
 	req = append([]byte(nil), req...)
 	w := s.l.net()
 	s.out = max(s.out, w.now+int64(s.l.delay()))
 	w.at(s.out, func() {
 		s.l.cluster.arrive(func() {
 			if s.sink == nil || s.l.Hole {
+				return
+			}
+			if s.alive {
+				if resp, st := s.l.cluster.Serve(codec.MethodLeaseKeepAlive, req); st.Code == codec.OK {
+					s.deliver(resp)
+				}
 				return
 			}
 			if s.s == nil {

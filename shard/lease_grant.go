@@ -1,0 +1,158 @@
+package shard
+
+import "spindle/codec"
+
+// leaseGrant is one LeaseGrant under way.
+type leaseGrant struct {
+	c        *Core
+	op       *Op
+	x, m     int64
+	ttl      int64
+	chosen   bool // X is Spindle's choice
+	deadline int64
+	tries    int
+
+	granted int64 // the TTL that home gave
+	now     int64
+	waiting int // for now, and for the member
+	st      codec.Status
+	done    bool
+}
+
+func (c *Core) submitLeaseGrant(op *Op, r *leaseRequest) {
+	g := &leaseGrant{c: c, op: op, x: r.id, ttl: r.ttl, chosen: r.id == 0, deadline: c.leaseDeadline(op), waiting: 2}
+	c.Now(func(rev int64, st codec.Status) {
+		g.now = rev
+		g.part(st)
+	})
+	g.begin()
+}
+
+// part takes one of the two things that the answer needs.
+func (g *leaseGrant) part(st codec.Status) {
+	if g.waiting--; st.Code != codec.OK {
+		g.st = st
+	}
+	if g.done || g.waiting > 0 && g.st.Code == codec.OK {
+		return
+	}
+	g.done = true
+	if g.st.Code == codec.OK {
+		hdr := g.c.hdr
+		hdr.Revision = g.now
+		b := codec.AppendHeaderField(g.op.Resp[:0], &hdr)
+		b = codec.AppendInt(b, 2, g.x)
+		g.op.Resp = codec.AppendInt(b, 3, g.granted)
+	}
+	g.c.finish(g.op, g.st)
+}
+
+// begin draws an ID for the members and grants it at home. An ID is never used twice.
+func (g *leaseGrant) begin() {
+	c := g.c
+	until := g.deadline
+	if g.chosen {
+		g.m = c.drawLease()
+		g.x = g.m
+		// Another home may answer when this one does not.
+		until = min(until, c.cfg.Now()+int64(c.cfg.ShardTimeout/3))
+	} else {
+		g.m = c.drawAlias(g.x)
+	}
+	c.home(g.x).ask(codec.MethodLeaseGrant, grantRequest(g.m, g.ttl), until, func(resp []byte, st codec.Status, unknown bool) {
+		switch {
+		case st.Code == codec.OK:
+			g.granted = parseLeaseReply(resp).ttl
+			g.mark(until)
+		case st == codec.ErrLeaseExist && unknown: // our own, whose reply was lost
+			g.lookUp(until)
+		case st == codec.ErrLeaseExist, st == codec.ErrTimeout:
+			g.again(st)
+		default:
+			g.part(st)
+		}
+	})
+}
+
+// again begins with another ID, if there is time.
+func (g *leaseGrant) again(st codec.Status) {
+	c := g.c
+	if g.tries++; g.done || c.cfg.Now() >= g.deadline {
+		g.part(st)
+		return
+	}
+	c.after(c.jitter(retryDelay), g.begin)
+}
+
+// lookUp asks for the TTL that home gave when it was not heard.
+func (g *leaseGrant) lookUp(until int64) {
+	g.c.home(g.x).ask(codec.MethodLeaseTimeToLive, timeToLiveRequest(g.m, false), until, func(resp []byte, st codec.Status, _ bool) {
+		r := parseLeaseReply(resp)
+		if st.Code != codec.OK || r.ttl < 0 {
+			g.again(codec.ErrTimeout)
+			return
+		}
+		g.granted = r.granted
+		g.mark(until)
+	})
+}
+
+// mark puts the marker.
+func (g *leaseGrant) mark(until int64) {
+	c := g.c
+	home := c.home(g.x)
+	home.ask(codec.MethodTxn, createLeaseKey(g.x, g.m), until, func(resp []byte, st codec.Status, _ bool) {
+		if st == codec.ErrTimeout || st == codec.ErrLeaseNotFound { // not found: its TTL was short, and is over
+			g.again(codec.ErrTimeout)
+			return
+		}
+		if st.Code != codec.OK {
+			g.part(st)
+			return
+		}
+		t, ok := parseTxnReply(resp, nil)
+		if ok && !t.succeeded && len(t.resps) == 1 {
+			kv, _ := firstKV(t.resps[0])
+			if kv.Lease != g.m { // somebody else's
+				c.leases.revokeLater(home, g.m)
+				g.part(codec.ErrLeaseExist)
+				return
+			}
+			t.rev = kv.CreateRevision
+		}
+		if !ok {
+			g.part(errMemberReply)
+			return
+		}
+		c.leases.table.learn(g.x, g.m, home.idx, t.rev)
+		g.part(codec.Status{})
+	})
+}
+
+// drawLease draws an ID for a lease that Spindle chooses: its home has a connection if any has.
+func (c *Core) drawLease() (id int64) {
+	for range maxHomeDraws {
+		id = c.cfg.Rand.Int64N(aliasBit-1) + 1
+		if c.connected(c.part.HomeOf(id)) {
+			break
+		}
+	}
+	return id
+}
+
+// drawAlias draws an ID for a lease whose ID x a client chose: it has the same home. That shard has at least one of
+// the slots, so one draw in Slots succeeds at least.
+func (c *Core) drawAlias(x int64) int64 {
+	home := c.part.HomeOf(x)
+	for {
+		if id := c.cfg.Rand.Int64N(aliasBit) | aliasBit; c.part.HomeOf(id) == home {
+			return id
+		}
+	}
+}
+
+// connected says whether a shard has a connection, as far as the transport tells.
+func (c *Core) connected(shard int) bool {
+	l, ok := c.tr.(liveness)
+	return !ok || l.Connected(c.shards[shard].cluster)
+}
