@@ -18,6 +18,7 @@ type write struct {
 	rev   int64 // given by the batch that carries it, 0 before
 	alone bool  // a batch with it was refused: it goes by itself, to find the culprit
 	since int64 // when it arrived, ns
+	once  bool  // it is not tried again when its guard fails
 
 	// finish takes the answer (nil: the whole request is answered by op.Resp).
 	finish func(w *write, resp []byte, st codec.Status)

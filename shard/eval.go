@@ -19,6 +19,8 @@ import (
 type Snapshot struct {
 	kvs    []snapKV   // in order of keys, each once
 	leases []codec.KV // keys of leases, as the shard has them
+	// foreign says that there are values which somebody else wrote; their keys are left out.
+	foreign bool
 }
 
 // NewSnapshot makes a Snapshot of the RangeResponses (in member form) that answer AppendSnapshotOps. It
@@ -34,6 +36,7 @@ func NewSnapshot(parts [][]byte) *Snapshot {
 		for it.next() {
 			s.kvs = append(s.kvs, it.kv)
 		}
+		s.foreign = s.foreign || it.skipped > 0
 	}
 	slices.SortStableFunc(s.kvs, func(a, b snapKV) int { return bytes.Compare(a.Key, b.Key) })
 	s.kvs = slices.CompactFunc(s.kvs, func(a, b snapKV) bool { return bytes.Equal(a.Key, b.Key) })

@@ -8,14 +8,15 @@ import (
 // publish puts the events of one batch, and what waited for its record, into the ring: decoded once,
 // stamps removed, in the form in which every watcher gets them.
 func (s *shardState) publish(rec *Record, events [][]byte) {
-	for _, en := range s.decode(rec, s.pending, events, false) {
+	for _, en := range s.decode(rec, s.pending, events, &s.foreign, false) {
 		s.c.ring.Publish(en)
 	}
 }
 
 // decode makes entries of the events of one batch, and of what waited for its record. past says that they
-// are read a second time, for a History: nothing new is learnt from them.
-func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, past bool) []*watchring.Entry {
+// are read a second time, for a History: nothing new is learnt from them. What they do to foreign values is
+// taken from foreign.
+func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, foreign *foreignKeys, past bool) []*watchring.Entry {
 	size := 0
 	for _, p := range pending {
 		size += len(p.msg) + 2*codec.MaxKVHeader
@@ -23,7 +24,7 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, e := range events {
 		size += len(e) + 2*codec.MaxKVHeader
 	}
-	e := entries{s: s, past: past, buf: make([]byte, 0, size)}
+	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes)}
 	for _, p := range pending {
 		e.add(rec.First, p.msg, rec)
 	}
@@ -38,8 +39,10 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 type entries struct {
 	s    *shardState
 	past bool
-	buf  []byte
-	cur  *watchring.Entry
+	// foreign has the keys whose value was foreign until now.
+	foreign *foreignKeys
+	buf     []byte
+	cur     *watchring.Entry
 	// late are entries that were begun already: a revision's events need not stand together when
 	// unrecorded events share the first revision of a batch.
 	all []*watchring.Entry
@@ -80,6 +83,15 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		kv.Version += st.VersionOffset
 		if st.Lease != 0 {
 			kv.Lease = st.Lease
+		}
+	}
+	if was, ok := e.foreign.take(kv.Key, local.ModRevision); ok {
+		if del && was.known && was.old == nil {
+			return // clients never saw it
+		}
+		prev = codec.KV{}
+		if was.old != nil {
+			prev, _ = codec.ParseKV(was.old)
 		}
 	}
 	en := e.entry(rev)

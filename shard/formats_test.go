@@ -236,7 +236,7 @@ func TestFormatsRoundTrip(t *testing.T) {
 	}
 	var rec Record
 	for range 3000 {
-		s := Stamp{Rev: rev()}
+		s := Stamp{Rev: 1 + rev()%maxStampRev}
 		s.Create = 1 + r.Int64N(s.Rev)
 		if r.IntN(2) == 0 {
 			s.VersionOffset = int64(r.Uint64()) >> r.IntN(63)

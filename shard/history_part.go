@@ -31,6 +31,7 @@ type historyPart struct {
 	local   int64
 	pos     int64 // the last local revision taken on this stream
 	pending []pendingEvent
+	foreign foreignKeys
 	more    bool // the message under way is not the last fragment
 }
 
@@ -74,6 +75,7 @@ func (p *historyPart) open() {
 	}
 	p.gen++
 	p.clear()
+	p.foreign.rewind(p.seen)
 	p.pos = p.seen
 	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1, true), &historySink{p, p.gen})
 }
@@ -225,14 +227,14 @@ func (p *historyPart) finishGroup() {
 	}
 	if !has {
 		for _, e := range events {
-			if kv, _, del := eventKVs(e); len(kv.Key) > 0 && kv.Key[0] != 0 && del {
-				p.pending = append(p.pending, pendingEvent{append([]byte(nil), e...), local})
-				p.bytes += len(e)
+			if ev := p.foreign.waits(e); ev != nil {
+				p.pending = append(p.pending, pendingEvent{append([]byte(nil), ev...), local})
+				p.bytes += len(ev)
 			}
 		}
 		return
 	}
-	entries := p.s.decode(&rec, p.pending, events, true)
+	entries := p.s.decode(&rec, p.pending, events, &p.foreign, true)
 	slices.SortFunc(entries, func(a, b *watchring.Entry) int { return int(a.Rev - b.Rev) })
 	for _, e := range p.pending {
 		p.bytes -= len(e.msg)

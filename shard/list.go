@@ -147,6 +147,16 @@ func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
 			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
 			return
 		}
+		if anyForeign(p.reply.resps[0]) {
+			p.s.cleanTxn(&p.reply, r.deadline, func(resp []byte, st codec.Status) {
+				if st.Code != codec.OK {
+					r.end(st)
+					return
+				}
+				p.Complete(resp, st, true)
+			})
+			return
+		}
 		if !r.latest && p.s.compactedIn(p.reply.resps, r.op.core.plan.Revision()) {
 			r.end(codec.ErrCompacted)
 			return
@@ -413,6 +423,16 @@ func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {
 	var ok bool
 	if l.reply, ok = parseTxnReply(l.resp, nil); !ok || len(l.reply.resps) < 2 {
 		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
+		return
+	}
+	if anyForeign(l.reply.resps[0]) {
+		p.s.cleanTxn(&l.reply, r.deadline, func(resp []byte, st codec.Status) {
+			if st.Code != codec.OK {
+				r.end(st)
+				return
+			}
+			l.Complete(resp, st, true)
+		})
 		return
 	}
 	if !r.latest && p.s.compactedIn(l.reply.resps, in.rev) {

@@ -166,6 +166,16 @@ type rangeMerge struct {
 	kvs   []snapKV
 }
 
+// foreign says that the last appendRange met values without a stamp: they are not in the answer.
+func (m *rangeMerge) foreign() bool {
+	for i := range m.parts {
+		if m.parts[i].skipped > 0 {
+			return true
+		}
+	}
+	return false
+}
+
 func (m rangeMerge) reset() rangeMerge { return rangeMerge{reuse(m.parts), reuse(m.kvs)} }
 
 // first returns the part with the smallest next key, -1 when all are at their end.

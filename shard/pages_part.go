@@ -57,7 +57,8 @@ type pagePart struct {
 	limit    int64 // keys of the last page asked for
 	perKey   int64 // bytes, in the last page
 
-	it      partIter // over page
+	it      partIter  // over page
+	ends    []pageEnd // of a page from which foreign values were taken out, as the member sent it
 	page    []byte
 	ahead   []byte // the page behind it, if full
 	full    bool
@@ -194,6 +195,8 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 				q.send()
 			}
 		})
+	case q.foreign(resp):
+		q.clean(resp)
 	default:
 		p.inFlight = false
 		if !r.latest {
@@ -219,6 +222,56 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 	}
 }
 
+// txn says that the page is read by a Txn.
+func (q *pageCall) txn() bool {
+	p := q.p
+	return p.inside || !p.r.latest || p.local == 0
+}
+
+// foreign says that the page holds values that somebody else wrote.
+func (q *pageCall) foreign(resp []byte) bool {
+	if !q.txn() {
+		return anyForeign(resp)
+	}
+	t, _ := parseTxnReply(resp, nil)
+	return anyForeign(t.resps...)
+}
+
+// clean goes on with a page of what clients are to see.
+func (q *pageCall) clean(resp []byte) {
+	r := q.p.r
+	next := func(clean []byte, st codec.Status) {
+		switch {
+		case r.over || r.gen != q.gen:
+		case st.Code != codec.OK:
+			r.end(st)
+		default:
+			q.Complete(clean, st, true)
+		}
+	}
+	end := func(part []byte) {
+		e := endOf(part)
+		e.key = bytes.Clone(e.key)
+		q.p.ends = append(q.p.ends, e)
+	}
+	if q.txn() {
+		t, _ := parseTxnReply(resp, nil)
+		for _, part := range t.resps {
+			end(part)
+		}
+		q.p.s.cleanTxn(&t, q.deadline, next)
+		return
+	}
+	end(resp)
+	q.p.s.cleanse([][]byte{resp}, q.deadline, func(parts [][]byte, st codec.Status) {
+		if st.Code != codec.OK {
+			next(nil, st)
+			return
+		}
+		next(parts[0], st)
+	})
+}
+
 // take makes resp the page ahead.
 func (p *pagePart) take(resp []byte) bool {
 	var last pageEnd
@@ -235,7 +288,7 @@ func (p *pagePart) take(resp []byte) bool {
 				return false
 			}
 		}
-		after, before := endOf(t.resps[0]), endOf(t.resps[1])
+		after, before := p.endOf(t.resps[0], 0), p.endOf(t.resps[1], 1)
 		if after.bad || before.bad {
 			return false
 		}
@@ -259,12 +312,13 @@ func (p *pagePart) take(resp []byte) bool {
 		}
 		p.rev = t.rev
 		p.clock = append(p.clock[:0], t.resps[1]...)
-		last = endOf(t.resps[0])
+		last = p.endOf(t.resps[0], 0)
 		p.ahead = append(p.ahead[:0], t.resps[0]...)
 	default:
-		last = endOf(resp)
+		last = p.endOf(resp, 0)
 		p.ahead = append(p.ahead[:0], resp...)
 	}
+	p.ends = p.ends[:0]
 	if last.bad || last.more && last.n == 0 {
 		return false
 	}
@@ -286,6 +340,16 @@ type pageEnd struct {
 	key       []byte // the last one
 	n, count  int64
 	more, bad bool
+}
+
+// endOf returns the end of the page's i-th range, wherever its keys have gone meanwhile.
+func (p *pagePart) endOf(resp []byte, i int) pageEnd {
+	e := endOf(resp)
+	if i < len(p.ends) {
+		was := p.ends[i]
+		e.key, e.n, e.more, e.bad = was.key, was.n, was.more, e.bad || was.bad
+	}
+	return e
 }
 
 func endOf(resp []byte) (e pageEnd) {

@@ -140,6 +140,10 @@ func (p *Plan) learnGuarded(t *memberTxn, rev int64, learn Learner) bool {
 		}
 		s := &p.PutSlots[i]
 		s.Create = c
+		if it.skipped > 0 {
+			s.Known = false // somebody else wrote it: it must be taken over first
+			continue
+		}
 		if learn != nil {
 			learn.Learn(s.Key, c.Local, c.Meta, mod)
 		}

@@ -471,13 +471,37 @@ func (s *shardState) answerRead(it *readItem, parts [][]byte, hdr codec.Header) 
 	p := &op.core.plan
 	if op.Kind == OpRange {
 		op.Resp = p.AnswerRange(op.Resp[:0], parts, hdr, c.creates)
+		if p.merge.foreign() {
+			s.answerClean(*it, parts, hdr)
+			return
+		}
 		c.finish(op, codec.Status{})
 		return
 	}
 	if p.NeedsHistory() {
 		parts = ownParts(parts)
 	}
-	c.answerTxn(op, NewSnapshot(parts), hdr)
+	snap := NewSnapshot(parts)
+	if snap.foreign {
+		s.answerClean(*it, parts, hdr)
+		return
+	}
+	c.answerTxn(op, snap, hdr)
+}
+
+// answerClean is answerRead when the member has shown values that somebody else wrote.
+func (s *shardState) answerClean(it readItem, parts [][]byte, hdr codec.Header) {
+	if op := it.op; op.Kind == OpRange && op.core.plan.Revision() == 0 && op.core.plan.ranges[0].limit > 0 && op.core.plan.paged() {
+		s.c.newPagedRead(op, nil).begin() // keys that are taken out are made up for by others
+		return
+	}
+	s.cleanse(parts, it.deadline, func(parts [][]byte, st codec.Status) {
+		if st.Code != codec.OK {
+			it.fail(s, st)
+			return
+		}
+		s.answerRead(&it, parts, hdr)
+	})
 }
 
 // lookedUp goes on with a write whose keys were read at the shard's local revision.
@@ -487,6 +511,10 @@ func (s *shardState) lookedUp(w *write, parts [][]byte, local int64) {
 		return
 	}
 	snap := NewSnapshot(parts)
+	if snap.foreign {
+		s.awaitRewrite(w, parts)
+		return
+	}
 	if w.plan.Slow() {
 		st := w.plan.Decide(snap, local)
 		if ops := w.plan.pastOf(snap); len(ops) > 0 {
@@ -510,4 +538,23 @@ func filterMeets(filter []byte, iv Interval) bool {
 		return len(filter) > 0
 	}
 	return revclock.FilterMayContain(filter, iv.Key)
+}
+
+// awaitRewrite looks again at a write's keys when what somebody else wrote there may have been taken over.
+func (s *shardState) awaitRewrite(w *write, parts [][]byte) {
+	c := s.c
+	if c.cfg.Now()-w.since > int64(c.cfg.ShardTimeout) {
+		s.answer(w, codec.ErrTimeout)
+		return
+	}
+	for _, part := range parts {
+		it := codec.Fields{Msg: part}
+		for it.Next() {
+			if it.Field.Num == 2 && foreignKV(it.Field.Bytes) {
+				kv, _ := codec.ParseKV(it.Field.Bytes)
+				s.foundForeign(kv.Key, kv.ModRevision)
+			}
+		}
+	}
+	c.after(c.jitter(retryDelay), func() { s.lookup(w) })
 }

@@ -56,6 +56,7 @@ func (s *shardState) recover(b *batch) {
 	s.c.stats.Settled++
 	b.state = batchRecovering
 	s.settledTo = b.last
+	b.covered()
 	var ws []*write
 	for _, w := range b.writes {
 		if w != nil {
@@ -123,6 +124,10 @@ func (r *recovery) evaluate(resp []byte) {
 		return
 	}
 	snap := NewSnapshot(t.resps)
+	if snap.foreign {
+		s.answer(w, codec.ErrTimeout) // what the shard compared with was not what clients see
+		return
+	}
 	if !w.plan.GuardsHold(snap) {
 		s.again(w) // the shard refused it: it was not applied
 		return

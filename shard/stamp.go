@@ -33,6 +33,10 @@ const (
 	stampTagLease   = 2
 )
 
+// maxStampRev bounds the revision of a stamp, so that a text or a protobuf message that somebody else wrote is not
+// taken for one: a stamped value begins with a zero byte. A million revisions a second reach it in 2,000 years.
+const maxStampRev = 1<<56 - 1
+
 // AppendStamp appends the stamp of a key that never moved.
 func AppendStamp(dst []byte, rev, create int64) []byte {
 	dst = binary.BigEndian.AppendUint64(dst, uint64(rev))
@@ -63,7 +67,7 @@ func ParseStamp(v []byte) (s Stamp, user []byte, ok bool) {
 	p := revclock.Parser{B: v}
 	s.Rev = int64(p.Be64())
 	age := p.Uvarint()
-	if p.Bad || s.Rev <= 0 || age>>1 >= uint64(s.Rev) {
+	if p.Bad || s.Rev <= 0 || s.Rev > maxStampRev || age>>1 >= uint64(s.Rev) {
 		return Stamp{}, nil, false
 	}
 	s.Create = s.Rev - int64(age>>1)

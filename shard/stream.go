@@ -63,6 +63,13 @@ type shardState struct {
 	from           int64  // where the stream begins, if history was compacted behind rec; 0: behind rec
 	torn           bool   // changes without a record were lost in that compaction
 	pending        []pendingEvent
+	pendingBytes   int
+	covers         []cover // wait for the next batch
+	foreign        foreignKeys
+	found          map[string]int64 // foreign values that reads met: key and local revision
+	rewrites       map[string]*rewrite
+	rewriteTimer   bool
+	foreignWarned  int64 // ns
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
 	holding        bool
@@ -91,9 +98,10 @@ type streamSink struct {
 // openStream begins the stream behind the record at rec.
 func (s *shardState) openStream() {
 	s.gen++
-	s.pending = s.pending[:0]
+	s.clearPending()
 	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
+	s.foreign.rewind(start - 1)
 	s.pos = start - 1
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
 }
@@ -312,35 +320,15 @@ func (s *shardState) unrecorded(local int64, events [][]byte) {
 		}
 		s.lastUnrecorded = local
 		s.c.stats.Unrecorded++
-		if !del {
-			s.c.stats.Foreign++
-			s.c.log.Warn("a key was written to a member directly; close members to everyone but spindle", "shard", s.name)
-			continue
+		if !del || prev.Key != nil && prev.Lease == 0 {
+			s.sawForeign(kv.Key, del)
 		}
-		s.pending = append(s.pending, pendingEvent{append([]byte(nil), e...), local})
+		if ev := s.foreign.waits(e); ev != nil {
+			s.addPending(ev, local)
+		}
 	}
 	s.armPending()
-}
-
-// armPending sees to it that events which wait for a record get one, if need be from an empty batch.
-func (s *shardState) armPending() {
-	if len(s.pending) > 0 && !s.pendingTimer {
-		s.pendingTimer = true
-		s.c.after(s.c.jitter(fenceJitter), func() {
-			s.pendingTimer = false
-			s.fencePending()
-		})
-	}
-}
-
-// fencePending sends an empty batch for the events that wait, unless a batch is on its way: then it
-// looks again later.
-func (s *shardState) fencePending() {
-	if len(s.pending) > 0 && s.cur == nil {
-		s.wantFence = true
-		s.touch()
-	}
-	s.armPending()
+	s.armRewrites(fenceJitter)
 }
 
 // reservedChanged looks at a change of one of Spindle's own keys.
@@ -385,7 +373,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
 	}
 	s.points = append(s.points, s.rec)
-	s.pending = s.pending[:0]
+	s.clearPending()
 	if s.torn {
 		// They have this record's first revision.
 		c.ring.RaiseTail(rec.First)
@@ -515,6 +503,8 @@ func (s *shardState) stop(st codec.Status) {
 	}
 	queue, cur, reads := s.queue, s.cur, s.reads
 	s.queue, s.cur, s.reads = nil, nil, nil
+	covers := s.covers
+	s.covers = nil
 	for _, w := range queue {
 		s.answer(w, st)
 	}
@@ -528,4 +518,9 @@ func (s *shardState) stop(st codec.Status) {
 	for _, r := range reads {
 		r.fail(s, st)
 	}
+	if cur != nil {
+		covers = append(cur.covers, covers...)
+		cur.covers = nil
+	}
+	failCovers(covers, st)
 }

@@ -64,12 +64,15 @@ type batch struct {
 	deadline int64
 	slotAt   int64 // a timer is set for this moment to look again whether b may be sent
 	pending  int   // history reads under way while recovering
+	covers   []cover
 }
 
 // dropBatch ends b without a further look at its writes.
 func (s *shardState) dropBatch(b *batch) {
 	if s.cur == b {
 		s.cur = nil
+		s.covers = append(b.covers, s.covers...) // of a batch that committed there are none
+		b.covers = nil
 		s.touch()
 	}
 }
@@ -228,6 +231,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		s.answerWith(w, out, st)
 	}
 	s.spareWrites = b.writes[:0]
+	b.covered()
 	s.dropBatch(b)
 	for _, w := range again {
 		s.again(w)
@@ -237,6 +241,10 @@ func (s *shardState) committed(b *batch, t txnReply) {
 // again brings back a write whose guard failed: what the proxy believed of its keys was wrong. It was
 // not applied.
 func (s *shardState) again(w *write) {
+	if w.once {
+		s.answer(w, statusOvertaken)
+		return
+	}
 	s.c.stats.WrongCreates++
 	w.rev = 0
 	if s.c.cfg.Now()-w.since > int64(s.c.cfg.ShardTimeout) {
@@ -247,7 +255,7 @@ func (s *shardState) again(w *write) {
 		s.c.resolveAgain(s, w)
 		return
 	}
-	if w.plan.Slow() {
+	if w.plan.Slow() || !w.plan.Ready() {
 		s.lookup(w)
 		return
 	}
@@ -300,6 +308,8 @@ func (s *shardState) void(b *batch) {
 func (s *shardState) refused(b *batch, st codec.Status) {
 	// The range stays open: something must follow it at once, or soon if it is the fence that is refused.
 	if b.fence {
+		failCovers(b.covers, st)
+		b.covers = nil
 		s.c.after(s.c.jitter(20*retryDelay), func() { s.wantFence = true; s.touch() })
 	} else {
 		s.wantFence = true
