@@ -164,6 +164,11 @@ func (l *leaseTalk) txn(what string, r *pb.TxnRequest) {
 	l.say("txn %s: %v %s", what, resp.GetSucceeded(), errText(err))
 }
 
+// keepLease puts a value and leaves the key's lease as it is. (All keys of a Txn have to lie on one shard.)
+func keepLease(key []byte, value string) *pb.RequestOp {
+	return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key, Value: []byte(value), IgnoreLease: true}}}
+}
+
 // compare compares the lease of a key, in each way.
 func (l *leaseTalk) compare(key []byte, lease int64) {
 	for _, result := range []pb.Compare_CompareResult{pb.Compare_EQUAL, pb.Compare_GREATER, pb.Compare_LESS, pb.Compare_NOT_EQUAL} {
@@ -174,8 +179,8 @@ func (l *leaseTalk) compare(key []byte, lease int64) {
 		})
 		l.txn(fmt.Sprintf("lease of %s %v %s, writing", key, result, l.name(lease)), &pb.TxnRequest{
 			Compare: []*pb.Compare{{Key: key, Result: result, Target: pb.Compare_LEASE, TargetUnion: &pb.Compare_Lease{Lease: lease}}},
-			Success: []*pb.RequestOp{putOp("L/cmp", "then")},
-			Failure: []*pb.RequestOp{putOp("L/cmp", "else")},
+			Success: []*pb.RequestOp{keepLease(key, "then")},
+			Failure: []*pb.RequestOp{keepLease(key, "else")},
 		})
 	}
 	l.get()
@@ -286,7 +291,7 @@ func leaseScript(l *leaseTalk) {
 				// Which of two IDs is larger is a matter of chance: only whether they are equal.
 				l.txn(fmt.Sprintf("lease of %s is %s", k, l.name(lease)), &pb.TxnRequest{
 					Compare: []*pb.Compare{{Key: k, Target: pb.Compare_LEASE, TargetUnion: &pb.Compare_Lease{Lease: lease}}},
-					Success: []*pb.RequestOp{putOp(string(k)+"/cmp", "then")},
+					Success: []*pb.RequestOp{keepLease(k, "compared")},
 				})
 				continue
 			}
