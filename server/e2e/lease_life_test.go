@@ -221,7 +221,8 @@ func TestLeaseExpiresWithoutProxies(t *testing.T) {
 }
 
 const (
-	raceLeases  = 4000
+	// raceLeases is how many leases TestLeaseRevokeRacesAttach revokes; SPINDLE_RACES overrides it.
+	raceLeases  = 1500
 	raceWorkers = 16
 )
 
@@ -239,7 +240,7 @@ func TestLeaseRevokeRacesAttach(t *testing.T) {
 	defer cancel()
 	var next, put, refused, last atomic.Int64
 	errs := make(chan error, 1)
-	n := int64(scale(raceLeases))
+	n := int64(numberFrom(t, "SPINDLE_RACES", scale(raceLeases)))
 	var wg sync.WaitGroup
 	begun := time.Now()
 	for w := range raceWorkers {
@@ -298,7 +299,7 @@ func raceOnce(ctx context.Context, r *rand.Rand, c [2]*rpc, i int64, put, refuse
 		}
 		return err
 	}
-	pause := time.Duration(r.IntN(3000)) * time.Microsecond
+	pause := time.Duration(r.IntN(3000)) * time.Microsecond << (2 * r.IntN(4)) // up to 3, 12, 48, 192 ms
 	const puts = 3
 	results := make(chan error, puts+1)
 	for k := range puts {

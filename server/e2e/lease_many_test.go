@@ -107,13 +107,7 @@ func TestManyLeasesExpire(t *testing.T) {
 	if testing.Short() || raceEnabled {
 		t.Skip("long")
 	}
-	n := manyLeases
-	if v := os.Getenv("SPINDLE_LEASES"); v != "" {
-		var err error
-		if n, err = strconv.Atoi(v); err != nil {
-			t.Fatal(err)
-		}
-	}
+	n := numberFrom(t, "SPINDLE_LEASES", manyLeases)
 	members := startMembers(t, 3)
 	url := freeURL(t)
 	args := []string{"--listen-client-urls", url, "--listen-metrics-urls=", "--coordinator", members.Coordinator,
@@ -183,6 +177,20 @@ func TestManyLeasesExpire(t *testing.T) {
 	if got := deletes.n.Load(); got != int64(n) {
 		t.Errorf("%d deletes of %d keys", got, n)
 	}
+}
+
+// numberFrom returns the number in an environment variable, or n.
+func numberFrom(t testing.TB, name string, n int) int {
+	t.Helper()
+	v := os.Getenv(name)
+	if v == "" {
+		return n
+	}
+	m, err := strconv.Atoi(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 type deleteCount struct {
