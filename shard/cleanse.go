@@ -38,7 +38,8 @@ func anyForeign(parts ...[]byte) bool {
 }
 
 // before reads what a key held before it was written at a local revision: the newest stamped value, as a
-// KeyValue in member form that is valid during the call of f, or nil. What was compacted counts as nothing.
+// KeyValue in member form that is valid during the call of f, or nil. ErrCompacted says that it is not known
+// any more.
 func (s *shardState) before(key []byte, local, deadline int64, f func(old []byte, st codec.Status)) {
 	c := s.c
 	body := codec.AppendInt(codec.AppendBytes(nil, rangeKey, key), rangeRevision, local-1)
@@ -53,7 +54,7 @@ func (s *shardState) before(key []byte, local, deadline int64, f func(old []byte
 			case c.state == stateFailed || c.state == stateClosed:
 				f(nil, codec.ErrStopped)
 			case st == codec.ErrCompacted:
-				f(nil, codec.Status{})
+				f(nil, st)
 			case st.Code != codec.OK && c.cfg.Now() >= deadline:
 				f(nil, codec.ErrTimeout)
 			case st.Code != codec.OK:
@@ -110,7 +111,7 @@ func (k *cleansing) next() {
 			kv, _ := codec.ParseKV(it.Field.Bytes)
 			k.s.foundForeign(kv.Key, kv.ModRevision)
 			k.s.before(kv.Key, kv.ModRevision, k.deadline, func(old []byte, st codec.Status) {
-				if st.Code != codec.OK {
+				if st.Code != codec.OK && st != codec.ErrCompacted {
 					k.f(nil, st)
 					return
 				}

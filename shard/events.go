@@ -7,10 +7,19 @@ import (
 
 // publish puts the events of one batch, and what waited for its record, into the ring: decoded once,
 // stamps removed, in the form in which every watcher gets them.
-func (s *shardState) publish(rec *Record, events [][]byte) {
-	for _, en := range s.decode(rec, s.pending, events, &s.foreign, false) {
+//
+// It returns false if something about foreign values must be looked up first: then the stream begins again at
+// the last record.
+func (s *shardState) publish(rec *Record, events [][]byte) bool {
+	entries := s.decode(rec, s.pending, events, &s.foreign, false)
+	if len(s.foreign.unknown) > 0 {
+		s.lookupForeign()
+		return false
+	}
+	for _, en := range entries {
 		s.c.ring.Publish(en)
 	}
+	return true
 }
 
 // decode makes entries of the events of one batch, and of what waited for its record. past says that they
@@ -30,6 +39,9 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	}
 	for _, ev := range events {
 		e.add(0, ev, rec)
+	}
+	if len(foreign.unknown) == 0 {
+		foreign.recorded()
 	}
 	return e.all
 }
@@ -112,6 +124,9 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	dst = codec.EndMessage(dst, m)
 	noPrev := len(dst) - start
 	if prev.Key != nil {
+		if e.foreign.missing(&local, &prev) {
+			return
+		}
 		if unstamp(&prev) {
 			dst, m = codec.BeginMessage(dst, 3)
 			dst = codec.AppendKV(dst, &prev)

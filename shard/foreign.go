@@ -40,6 +40,93 @@ type foreignKey struct {
 type foreignKeys struct {
 	keys  map[string]foreignKey
 	bytes int
+	undo  []foreignChange // since the last record, for the stream to be opened again there
+	// unknown are keys whose previous value is foreign, although no foreign put was seen: the stream begins
+	// behind it. They must be looked up before the events can be taken.
+	unknown []foreignRef
+}
+
+// foreignRef is a foreign value, by the local revision of its put.
+type foreignRef struct {
+	key   string
+	local int64
+}
+
+// missing reports whether an event replaces a foreign value that is not known, and notes it.
+func (f *foreignKeys) missing(kv, prev *codec.KV) bool {
+	if prev.Key == nil {
+		return false
+	}
+	if _, _, ok := ParseStamp(prev.Value); ok {
+		return false
+	}
+	if is, ok := f.keys[string(kv.Key)]; ok && is.local < kv.ModRevision {
+		return false
+	}
+	f.unknown = append(f.unknown, foreignRef{string(kv.Key), prev.ModRevision})
+	return true
+}
+
+// lookup reads from the shard's history what unknown foreign values have replaced, and calls f; the stream must
+// then be opened again at its last record.
+func (f *foreignKeys) lookup(s *shardState, then func()) {
+	refs := f.unknown
+	f.unknown = nil
+	f.rewind()
+	left := len(refs)
+	for _, ref := range refs {
+		s.before([]byte(ref.key), ref.local, s.c.deadline(), func(old []byte, st codec.Status) {
+			switch {
+			case st.Code == codec.OK:
+				f.change(ref.key, foreignKey{local: ref.local, known: true, old: append([]byte(nil), old...)}, true)
+			case st == codec.ErrCompacted:
+				f.change(ref.key, foreignKey{local: ref.local}, true)
+			}
+			if left--; left == 0 {
+				then()
+			}
+		})
+	}
+}
+
+// foreignChange is what a key was before it changed.
+type foreignChange struct {
+	key string
+	was foreignKey
+	had bool
+}
+
+// set changes what is known of a key; has is false if its value is not foreign (any more).
+func (f *foreignKeys) set(key string, is foreignKey, has bool) {
+	was, had := f.keys[key]
+	f.undo = append(f.undo, foreignChange{key, was, had})
+	f.change(key, is, has)
+}
+
+func (f *foreignKeys) change(key string, is foreignKey, has bool) {
+	f.bytes += len(is.old) - len(f.keys[key].old)
+	switch {
+	case !has:
+		delete(f.keys, key)
+	case f.keys == nil:
+		f.keys = map[string]foreignKey{key: is}
+	default:
+		f.keys[key] = is
+	}
+}
+
+// recorded says that the stream will not be opened again at an earlier record.
+func (f *foreignKeys) recorded() {
+	clear(f.undo)
+	f.undo = f.undo[:0]
+}
+
+// rewind goes back to the last record: what happened since will come again.
+func (f *foreignKeys) rewind() {
+	for i := len(f.undo) - 1; i >= 0; i-- {
+		f.change(f.undo[i].key, f.undo[i].was, f.undo[i].had)
+	}
+	f.recorded()
 }
 
 // put takes a foreign put. It returns false if the key is not to be remembered.
@@ -50,7 +137,7 @@ func (f *foreignKeys) put(kv, prev *codec.KV, prevMsg []byte) bool {
 		return true // it comes a second time
 	case have:
 		was.local, was.tried = kv.ModRevision, false
-		f.keys[string(kv.Key)] = was
+		f.set(string(kv.Key), was, true)
 		return true
 	case len(f.keys) >= maxForeignKeys:
 		return false
@@ -60,12 +147,8 @@ func (f *foreignKeys) put(kv, prev *codec.KV, prevMsg []byte) bool {
 		is.known = kv.CreateRevision == kv.ModRevision // else it was compacted
 	} else if _, _, ok := ParseStamp(prev.Value); ok && f.bytes+len(prevMsg) <= maxForeignBytes {
 		is.known, is.old = true, append([]byte(nil), prevMsg...)
-		f.bytes += len(prevMsg)
 	}
-	if f.keys == nil {
-		f.keys = map[string]foreignKey{}
-	}
-	f.keys[string(kv.Key)] = is
+	f.set(string(kv.Key), is, true)
 	return true
 }
 
@@ -79,19 +162,8 @@ func (f *foreignKeys) take(key []byte, local int64) (was foreignKey, ok bool) {
 	if !ok || was.local >= local {
 		return foreignKey{}, false
 	}
-	delete(f.keys, string(key))
-	f.bytes -= len(was.old)
+	f.set(string(key), foreignKey{}, false)
 	return was, true
-}
-
-// rewind forgets what happened above a local revision: it will come again.
-func (f *foreignKeys) rewind(local int64) {
-	for k, is := range f.keys {
-		if is.local > local {
-			delete(f.keys, k)
-			f.bytes -= len(is.old)
-		}
-	}
 }
 
 // waits returns what is to be kept of an event without a record until the next one, nil for nothing: a
@@ -99,6 +171,9 @@ func (f *foreignKeys) rewind(local int64) {
 func (f *foreignKeys) waits(ev []byte) []byte {
 	kv, prev, del, prevMsg := eventParts(ev)
 	if len(kv.Key) == 0 || kv.Key[0] == 0 {
+		return nil
+	}
+	if f.missing(&kv, &prev) {
 		return nil
 	}
 	if !del {
@@ -242,7 +317,7 @@ func (r *rewrite) end(settled bool) {
 func (r *rewrite) read() {
 	s := r.s
 	s.before([]byte(r.key), r.local, s.c.deadline(), func(old []byte, st codec.Status) {
-		if st.Code != codec.OK || !r.wanted() {
+		if st.Code != codec.OK && st != codec.ErrCompacted || !r.wanted() {
 			r.end(false)
 			return
 		}

@@ -75,7 +75,7 @@ func (p *historyPart) open() {
 	}
 	p.gen++
 	p.clear()
-	p.foreign.rewind(p.seen)
+	p.foreign.rewind()
 	p.pos = p.seen
 	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1, true), &historySink{p, p.gen})
 }
@@ -114,6 +114,24 @@ func (p *historyPart) reopen() {
 	p.h.c.after(p.h.c.jitter(d), func() {
 		p.opening = false
 		p.h.try() // which opens it if it is still needed
+	})
+}
+
+// lookupForeign opens the stream again when it is known what foreign values have replaced.
+func (p *historyPart) lookupForeign() {
+	if p.handle != nil {
+		p.handle.Close()
+		p.handle = nil
+	}
+	p.gen++
+	p.clear()
+	p.opening = true
+	gen := p.gen
+	p.foreign.lookup(p.s, func() {
+		if gen == p.gen {
+			p.opening = false
+			p.h.try()
+		}
 	})
 }
 
@@ -232,9 +250,16 @@ func (p *historyPart) finishGroup() {
 				p.bytes += len(ev)
 			}
 		}
+		if len(p.foreign.unknown) > 0 {
+			p.lookupForeign()
+		}
 		return
 	}
 	entries := p.s.decode(&rec, p.pending, events, &p.foreign, true)
+	if len(p.foreign.unknown) > 0 {
+		p.lookupForeign()
+		return
+	}
 	slices.SortFunc(entries, func(a, b *watchring.Entry) int { return int(a.Rev - b.Rev) })
 	for _, e := range p.pending {
 		p.bytes -= len(e.msg)

@@ -33,6 +33,7 @@ type part struct {
 	r     *fixedRead
 	s     *shardState
 	local int64 // 0: the newest
+	whole bool  // the range is read without its limit
 	resp  []byte
 	reply txnReply
 	err   codec.Status
@@ -91,9 +92,14 @@ func (r *fixedRead) begin() {
 func (p *part) send() {
 	c := p.r.c
 	body := c.scratch[:0]
-	body, m := codec.BeginMessage(body, txnSuccess)
-	body = p.r.op.core.plan.AppendReadOp(body, p.local)
-	body = codec.EndMessage(body, m)
+	if p.whole {
+		body = appendPlainRangeOp(body, txnSuccess, p.r.op.core.plan.Reads[0], p.local)
+	} else {
+		var m int
+		body, m = codec.BeginMessage(body, txnSuccess)
+		body = p.r.op.core.plan.AppendReadOp(body, p.local)
+		body = codec.EndMessage(body, m)
+	}
 	body = appendGet(body, txnSuccess, KeyClock, p.local)
 	if !p.r.latest {
 		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
@@ -148,6 +154,11 @@ func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
 			return
 		}
 		if anyForeign(p.reply.resps[0]) {
+			if !p.whole && r.op.core.plan.ranges[0].limit > 0 {
+				p.whole = true // keys that are taken out are made up for by others
+				p.send()
+				return
+			}
 			p.s.cleanTxn(&p.reply, r.deadline, func(resp []byte, st codec.Status) {
 				if st.Code != codec.OK {
 					r.end(st)

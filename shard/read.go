@@ -491,8 +491,8 @@ func (s *shardState) answerRead(it *readItem, parts [][]byte, hdr codec.Header) 
 
 // answerClean is answerRead when the member has shown values that somebody else wrote.
 func (s *shardState) answerClean(it readItem, parts [][]byte, hdr codec.Header) {
-	if op := it.op; op.Kind == OpRange && op.core.plan.Revision() == 0 && op.core.plan.ranges[0].limit > 0 && op.core.plan.paged() {
-		s.c.newPagedRead(op, nil).begin() // keys that are taken out are made up for by others
+	if op := it.op; op.Kind == OpRange && op.core.plan.ranges[0].limit > 0 {
+		s.c.submitList(op) // keys that are taken out are made up for by others
 		return
 	}
 	s.cleanse(parts, it.deadline, func(parts [][]byte, st codec.Status) {

@@ -101,7 +101,7 @@ func (s *shardState) openStream() {
 	s.clearPending()
 	s.held, s.holding = nil, false
 	start := max(s.rec.local+1, s.from)
-	s.foreign.rewind(start - 1)
+	s.foreign.rewind()
 	s.pos = start - 1
 	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
 }
@@ -140,6 +140,22 @@ func (s *shardState) reopen() {
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
 	s.c.after(s.c.jitter(d), func() {
+		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
+			s.openStream()
+		}
+	})
+}
+
+// lookupForeign opens the stream again when it is known what foreign values have replaced.
+func (s *shardState) lookupForeign() {
+	if s.handle != nil {
+		s.handle.Close()
+		s.handle = nil
+	}
+	s.gen++
+	gen := s.gen
+	s.c.frontierRose = true
+	s.foreign.lookup(s, func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
 			s.openStream()
 		}
@@ -277,7 +293,10 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		has = true
 	}
 	if !has {
-		s.unrecorded(local, events)
+		gen := s.gen
+		if s.unrecorded(local, events); gen != s.gen {
+			return true
+		}
 		s.pos, s.furthest = local, max(s.furthest, local)
 		s.c.leases.streamMoved(s)
 		return true
@@ -291,7 +310,9 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		}
 		return false
 	}
-	s.publish(&rec, events)
+	if !s.publish(&rec, events) {
+		return true
+	}
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
 	s.c.leases.streamMoved(s)
@@ -326,6 +347,10 @@ func (s *shardState) unrecorded(local int64, events [][]byte) {
 		if ev := s.foreign.waits(e); ev != nil {
 			s.addPending(ev, local)
 		}
+	}
+	if len(s.foreign.unknown) > 0 {
+		s.lookupForeign()
+		return
 	}
 	s.armPending()
 	s.armRewrites(fenceJitter)

@@ -58,6 +58,9 @@ type ChaosEvents struct {
 	Reset, Down, Hole, Pause, Lag, StreamHole, Crash, Expire bool
 	// Compact lets somebody else compact a member.
 	Compact bool
+	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
+	// key before a foreign put may be gone with a compaction.
+	Foreign bool
 }
 
 // ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
@@ -122,6 +125,9 @@ func ConfigOf(seed uint64) Config {
 		c.AutoCompact = shard.AutoCompact{Mode: shard.AutoCompactPeriodic, Period: ms(200, 3000)}
 	case 1:
 		c.AutoCompact = shard.AutoCompact{Mode: shard.AutoCompactRevision, Keep: int64(1 + r.IntN(60)), Every: ms(50, 1000)}
+	}
+	if c.Chaos > 0 && r.IntN(3) == 0 {
+		c.Events.Foreign, c.Events.Compact, c.AutoCompact = true, false, shard.AutoCompact{}
 	}
 	return c
 }

@@ -47,6 +47,8 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	switch k := g.IntN(103); {
 	case k >= 101:
 		return 0, &pb.WatchProgressRequest{}
+	case k == 100 && r.Events.Foreign:
+		return 0, &pb.WatchProgressRequest{}
 	case k == 100:
 		q := &pb.CompactionRequest{Revision: r.shown - int64(g.IntN(60))}
 		switch g.IntN(8) {

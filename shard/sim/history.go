@@ -19,7 +19,7 @@ func parseStamp(v []byte) (mod, create int64, user []byte, err error) {
 	}
 	mod = int64(binary.BigEndian.Uint64(v))
 	age, n := binary.Uvarint(v[8:])
-	if n <= 0 || age&1 != 0 || mod <= 0 || int64(age>>1) >= mod {
+	if n <= 0 || age&1 != 0 || mod <= 0 || mod >= 1<<56 || int64(age>>1) >= mod {
 		return 0, 0, nil, errors.New("bad stamp")
 	}
 	return mod, mod - int64(age>>1), v[8+n:], nil
@@ -95,6 +95,8 @@ type fact struct {
 	local   int64
 	// unrecorded: nobody's request; a lease that expired.
 	unrecorded bool
+	// window is the time during which the key's value was foreign, until this change; nil if it was not.
+	window *window
 }
 
 // history is what really happened.
@@ -107,9 +109,27 @@ type history struct {
 	ranges []rangeOf          // ranges of all records, ascending
 	last   int64              // the largest revision of any record
 	wait   int                // changes that still wait for a record
+	// windows are the times at which a key's value on its shard was foreign, raw those that have not ended.
+	windows []*window
+	raw     map[string]*window
+	ended   map[*Change]*window // by the delete that ended it, which waits for a record
+	visible map[string]bool     // clients see the key, what waits for a record included
+}
+
+// window is a time during which a key had a value that somebody else had put: clients saw what was there before.
+type window struct {
+	key    string
+	shard  int
+	puts   int64 // how many
+	from   int64 // local revision of the first
+	to     int64 // local revision of the change that ended it, 0 if there was none
+	after  int64 // the clock when it began
+	until  int64 // the revision of the change that ended it
+	hidden bool  // clients saw nothing
 }
 
 type rangeOf struct {
+	local       int64
 	first, last int64
 	shard       int
 	proxy       [16]byte
@@ -118,7 +138,7 @@ type rangeOf struct {
 
 // readHistory works through the clusters' logs. Whatever in them breaks a promise is an error.
 func readHistory(members []*Cluster) (*history, error) {
-	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}}
+	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}, raw: map[string]*window{}, ended: map[*Change]*window{}, visible: map[string]bool{}}
 	for i, m := range members {
 		if err := h.readShard(i, m.Log()); err != nil {
 			return nil, fmt.Errorf("shard%d: %w", i, err)
@@ -165,7 +185,26 @@ func (h *history) readShard(shard int, log []*Change) error {
 			}
 		}
 		if rec == nil {
-			waiting = append(waiting, changes...)
+			for _, c := range changes {
+				k := string(c.KV.Key)
+				w := h.raw[k]
+				switch {
+				case !c.Delete && w == nil:
+					w = &window{key: k, shard: shard, puts: 1, from: c.Main, after: clock, until: 1 << 62, hidden: !h.visible[k]}
+					h.raw[k], h.windows = w, append(h.windows, w)
+				case !c.Delete:
+					w.puts++
+				case w != nil && w.hidden:
+					h.close(w, c.Main, clock+1) // clients never saw the key
+				default:
+					if w != nil {
+						delete(h.raw, k)
+						h.ended[c] = w
+					}
+					h.visible[k] = false
+					waiting = append(waiting, c)
+				}
+			}
 			continue
 		}
 		if rec.last == 0 && clock == 0 && len(changes) == 0 {
@@ -176,7 +215,7 @@ func (h *history) readShard(shard int, log []*Change) error {
 		}
 		clock = rec.last
 		h.last = max(h.last, rec.last)
-		h.ranges = append(h.ranges, rangeOf{rec.first, rec.last, shard, rec.proxy, rec.batch})
+		h.ranges = append(h.ranges, rangeOf{group[0].Main, rec.first, rec.last, shard, rec.proxy, rec.batch})
 		for _, c := range waiting {
 			if err := h.add(shard, c, rec.first, true); err != nil {
 				return err
@@ -219,6 +258,11 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 			return fmt.Errorf("key %q has the spare revision %d", c.KV.Key, rev)
 		}
 		at = rev
+		if w := h.raw[string(c.KV.Key)]; c.Delete && w != nil && w.hidden {
+			h.close(w, c.Main, rev)
+			continue
+		}
+		h.visible[string(c.KV.Key)] = !c.Delete
 		if err := h.add(shard, c, rev, false); err != nil {
 			return err
 		}
@@ -226,9 +270,27 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 	return nil
 }
 
+// close ends a window.
+func (h *history) close(w *window, local, rev int64) {
+	w.to, w.until = local, rev
+	delete(h.raw, w.key)
+}
+
 // add puts one change into the history, and checks create revision and version.
 func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
 	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded}
+	puts := int64(0)
+	w := h.ended[c]
+	if w == nil && !unrecorded {
+		w = h.raw[f.key]
+	}
+	if w != nil {
+		f.window, puts = w, w.puts
+		w.to, w.until = c.Main, rev
+		if h.raw[f.key] == w {
+			delete(h.raw, f.key)
+		}
+	}
 	old := h.at(f.key, rev) // nothing newer is there yet: the shard's log is read in order
 	if old != nil && old.shard != shard {
 		return fmt.Errorf("key %q lies on shard%d too", f.key, old.shard)
@@ -239,9 +301,9 @@ func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
 			return fmt.Errorf("L%d: key %q was put by somebody else (%v)", c.Main, f.key, err)
 		}
 		f.value, f.create, f.version = string(user), create, c.KV.Version
-		wantCreate, wantVersion := rev, int64(1)
+		wantCreate, wantVersion := rev, 1+puts // a foreign put counts as a version
 		if old != nil {
-			wantCreate, wantVersion = old.create, old.version+1
+			wantCreate, wantVersion = old.create, old.version+1+puts
 		}
 		if create != wantCreate || f.version != wantVersion {
 			return fmt.Errorf("key %q at revision %d has create revision %d and version %d, must be %d and %d", f.key, rev, create, f.version, wantCreate, wantVersion)

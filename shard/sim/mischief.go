@@ -1,7 +1,11 @@
 package sim
 
 import (
+	"fmt"
+	"sort"
 	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"spindle/codec"
 )
@@ -90,6 +94,7 @@ func (r *Run) mischief() {
 				r.expired[expiry{int(id), c.Rev()}] = true
 			}
 		}},
+		{ev.Foreign && r.part != nil, r.foreign},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
 		r.forceCompact(w.Members[id])
@@ -101,6 +106,51 @@ func (r *Run) mischief() {
 		}
 	}
 	w.After(w.Between(0, 2*r.Chaos), r.mischief)
+}
+
+// foreign writes to a member as somebody with etcdctl does.
+func (r *Run) foreign() {
+	w := r.net
+	c := r.memberOf(r.key())
+	if c.paused {
+		return
+	}
+	t := &pb.TxnRequest{}
+	var values []string
+	used := map[string]bool{}
+	for range 1 + w.Rand.IntN(3) {
+		k := r.key()
+		if used[k] || r.memberOf(k) != c {
+			continue
+		}
+		used[k] = true
+		if w.Chance(0.3) {
+			t.Success = append(t.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestDeleteRange{RequestDeleteRange: &pb.DeleteRangeRequest{Key: []byte(k)}}})
+			continue
+		}
+		v := fmt.Sprintf("foreign.%d", len(r.foreigns)+len(values))
+		if w.Chance(0.3) {
+			v = fmt.Sprintf("f%d", len(r.foreigns)+len(values)) // shorter than any stamp
+		}
+		values = append(values, v)
+		t.Success = append(t.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: []byte(v)}}})
+	}
+	before := c.Rev()
+	if _, st := c.Txn(t); st.Code != codec.OK || c.Rev() == before {
+		return
+	}
+	for _, v := range values {
+		r.foreigns[v] = true
+	}
+	w.tracef("%s: somebody writes %v at L%d", c, t.Success, c.Rev())
+	r.expired[expiry{int(c.ID), c.Rev()}] = true
+}
+
+// memberOf returns the cluster on which key lies.
+func (r *Run) memberOf(key string) *Cluster {
+	ms := append([]*Cluster(nil), r.net.Members...)
+	sort.Slice(ms, func(i, j int) bool { return string(mapIdentity(ms[i])) < string(mapIdentity(ms[j])) })
+	return ms[r.part.ShardOf([]byte(key))]
 }
 
 // forceCompact compacts a member behind the proxies' backs.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -41,6 +42,10 @@ type Etcd struct {
 	// AutoLease, if set, gives the lease that a put of this key is attached to although the put names
 	// none, as if the cluster's clients had: keys that may expire must carry a lease.
 	AutoLease func(key []byte) int64
+	// Now and After are the clock by which leases expire; without them none does. OnExpire is told of each.
+	Now      func() int64
+	After    func(time.Duration, func())
+	OnExpire func(id int64)
 	// OnChange is called after every change of the revision.
 	OnChange func()
 
@@ -50,7 +55,9 @@ type Etcd struct {
 	keys    []string
 	hist    map[string][]*Change
 	log     []*Change // everything that ever happened, kept also behind a compaction
-	leases  map[int64]bool
+	leases  map[int64]*lease
+
+	nextLease int64
 }
 
 // NewEtcd makes an empty cluster at revision 1.
@@ -60,7 +67,7 @@ func NewEtcd(clusterID uint64) *Etcd {
 		MaxTxnOps: defaultMaxTxnOps, MaxRequestBytes: defaultMaxRequestBytes, Version: "3.6.0",
 		rev: 1, compact: -1,
 		hist:   map[string][]*Change{},
-		leases: map[int64]bool{},
+		leases: map[int64]*lease{},
 	}
 }
 
@@ -117,7 +124,7 @@ func (e *Etcd) Serve(m codec.Method, req []byte) ([]byte, codec.Status) {
 			}, codec.Status{}
 		})
 	}
-	return nil, codec.Status{Code: codec.Unimplemented, Msg: "unknown method"}
+	return e.serveLease(m, req)
 }
 
 // serve decodes req into r, answers, and encodes the answer.
@@ -183,24 +190,6 @@ func (e *Etcd) Put(r *pb.PutRequest) (*pb.PutResponse, codec.Status) {
 	p := resp.Responses[0].GetResponsePut()
 	e.fill(p.Header)
 	return p, st
-}
-
-// Grant makes a lease known.
-func (e *Etcd) Grant(id int64) { e.leases[id] = true }
-
-// Revoke ends a lease: its keys go in one revision, as in etcd, without anything else.
-func (e *Etcd) Revoke(id int64) {
-	if !e.leases[id] {
-		return
-	}
-	delete(e.leases, id)
-	var keys []string
-	for _, k := range e.keys {
-		if c := e.at([]byte(k), e.rev); c != nil && c.KV.Lease == id {
-			keys = append(keys, k)
-		}
-	}
-	e.Expire(keys...)
 }
 
 // Expire deletes those of keys that exist, all in one revision, as the end of a lease does.

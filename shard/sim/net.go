@@ -139,6 +139,7 @@ type Cluster struct {
 func newCluster(w *Net, id codec.ClusterID, clusterID uint64) *Cluster {
 	c := &Cluster{Etcd: NewEtcd(clusterID), ID: id, net: w}
 	c.OnChange = c.changed
+	c.clock()
 	return c
 }
 
@@ -147,6 +148,14 @@ func (c *Cluster) String() string {
 		return "coord"
 	}
 	return fmt.Sprintf("shard%d", c.ID)
+}
+
+// clock lets leases expire by the clock of the world, while the cluster has a quorum.
+func (c *Cluster) clock() {
+	c.Now = c.net.Now
+	c.After = func(d time.Duration, f func()) {
+		c.net.After(d, func() { c.arrive(f) })
+	}
 }
 
 // Pause stops the cluster: requests that arrive wait, and are applied, in some order, by Resume.
@@ -170,6 +179,7 @@ func (c *Cluster) Wipe(clusterID uint64) {
 	c.Etcd = NewEtcd(clusterID)
 	c.MaxTxnOps, c.MaxRequestBytes = old.MaxTxnOps, old.MaxRequestBytes
 	c.OnChange = c.changed
+	c.clock()
 	for _, s := range append([]*stream(nil), c.streams...) {
 		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: cluster is gone"})
 	}

@@ -38,6 +38,7 @@ type Run struct {
 	compacted int64
 	shown     int64 // the largest revision that any client was shown
 	expired   map[expiry]bool
+	foreigns  map[string]bool // values that somebody else put
 	part      *shard.Partition
 	follows   []*follower
 	viewers   []*viewer
@@ -72,7 +73,7 @@ type expiry struct {
 
 // Go runs a configuration to its end, and checks it.
 func Go(cfg Config) (Stats, error) {
-	r := &Run{Config: cfg, expired: map[expiry]bool{}}
+	r := &Run{Config: cfg, expired: map[expiry]bool{}, foreigns: map[string]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
 	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
 	for _, m := range r.net.Members {

@@ -130,7 +130,7 @@ func (e *Etcd) checkTxn(r *pb.TxnRequest, b *branch) codec.Status {
 }
 
 func (e *Etcd) checkPut(p *pb.PutRequest) codec.Status {
-	if p.Lease != 0 && !e.leases[p.Lease] {
+	if p.Lease != 0 && e.leases[p.Lease] == nil {
 		return codec.ErrLeaseNotFound
 	}
 	if (p.IgnoreValue || p.IgnoreLease) && e.at(p.Key, e.rev) == nil {
