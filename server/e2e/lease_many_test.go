@@ -21,7 +21,7 @@ const (
 	manyLeases      = 2000
 	manyLeaseGrants = 64 // at a time
 	// manyLeaseTime is what each lease may take to be granted and get its key: they all end when that time is over.
-	manyLeaseTime  = 4 * time.Millisecond
+	manyLeaseTime  = 3 * time.Millisecond
 	manyLeaseFixed = 10 * time.Second
 	// lagEvery is the pause between the writes whose way to a watch is measured.
 	lagEvery = 10 * time.Millisecond
