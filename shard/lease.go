@@ -111,8 +111,15 @@ func (s *shardState) ask(m codec.Method, req []byte, deadline int64, done func(r
 	(&memberCall{s: s, m: m, req: req, deadline: deadline, done: done}).send()
 }
 
+// askOnce is ask for what must not be sent a second time unless no server has seen the first one. With unknown set
+// its outcome was not learned.
+func (s *shardState) askOnce(m codec.Method, req []byte, deadline int64, done func(resp []byte, st codec.Status, unknown bool)) {
+	(&memberCall{s: s, m: m, req: req, deadline: deadline, once: true, done: done}).send()
+}
+
 type memberCall struct {
 	s        *shardState
+	once     bool
 	m        codec.Method
 	req      []byte
 	deadline int64
@@ -146,7 +153,11 @@ func (q *memberCall) Complete(resp []byte, st codec.Status, sent bool) {
 		q.done(resp, st, q.unknown)
 		return
 	}
-	q.unknown = q.unknown || sent
+	q.unknown = q.unknown || sent && st != codec.ErrTooManyRequests
+	if q.once && q.unknown {
+		q.done(nil, codec.ErrTimeout, true)
+		return
+	}
 	d := min(retryDelay<<min(q.tries, 4), maxRetryDelay)
 	q.tries++
 	c.after(c.jitter(d), q.send)

@@ -10,7 +10,6 @@ type leaseGrant struct {
 	ttl      int64
 	chosen   bool // X is Spindle's choice
 	deadline int64
-	tries    int
 
 	granted int64 // the TTL that home gave
 	now     int64
@@ -47,26 +46,26 @@ func (g *leaseGrant) part(st codec.Status) {
 	g.c.finish(g.op, g.st)
 }
 
-// begin draws an ID for the members and grants it at home. An ID is never used twice.
+// begin draws an ID for the members and grants it at home. An ID is never used twice, and what makes a lease or
+// its marker is sent once for each: a copy that comes late would bring back a lease that was revoked meanwhile. So
+// an outcome that was not learned means another ID.
 func (g *leaseGrant) begin() {
 	c := g.c
 	until := g.deadline
 	if g.chosen {
-		g.m = c.drawLease()
+		g.m = c.drawLease(g.x)
 		g.x = g.m
 		// Another home may answer when this one does not.
 		until = min(until, c.cfg.Now()+int64(c.cfg.ShardTimeout/3))
 	} else {
 		g.m = c.drawAlias(g.x)
 	}
-	c.home(g.x).ask(codec.MethodLeaseGrant, grantRequest(g.m, g.ttl), until, func(resp []byte, st codec.Status, unknown bool) {
+	c.home(g.x).askOnce(codec.MethodLeaseGrant, grantRequest(g.m, g.ttl), until, func(resp []byte, st codec.Status, unknown bool) {
 		switch {
 		case st.Code == codec.OK:
 			g.granted = parseLeaseReply(resp).ttl
 			g.mark(until)
-		case st == codec.ErrLeaseExist && unknown: // our own, whose reply was lost
-			g.lookUp(until)
-		case st == codec.ErrLeaseExist, st == codec.ErrTimeout:
+		case unknown, st == codec.ErrLeaseExist, st == codec.ErrTimeout:
 			g.again(st)
 		default:
 			g.part(st)
@@ -77,63 +76,76 @@ func (g *leaseGrant) begin() {
 // again begins with another ID, if there is time.
 func (g *leaseGrant) again(st codec.Status) {
 	c := g.c
-	if g.tries++; g.done || c.cfg.Now() >= g.deadline {
+	if g.done {
+		return
+	}
+	if c.cfg.Now() >= g.deadline {
 		g.part(st)
 		return
 	}
 	c.after(c.jitter(retryDelay), g.begin)
 }
 
-// lookUp asks for the TTL that home gave when it was not heard.
-func (g *leaseGrant) lookUp(until int64) {
-	g.c.home(g.x).ask(codec.MethodLeaseTimeToLive, timeToLiveRequest(g.m, false), until, func(resp []byte, st codec.Status, _ bool) {
-		r := parseLeaseReply(resp)
-		if st.Code != codec.OK || r.ttl < 0 {
-			g.again(codec.ErrTimeout)
-			return
-		}
-		g.granted = r.granted
-		g.mark(until)
-	})
-}
-
 // mark puts the marker.
 func (g *leaseGrant) mark(until int64) {
-	c := g.c
-	home := c.home(g.x)
-	home.ask(codec.MethodTxn, createLeaseKey(g.x, g.m), until, func(resp []byte, st codec.Status, _ bool) {
-		if st == codec.ErrTimeout || st == codec.ErrLeaseNotFound { // not found: its TTL was short, and is over
+	home := g.c.home(g.x)
+	home.askOnce(codec.MethodTxn, createLeaseKey(g.x, g.m), until, func(resp []byte, st codec.Status, unknown bool) {
+		switch {
+		case unknown:
+			g.settle()
+			return
+		case st == codec.ErrTimeout, st == codec.ErrLeaseNotFound: // not found: its TTL was short, and is over
 			g.again(codec.ErrTimeout)
 			return
-		}
-		if st.Code != codec.OK {
+		case st.Code != codec.OK:
 			g.part(st)
 			return
 		}
 		t, ok := parseTxnReply(resp, nil)
-		if ok && !t.succeeded && len(t.resps) == 1 {
-			kv, _ := firstKV(t.resps[0])
-			if kv.Lease != g.m { // somebody else's
-				c.leases.revokeLater(home, g.m)
-				g.part(codec.ErrLeaseExist)
-				return
-			}
-			t.rev = kv.CreateRevision
-		}
-		if !ok {
+		switch {
+		case !ok:
 			g.part(errMemberReply)
-			return
+		case t.succeeded:
+			g.marked(t.rev)
+		default:
+			g.c.leases.revokeLater(home, g.m)
+			g.part(codec.ErrLeaseExist)
 		}
-		c.leases.table.learn(g.x, g.m, home.idx, t.rev)
-		g.part(codec.Status{})
 	})
 }
 
-// drawLease draws an ID for a lease that Spindle chooses: its home has a connection if any has.
-func (c *Core) drawLease() (id int64) {
+// settle finds out whether the marker was put. If not, M is ended first, so that the marker does not come late.
+func (g *leaseGrant) settle() {
+	g.c.readMarker(g.x, g.deadline, func(kv codec.KV, mk LeaseMarker, found bool, st codec.Status) {
+		switch {
+		case st.Code != codec.OK:
+			g.part(st)
+		case found && mk.Member == g.m:
+			g.marked(kv.CreateRevision)
+		default:
+			g.c.home(g.x).ask(codec.MethodLeaseRevoke, revokeRequest(g.m), g.deadline, func(_ []byte, st codec.Status, _ bool) {
+				if st.Code != codec.OK && st != codec.ErrLeaseNotFound {
+					g.part(st)
+					return
+				}
+				g.again(codec.ErrTimeout)
+			})
+		}
+	})
+}
+
+func (g *leaseGrant) marked(create int64) {
+	g.c.leases.table.learn(g.x, g.m, g.c.part.HomeOf(g.x), create)
+	g.part(codec.Status{})
+}
+
+// drawLease draws an ID for a lease that Spindle chooses: its home has a connection if any has, and is not that of
+// last, which did not answer (0: none).
+func (c *Core) drawLease(last int64) (id int64) {
 	for range maxHomeDraws {
 		id = c.cfg.Rand.Int64N(aliasBit-1) + 1
-		if c.connected(c.part.HomeOf(id)) {
+		home := c.part.HomeOf(id)
+		if c.connected(home) && (last == 0 || len(c.shards) == 1 || home != c.part.HomeOf(last)) {
 			break
 		}
 	}
