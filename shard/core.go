@@ -71,6 +71,10 @@ type Sabotage struct {
 	RetickWithoutLooking bool
 	// FrontierIgnoresRanges moves the frontier to N whatever ranges are open.
 	FrontierIgnoresRanges bool
+	// UnrecordedBehind gives what has no record the revision of the record before.
+	UnrecordedBehind bool
+	// KeepCopies does not revoke the copies of a lease that ended.
+	KeepCopies bool
 	// HistoryAhead lets a read of the past go on before every shard's stream has come there.
 	HistoryAhead bool
 }

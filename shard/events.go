@@ -34,8 +34,12 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 		size += len(e) + 2*codec.MaxKVHeader
 	}
 	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes)}
+	first := rec.First
+	if s.c.cfg.Sabotage.UnrecordedBehind {
+		first = max(s.rec.last, 1)
+	}
 	for _, p := range pending {
-		e.add(rec.First, p.msg, rec)
+		e.add(first, p.msg, rec)
 	}
 	for _, ev := range events {
 		e.add(0, ev, rec)
@@ -124,10 +128,11 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 	dst = codec.EndMessage(dst, m)
 	noPrev := len(dst) - start
 	if prev.Key != nil {
-		if e.foreign.missing(&local, &prev) {
+		ok := unstamp(&prev)
+		if !ok && e.foreign.missing(&local, &prev) {
 			return
 		}
-		if unstamp(&prev) {
+		if ok {
 			dst, m = codec.BeginMessage(dst, 3)
 			dst = codec.AppendKV(dst, &prev)
 			dst = codec.EndMessage(dst, m)

@@ -257,6 +257,7 @@ func (s *shardState) rewriteSome() {
 			keys = append(keys, k)
 		}
 	}
+	keys = slices.DeleteFunc(keys, s.misplaced)
 	slices.Sort(keys)
 	for _, k := range keys[:min(len(keys), maxRewrites-len(s.rewrites))] {
 		r := &rewrite{s: s, key: k, local: s.found[k]}
@@ -266,6 +267,23 @@ func (s *shardState) rewriteSome() {
 		s.rewrites[k] = r
 		r.read()
 	}
+}
+
+// misplaced reports whether a foreign value lies on a shard that its key does not belong to. It is never shown, and
+// left where it is.
+func (s *shardState) misplaced(key string) bool {
+	if s.c.part.ShardOf([]byte(key)) == s.idx {
+		return false
+	}
+	if is, ok := s.foreign.keys[key]; ok {
+		is.tried = true
+		s.foreign.keys[key] = is
+	}
+	if _, ok := s.found[key]; !ok { // said already when it was put
+		s.c.log.Error("somebody put a key on a member cluster where it does not belong; it is not shown, delete it there", "shard", s.name, "key", key)
+	}
+	delete(s.found, key)
+	return true
 }
 
 // rewrite puts one foreign value again, with a stamp.
@@ -389,4 +407,6 @@ func (p *Plan) decideRewrite(local int64, create Create) {
 	slot := &p.PutSlots[0]
 	slot.runs, slot.fresh, slot.Known, slot.Guard = true, create.Meta == 0, true, false
 	slot.Create = create
+	// It keeps the member's lease, which is there as long as the guard holds.
+	slot.lease, slot.member, p.leases = 0, p.ops[0].lease, p.leases[:0]
 }

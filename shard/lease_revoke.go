@@ -123,6 +123,9 @@ func (r *leaseRevoke) markerGone(holders []int) {
 		return
 	}
 	r.seen = true
+	if r.c.cfg.Sabotage.KeepCopies {
+		return
+	}
 	for _, i := range holders {
 		if i < len(r.c.shards) && i != r.home.idx {
 			r.waiting++
@@ -134,7 +137,7 @@ func (r *leaseRevoke) markerGone(holders []int) {
 // revokeLater revokes M on s a random moment later, unless the stream shows meanwhile that somebody did.
 func (l *leases) revokeLater(s *shardState, m int64) {
 	q := &s.lease
-	if _, twice := q.queued[m]; twice || l.c.state != stateReady {
+	if _, twice := q.queued[m]; twice || l.c.state != stateReady || l.c.cfg.Sabotage.KeepCopies {
 		return
 	}
 	if len(q.queue) >= maxQueuedRevokes {

@@ -3,6 +3,7 @@ package sim
 import (
 	"encoding/binary"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,6 +27,24 @@ func TestItBites(t *testing.T) {
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
+		{"events without a record have the revision of the record before", func(c *Config) {
+			c.Sabotage = shard.Sabotage{UnrecordedBehind: true}
+		}},
+		{"copies of leases not revoked", func(c *Config) {
+			c.Sabotage, c.Leases, c.Shards = shard.Sabotage{KeepCopies: true}, true, 3
+		}},
+		{"guards on leases lost", func(c *Config) {
+			// A proxy whose stream lags believes in the lease that had the ID before.
+			c.Leases, c.Shards, c.Proxies, c.Keys, c.Clients, c.Ops, c.Pad = true, 2, 2, 4, 4, 80, 0
+			c.Faults, c.Think, c.Chaos, c.Events = Faults{}, 5*time.Millisecond, 20*time.Millisecond, ChaosEvents{Lag: true, StreamHole: true}
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to >= 0 && writesClock(q) {
+					for _, o := range q.Success {
+						dropLeaseGuards(o.GetRequestTxn())
+					}
+				}
+			})
+		}},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
@@ -117,6 +136,16 @@ func dropCreates(q *pb.TxnRequest) {
 	q.Compare = slices.DeleteFunc(q.Compare, func(c *pb.Compare) bool { return c.Target == pb.Compare_CREATE })
 	for _, o := range q.Success {
 		dropCreates(o.GetRequestTxn())
+	}
+}
+
+func dropLeaseGuards(q *pb.TxnRequest) {
+	if q == nil {
+		return
+	}
+	q.Compare = slices.DeleteFunc(q.Compare, func(c *pb.Compare) bool { return strings.HasPrefix(string(c.Key), shard.KeyLeases) })
+	for _, o := range q.Success {
+		dropLeaseGuards(o.GetRequestTxn())
 	}
 }
 

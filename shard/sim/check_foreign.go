@@ -18,6 +18,28 @@ func (c *checker) meets(fits func(*window) bool) bool {
 	return false
 }
 
+// hidden reports whether the range may hold, at a revision, a key that is on the member and that clients do not see.
+func (c *checker) hidden(q *pb.RangeRequest, at int64) bool {
+	return c.meets(func(w *window) bool {
+		return w.hidden && w.after <= at && w.until >= at && within(w.key, string(q.Key), string(q.RangeEnd))
+	})
+}
+
+// countsHidden reports whether a Txn has a range of the past whose count may have such a key.
+func (c *checker) countsHidden(t *pb.TxnRequest) bool {
+	for _, ops := range [][]*pb.RequestOp{t.Success, t.Failure} {
+		for _, o := range ops {
+			if q := o.GetRequestRange(); q != nil && q.Revision > 0 && (q.CountOnly || q.Limit > 0) && c.hidden(q, q.Revision) {
+				return true
+			}
+			if n := o.GetRequestTxn(); n != nil && c.countsHidden(n) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // metForeign reports whether a request that went to a shard in a batch touched a key whose value was foreign
 // then.
 func (c *checker) metForeign(o *op) bool { return c.metForeignAt(o, o.rev) }
@@ -33,6 +55,25 @@ func (c *checker) metForeignAt(o *op, rev int64) bool {
 		return c.meets(func(w *window) bool {
 			return w.shard == r.shard && w.from < r.local && (w.to == 0 || w.to >= r.local) && mentions(o.req, w.key)
 		})
+	}
+	return false
+}
+
+// mayMissDelete reports whether o may have overtaken a batch in flight that gives a revision to the delete of a
+// key without a lease, by somebody else: such a read may miss it.
+func (c *checker) mayMissDelete(o *op) bool {
+	if !c.r.Events.Foreign {
+		return false
+	}
+	for _, r := range c.h.ranges {
+		if r.first > o.rev || r.at < o.begin {
+			continue
+		}
+		for _, f := range c.h.byRev[r.first] {
+			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) {
+				return true
+			}
+		}
 	}
 	return false
 }

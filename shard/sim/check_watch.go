@@ -72,7 +72,7 @@ func (c *checker) event(f *fact) *mvccpb.Event {
 }
 
 func (f *fact) kv() *mvccpb.KeyValue {
-	return &mvccpb.KeyValue{Key: []byte(f.key), CreateRevision: f.create, ModRevision: f.rev, Version: f.version, Value: []byte(f.value), Lease: leaseOf([]byte(f.key))}
+	return &mvccpb.KeyValue{Key: []byte(f.key), CreateRevision: f.create, ModRevision: f.rev, Version: f.version, Value: []byte(f.value), Lease: f.lease}
 }
 
 // compactedFor reports whether o may be told that what it asks for has been compacted.

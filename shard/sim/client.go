@@ -47,7 +47,7 @@ func (o *op) unknown() bool {
 		return true
 	}
 	switch o.st.Code {
-	case codec.OK, codec.InvalidArgument, codec.NotFound, codec.OutOfRange, codec.FailedPrecondition:
+	case codec.OK, codec.InvalidArgument, codec.NotFound, codec.OutOfRange, codec.FailedPrecondition, codec.AlreadyExists:
 		return false
 	}
 	return true
@@ -230,6 +230,16 @@ func answerOf(req proto.Message) proto.Message {
 		return &pb.DeleteRangeResponse{}
 	case *pb.CompactionRequest:
 		return &pb.CompactionResponse{}
+	case *pb.LeaseGrantRequest:
+		return &pb.LeaseGrantResponse{}
+	case *pb.LeaseRevokeRequest:
+		return &pb.LeaseRevokeResponse{}
+	case *pb.LeaseKeepAliveRequest:
+		return &pb.LeaseKeepAliveResponse{}
+	case *pb.LeaseTimeToLiveRequest:
+		return &pb.LeaseTimeToLiveResponse{}
+	case *pb.LeaseLeasesRequest:
+		return &pb.LeaseLeasesResponse{}
 	}
 	return &pb.TxnResponse{}
 }
@@ -251,6 +261,8 @@ func (c *client) learn(o *op) {
 		}
 	}
 	switch v := o.resp.(type) {
+	case *pb.LeaseGrantResponse:
+		c.p.r.leaseIDs = append(c.p.r.leaseIDs, v.ID)
 	case *pb.RangeResponse:
 		see(v)
 		if q := o.req.(*pb.RangeRequest); len(q.RangeEnd) == 0 && len(v.Kvs) == 0 && !q.CountOnly {

@@ -40,6 +40,8 @@ type Config struct {
 	// PageKeys and ChunkBytes make the pages and chunks of lists small.
 	PageKeys, ChunkBytes int
 
+	// Leases lets clients grant, keep, revoke and use leases.
+	Leases bool
 	// Ranges gives the proxies a range map; without it keys are hashed.
 	Ranges bool
 	// AutoCompact is what the proxies compact by themselves.
@@ -129,6 +131,7 @@ func ConfigOf(seed uint64) Config {
 	if c.Chaos > 0 && r.IntN(3) == 0 {
 		c.Events.Foreign, c.Events.Compact, c.AutoCompact = true, false, shard.AutoCompact{}
 	}
+	c.Leases = r.IntN(3) == 0
 	return c
 }
 

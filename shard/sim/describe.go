@@ -39,7 +39,7 @@ func describeValue(key, v []byte) string {
 		}
 		return fmt.Sprintf("%x", v)
 	}
-	if mod, create, user, err := parseStamp(v); err == nil {
+	if mod, create, _, user, err := parseStamp(v); err == nil {
 		return fmt.Sprintf("%s@%d/%d", user, mod, create)
 	}
 	return fmt.Sprintf("%.40q", v)

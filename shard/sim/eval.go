@@ -82,7 +82,14 @@ func (v *view) eval(req proto.Message) proto.Message {
 		resp := &pb.PutResponse{}
 		old := v.at(string(q.Key))
 		f := &fact{rev: v.rev, key: string(q.Key), value: string(q.Value), create: v.rev, version: 1}
+		f.lease = q.Lease
+		if q.Lease == 0 {
+			f.lease = leaseOf(q.Key)
+		}
 		if old != nil {
+			if q.IgnoreLease {
+				f.lease = old.lease
+			}
 			f.create, f.version = old.create, old.version+1
 			if q.PrevKv {
 				resp.PrevKv = old.kv()

@@ -33,7 +33,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 		mod = kv.ModRevision
 	}
 	put := func(k string) *pb.RequestOp {
-		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(6) == 0}}}
+		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(6) == 0, Lease: c.someLease(g)}}}
 	}
 	get := func(k string) *pb.RequestOp {
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte(k)}}}
@@ -43,6 +43,9 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	}
 	modIs := func(k string, m int64) *pb.Compare {
 		return &pb.Compare{Key: []byte(k), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{ModRevision: m}}
+	}
+	if r.Leases && g.IntN(6) == 0 {
+		return c.leaseOp(g)
 	}
 	switch k := g.IntN(103); {
 	case k >= 101:
@@ -59,7 +62,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 		}
 		return shard.OpCompact, q
 	case k < 12:
-		return shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: value(), PrevKv: g.IntN(4) == 0}
+		return shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: value(), PrevKv: g.IntN(4) == 0, Lease: c.someLease(g)}
 	case k < 26:
 		q := &pb.RangeRequest{Key: []byte(key)}
 		switch g.IntN(12) {
@@ -181,6 +184,8 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 				p := &pb.PutRequest{Key: []byte(k), Value: value(), PrevKv: g.IntN(4) == 0}
 				if g.IntN(8) == 0 {
 					p.IgnoreLease = true
+				} else {
+					p.Lease = c.someLease(g)
 				}
 				ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: p}})
 			case n < 4 && !used[k]:

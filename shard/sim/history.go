@@ -13,16 +13,28 @@ import (
 const keyClock = "\x00clock"
 
 // parseStamp splits a stored value. (A simulation never moves keys: extensions are not read.)
-func parseStamp(v []byte) (mod, create int64, user []byte, err error) {
+func parseStamp(v []byte) (mod, create, lease int64, user []byte, err error) {
 	if len(v) < 9 {
-		return 0, 0, nil, errors.New("no stamp")
+		return 0, 0, 0, nil, errors.New("no stamp")
 	}
 	mod = int64(binary.BigEndian.Uint64(v))
 	age, n := binary.Uvarint(v[8:])
-	if n <= 0 || age&1 != 0 || mod <= 0 || mod >= 1<<56 || int64(age>>1) >= mod {
-		return 0, 0, nil, errors.New("bad stamp")
+	if n <= 0 || mod <= 0 || mod >= 1<<56 || int64(age>>1) >= mod {
+		return 0, 0, 0, nil, errors.New("bad stamp")
 	}
-	return mod, mod - int64(age>>1), v[8+n:], nil
+	v = v[8+n:]
+	if age&1 != 0 { // the only extension of a run: the client's ID of a lease
+		size, k := binary.Uvarint(v)
+		if k <= 0 || size < 2 || size > uint64(len(v)-k) || v[k] != 2 {
+			return 0, 0, 0, nil, errors.New("bad extension")
+		}
+		id, m := binary.Uvarint(v[k+1:])
+		if m <= 0 || 1+m != int(size) {
+			return 0, 0, 0, nil, errors.New("bad extension")
+		}
+		lease, v = int64(id), v[k+int(size):]
+	}
+	return mod, mod - int64(age>>1), lease, v, nil
 }
 
 type record struct {
@@ -95,6 +107,9 @@ type fact struct {
 	local   int64
 	// unrecorded: nobody's request; a lease that expired.
 	unrecorded bool
+	lease      int64 // as clients know it
+	member     int64 // as the member knows it
+	at         int64 // virtual ns
 	// window is the time during which the key's value was foreign, until this change; nil if it was not.
 	window *window
 }
@@ -129,7 +144,7 @@ type window struct {
 }
 
 type rangeOf struct {
-	local       int64
+	local, at   int64 // local revision of the record, and when it was written
 	first, last int64
 	shard       int
 	proxy       [16]byte
@@ -160,6 +175,7 @@ func readHistory(members []*Cluster) (*history, error) {
 
 func (h *history) readShard(shard int, log []*Change) error {
 	var waiting []*Change
+	var closing []*window // until the next record
 	clock := int64(0)
 	for len(log) > 0 {
 		n := 1
@@ -195,7 +211,8 @@ func (h *history) readShard(shard int, log []*Change) error {
 				case !c.Delete:
 					w.puts++
 				case w != nil && w.hidden:
-					h.close(w, c.Main, clock+1) // clients never saw the key
+					h.close(w, c.Main, 1<<62) // clients never saw the key
+					closing = append(closing, w)
 				default:
 					if w != nil {
 						delete(h.raw, k)
@@ -214,8 +231,12 @@ func (h *history) readShard(shard int, log []*Change) error {
 			return fmt.Errorf("L%d: a record of %d..%d follows the clock %d", group[0].Main, rec.first, rec.last, clock)
 		}
 		clock = rec.last
+		for _, w := range closing {
+			w.until = rec.first
+		}
+		closing = nil
 		h.last = max(h.last, rec.last)
-		h.ranges = append(h.ranges, rangeOf{group[0].Main, rec.first, rec.last, shard, rec.proxy, rec.batch})
+		h.ranges = append(h.ranges, rangeOf{group[0].Main, group[0].At, rec.first, rec.last, shard, rec.proxy, rec.batch})
 		for _, c := range waiting {
 			if err := h.add(shard, c, rec.first, true); err != nil {
 				return err
@@ -245,7 +266,7 @@ func (h *history) readBatch(shard int, rec *record, changes []*Change) error {
 				return fmt.Errorf("the delete of %q is in no record", c.KV.Key)
 			}
 		} else {
-			mod, _, _, err := parseStamp(c.KV.Value)
+			mod, _, _, _, err := parseStamp(c.KV.Value)
 			if err != nil {
 				return fmt.Errorf("key %q: %w", c.KV.Key, err)
 			}
@@ -278,7 +299,7 @@ func (h *history) close(w *window, local, rev int64) {
 
 // add puts one change into the history, and checks create revision and version.
 func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
-	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded}
+	f := &fact{rev: rev, shard: shard, key: string(c.KV.Key), delete: c.Delete, local: c.Main, unrecorded: unrecorded, at: c.At}
 	puts := int64(0)
 	w := h.ended[c]
 	if w == nil && !unrecorded {
@@ -296,11 +317,14 @@ func (h *history) add(shard int, c *Change, rev int64, unrecorded bool) error {
 		return fmt.Errorf("key %q lies on shard%d too", f.key, old.shard)
 	}
 	if !c.Delete {
-		_, create, user, err := parseStamp(c.KV.Value)
+		_, create, lease, user, err := parseStamp(c.KV.Value)
 		if err != nil || unrecorded {
 			return fmt.Errorf("L%d: key %q was put by somebody else (%v)", c.Main, f.key, err)
 		}
-		f.value, f.create, f.version = string(user), create, c.KV.Version
+		f.value, f.create, f.version, f.lease, f.member = string(user), create, c.KV.Version, lease, c.KV.Lease
+		if lease == 0 {
+			f.lease = c.KV.Lease
+		}
 		wantCreate, wantVersion := rev, 1+puts // a foreign put counts as a version
 		if old != nil {
 			wantCreate, wantVersion = old.create, old.version+1+puts

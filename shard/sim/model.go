@@ -25,6 +25,7 @@ type Change struct {
 	Main, Sub int64
 	Delete    bool
 	KV        *mvccpb.KeyValue // of a delete: key and mod revision only
+	At        int64            // virtual ns, where there is a clock
 }
 
 // Etcd is a modelled etcd cluster: one key space with its whole history. Requests come in and answers go
@@ -268,6 +269,9 @@ func (e *Etcd) existing(key, end []byte, rev int64) []*mvccpb.KeyValue {
 }
 
 func (e *Etcd) add(c *Change) {
+	if e.Now != nil {
+		c.At = e.Now()
+	}
 	key := string(c.KV.Key)
 	if _, ok := e.hist[key]; !ok {
 		i := sort.SearchStrings(e.keys, key)

@@ -38,6 +38,7 @@ type Run struct {
 	compacted int64
 	shown     int64 // the largest revision that any client was shown
 	expired   map[expiry]bool
+	leaseIDs  []int64         // that clients were given
 	foreigns  map[string]bool // values that somebody else put
 	part      *shard.Partition
 	follows   []*follower
@@ -51,6 +52,8 @@ type Stats struct {
 	Events, Ops, OK, Unknown, Crashes, Failures, Lapped, Facts, Compactions int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
+	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
+	Leased, Ended int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.
@@ -283,6 +286,10 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.Rereads += b.Rereads
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
+	a.LeaseAttaches += b.LeaseAttaches
+	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
+	a.LeaseReconciliations += b.LeaseReconciliations
+	a.LeaseOrphans += b.LeaseOrphans
 	return a
 }
 

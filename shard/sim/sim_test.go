@@ -103,6 +103,8 @@ func TestSimulation(t *testing.T) {
 		sum.Streams += stats.Streams
 		sum.Chunks += stats.Chunks
 		sum.Canceled += stats.Canceled
+		sum.Leased += stats.Leased
+		sum.Ended += stats.Ended
 		sum.Histories += stats.Histories
 		sum.PastEntries += stats.PastEntries
 		sum.Slowest = max(sum.Slowest, stats.Slowest)
