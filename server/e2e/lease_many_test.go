@@ -135,10 +135,10 @@ func TestManyLeasesExpire(t *testing.T) {
 			ttl := int64(time.Until(end)/time.Second) + 1
 			g, err := s.l.LeaseGrant(ctx, &pb.LeaseGrantRequest{TTL: max(ttl, 2)})
 			if err != nil {
-				return fmt.Errorf("grant: %w", err)
+				return fmt.Errorf("grant %d: %w", i, err)
 			}
 			if _, err := s.kv.Put(ctx, &pb.PutRequest{Key: fmt.Appendf(nil, "many/%06d", i), Value: []byte("v"), Lease: g.ID}); err != nil {
-				return fmt.Errorf("put: %w", err)
+				return fmt.Errorf("put %d: %w", i, err)
 			}
 		}
 	})
