@@ -8,14 +8,30 @@ import (
 
 // This file keeps leases alive: one stream for each home, and for each lease one request under way, which
 // answers all who asked meanwhile.
+//
+// A member answers a stream's requests in order, and etcd answers for a lease whose time is over only once it has
+// been revoked, which can take long when many leases end at once. So that such a lease holds nobody up, what stands
+// behind it goes to a new stream.
 
-// keeper is the KeepAlive stream to one home.
+// maxStalledKeepers bounds the streams to one home that wait for one such lease each. With one more the oldest is
+// given up, and who asked for its lease gets a timeout.
+const maxStalledKeepers = 16
+
+// keeper is the KeepAlive streams to one home.
 type keeper struct {
-	handle  codec.WatchHandle
-	gen     uint64 // of the stream: a sink of an older one is ignored
-	reopens int    // in a row, without a message
-	opening bool
-	waiting map[int64]*keepAlive // by M
+	cur     *keeperStream // nil while there is none
+	stalled []*keeperStream
+	unsent  []*keepAlive // wait for a stream
+	reopens int          // in a row, without a message
+	opening bool         // between two streams
+}
+
+// keeperStream is one stream. It is the sink of its messages.
+type keeperStream struct {
+	s      *shardState
+	handle codec.WatchHandle
+	sent   []*keepAlive // without an answer, in order
+	closed bool
 }
 
 // keepAlive is one lease that is being kept alive.
@@ -26,7 +42,8 @@ type keepAlive struct {
 	asked    []*Op
 	rev      int64 // of the answer: what was known before home was asked
 	deadline int64
-	cached   bool // M is from the table, and may be an older lease than the one that X is now
+	at       int64 // when home was asked
+	cached   bool  // M is from the table, and may be an older lease than the one that X is now
 	over     bool
 }
 
@@ -67,14 +84,11 @@ func (k *keepAlive) find() {
 
 func (k *keepAlive) send() {
 	q := &k.home.lease.keeper
-	if q.waiting == nil {
-		q.waiting = make(map[int64]*keepAlive)
-	}
-	q.waiting[k.m] = k
-	if q.handle != nil {
-		k.home.sendKeepAlive(k.m)
+	if q.cur != nil {
+		q.cur.send(k)
 		return
 	}
+	q.unsent = append(q.unsent, k)
 	k.home.openKeeper()
 }
 
@@ -86,9 +100,6 @@ func (k *keepAlive) end(ttl int64, st codec.Status) {
 	k.over = true
 	c := k.l.c
 	delete(k.l.keeping, k.x)
-	if q := &k.home.lease.keeper; q.waiting[k.m] == k {
-		delete(q.waiting, k.m)
-	}
 	hdr := c.hdr
 	hdr.Revision = k.rev
 	for _, op := range k.asked {
@@ -116,83 +127,136 @@ func (l *leases) armKept() {
 			l.kept = l.kept[1:]
 			k.end(0, codec.ErrTimeout)
 		}
+		for _, s := range l.c.shards {
+			s.relieveKeeper(now)
+		}
 		l.armKept()
 	})
 }
 
-func (s *shardState) sendKeepAlive(m int64) {
-	c := s.c
-	c.scratch = codec.AppendInt(c.scratch[:0], 1, m)
-	s.lease.keeper.handle.Send(c.scratch)
-}
-
-// openKeeper opens the stream, and asks on it for everything that waits.
+// openKeeper opens a stream, and asks on it for everything that waits.
 func (s *shardState) openKeeper() {
 	q := &s.lease.keeper
-	if q.opening {
+	if q.opening || q.cur != nil {
 		return
 	}
-	q.gen++
-	q.handle = s.c.tr.KeepAlive(s.cluster, &keeperSink{s, q.gen})
-	all := make([]int64, 0, len(q.waiting))
-	for m := range q.waiting {
-		all = append(all, m)
+	st := &keeperStream{s: s}
+	q.cur = st
+	st.handle = s.c.tr.KeepAlive(s.cluster, st)
+	all := q.unsent
+	q.unsent = nil
+	for _, k := range all {
+		if !k.over {
+			st.send(k)
+		}
 	}
-	slices.Sort(all)
-	for _, m := range all {
-		s.sendKeepAlive(m)
+}
+
+// relieveKeeper gives up stalled streams that nobody waits for any more, and begins a new one if the present one
+// has not answered for a while.
+func (s *shardState) relieveKeeper(now int64) {
+	q := &s.lease.keeper
+	q.stalled = slices.DeleteFunc(q.stalled, func(st *keeperStream) bool {
+		if len(st.sent) > 0 && !st.sent[0].over {
+			return false
+		}
+		st.close()
+		return true
+	})
+	st := q.cur
+	if st == nil || len(st.sent) == 0 || now-st.sent[0].at < int64(s.c.cfg.ShardTimeout/8) {
+		return
+	}
+	q.cur, q.unsent = nil, append(q.unsent, st.sent[1:]...)
+	st.sent = st.sent[:1:1]
+	q.stalled = append(q.stalled, st)
+	if len(q.stalled) > maxStalledKeepers {
+		old := q.stalled[0]
+		q.stalled = slices.Delete(q.stalled, 0, 1)
+		old.close()
+		old.sent[0].end(0, codec.ErrTimeout)
+	}
+	if len(q.unsent) > 0 {
+		s.openKeeper()
 	}
 }
 
 func (q *keeper) close() {
-	q.gen++
-	if q.handle != nil {
-		q.handle.Close()
-		q.handle = nil
+	for _, st := range q.stalled {
+		st.close()
 	}
+	if q.cur != nil {
+		q.cur.close()
+	}
+	*q = keeper{}
 }
 
-// keeperSink is one opening of a KeepAlive stream.
-type keeperSink struct {
-	s   *shardState
-	gen uint64
+func (st *keeperStream) send(k *keepAlive) {
+	c := st.s.c
+	k.at = c.cfg.Now()
+	st.sent = append(st.sent, k)
+	c.scratch = codec.AppendInt(c.scratch[:0], 1, k.m)
+	st.handle.Send(c.scratch)
+}
+
+func (st *keeperStream) close() {
+	if !st.closed {
+		st.closed = true
+		st.handle.Close()
+	}
 }
 
 // OnMessage implements codec.WatchSink.
-func (k *keeperSink) OnMessage(msg []byte) {
-	q := &k.s.lease.keeper
-	if k.gen != q.gen {
+func (st *keeperStream) OnMessage(msg []byte) {
+	if st.closed {
 		return
 	}
-	q.reopens = 0
+	st.s.lease.keeper.reopens = 0
 	r := parseLeaseReply(msg)
-	a := q.waiting[r.id]
-	if a == nil {
-		return
+	i := slices.IndexFunc(st.sent, func(k *keepAlive) bool { return k.m == r.id })
+	if i < 0 {
+		return // asked for on another stream since
 	}
-	delete(q.waiting, r.id)
-	if r.ttl <= 0 && a.cached {
-		a.l.table.ended(a.x, a.m)
-		a.find()
-		return
+	k := st.sent[i]
+	st.sent = slices.Delete(st.sent, i, i+1)
+	switch {
+	case k.over:
+	case r.ttl <= 0 && k.cached:
+		k.l.table.ended(k.x, k.m)
+		k.find()
+	default:
+		k.end(max(r.ttl, 0), codec.Status{})
 	}
-	a.end(max(r.ttl, 0), codec.Status{})
 }
 
 // OnEnd implements codec.WatchSink.
-func (k *keeperSink) OnEnd(st codec.Status) {
-	s := k.s
-	q := &s.lease.keeper
-	if k.gen != q.gen {
+func (st *keeperStream) OnEnd(codec.Status) {
+	if st.closed {
 		return
 	}
-	q.handle, q.opening = nil, true
+	st.closed = true
+	s := st.s
+	q := &s.lease.keeper
+	q.unsent = append(q.unsent, st.sent...)
+	if st != q.cur {
+		q.stalled = slices.DeleteFunc(q.stalled, func(o *keeperStream) bool { return o == st })
+	} else {
+		q.cur = nil
+	}
+	if q.opening {
+		return
+	}
+	q.opening = true
 	d := min(retryDelay<<min(q.reopens, 10), maxReopenDelay)
 	q.reopens++
 	s.c.after(s.c.jitter(d), func() {
 		q.opening = false
-		if s.c.state == stateReady && q.handle == nil && len(q.waiting) > 0 {
-			s.openKeeper()
+		all := q.unsent
+		q.unsent = nil
+		for _, k := range all {
+			if !k.over && s.c.state == stateReady {
+				k.send()
+			}
 		}
 	})
 }

@@ -135,7 +135,7 @@ type liveness interface{ Connected(codec.ClusterID) bool }
 
 // flushWrites closes the next batch if none is under way.
 func (s *shardState) flushWrites() {
-	if s.cur != nil || len(s.queue) == 0 && !s.wantFence && len(s.covers) == 0 {
+	if s.cur != nil || len(s.queue) == 0 && !s.wantFence {
 		return
 	}
 	c := s.c
@@ -159,15 +159,14 @@ func (s *shardState) flushWrites() {
 	for _, w := range canceled {
 		s.answer(w, statusCanceled)
 	}
-	if len(ws) == 0 && !s.wantFence && len(s.covers) == 0 {
+	if len(ws) == 0 && !s.wantFence {
 		return
 	}
 	s.wantFence = false
 	s.batchID++
 	b := &batch{s: s, id: s.batchID, writes: ws, fence: len(ws) == 0,
 		deadline: c.cfg.Now() + int64(c.cfg.ShardTimeout)}
-	b.spare = len(ws) > 0 && (len(s.pending) > 0 || len(s.covers) > 0)
-	b.covers, s.covers = s.covers, nil
+	b.spare = len(s.pending) > 0 && len(ws) > 0
 	b.filter = batchFilter(nil, ws)
 	s.cur = b
 	n := len(ws)
@@ -213,12 +212,6 @@ func (s *shardState) expire() {
 			s.wantFence = true
 		}
 	}
-	var lateOnes, more []cover
-	s.covers, lateOnes = lateCovers(s.covers, now)
-	if b := s.cur; b != nil {
-		b.covers, more = lateCovers(b.covers, now)
-		lateOnes = append(lateOnes, more...)
-	}
 	limit := now - int64(s.c.cfg.ShardTimeout)
 	keep := s.queue[:0]
 	for _, w := range s.queue {
@@ -237,7 +230,7 @@ func (s *shardState) expire() {
 		}
 		return gone
 	})
-	if len(s.queue) > 0 || s.cur != nil || len(s.reads) > 0 || len(s.covers) > 0 {
+	if len(s.queue) > 0 || s.cur != nil || len(s.reads) > 0 {
 		s.armExpiry()
 	}
 	for _, w := range late {
@@ -245,7 +238,6 @@ func (s *shardState) expire() {
 			s.answer(w, codec.ErrTimeout)
 		}
 	}
-	failCovers(lateOnes, codec.ErrTimeout)
 	for i := range lateReads {
 		lateReads[i].fail(s, codec.ErrTimeout)
 	}

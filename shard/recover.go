@@ -56,7 +56,6 @@ func (s *shardState) recover(b *batch) {
 	s.c.stats.Settled++
 	b.state = batchRecovering
 	s.settledTo = b.last
-	b.covered()
 	var ws []*write
 	for _, w := range b.writes {
 		if w != nil {

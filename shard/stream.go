@@ -64,7 +64,6 @@ type shardState struct {
 	torn           bool   // changes without a record were lost in that compaction
 	pending        []pendingEvent
 	pendingBytes   int
-	covers         []cover // wait for the next batch
 	foreign        foreignKeys
 	found          map[string]int64 // foreign values that reads met: key and local revision
 	rewrites       map[string]*rewrite
@@ -154,6 +153,7 @@ func (s *shardState) lookupForeign() {
 	}
 	s.gen++
 	gen := s.gen
+	s.held, s.holding = nil, false // it comes again
 	s.c.frontierRose = true
 	s.foreign.lookup(s, func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
@@ -528,8 +528,6 @@ func (s *shardState) stop(st codec.Status) {
 	}
 	queue, cur, reads := s.queue, s.cur, s.reads
 	s.queue, s.cur, s.reads = nil, nil, nil
-	covers := s.covers
-	s.covers = nil
 	for _, w := range queue {
 		s.answer(w, st)
 	}
@@ -543,9 +541,4 @@ func (s *shardState) stop(st codec.Status) {
 	for _, r := range reads {
 		r.fail(s, st)
 	}
-	if cur != nil {
-		covers = append(cur.covers, covers...)
-		cur.covers = nil
-	}
-	failCovers(covers, st)
 }

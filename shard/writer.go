@@ -64,15 +64,12 @@ type batch struct {
 	deadline int64
 	slotAt   int64 // a timer is set for this moment to look again whether b may be sent
 	pending  int   // history reads under way while recovering
-	covers   []cover
 }
 
 // dropBatch ends b without a further look at its writes.
 func (s *shardState) dropBatch(b *batch) {
 	if s.cur == b {
 		s.cur = nil
-		s.covers = append(b.covers, s.covers...) // of a batch that committed there are none
-		b.covers = nil
 		s.touch()
 	}
 }
@@ -231,7 +228,6 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		s.answerWith(w, out, st)
 	}
 	s.spareWrites = b.writes[:0]
-	b.covered()
 	s.dropBatch(b)
 	for _, w := range again {
 		s.again(w)
@@ -308,8 +304,6 @@ func (s *shardState) void(b *batch) {
 func (s *shardState) refused(b *batch, st codec.Status) {
 	// The range stays open: something must follow it at once, or soon if it is the fence that is refused.
 	if b.fence {
-		failCovers(b.covers, st)
-		b.covers = nil
 		s.c.after(s.c.jitter(20*retryDelay), func() { s.wantFence = true; s.touch() })
 	} else {
 		s.wantFence = true

@@ -1,11 +1,5 @@
 package shard
 
-import (
-	"slices"
-
-	"spindle/codec"
-)
-
 // This file gives revisions to what happens on a shard without a record: leases that end, somebody who
 // writes to a member directly. Such events have the first revision of the next record; here is who sees to it
 // that there is a next one.
@@ -17,55 +11,6 @@ const (
 	maxWaitingEvents = 512
 	maxWaitingBytes  = 512 << 10
 )
-
-// cover is somebody who waits for a record that covers what has happened on a shard.
-type cover struct {
-	f        func(rev int64, st codec.Status)
-	deadline int64
-}
-
-// coverUnrecorded sees to it that everything that has happened on a shard before the call has a revision, and
-// then calls f with a revision that is at or above all of theirs and that no request has. It sends a batch of
-// its own if none is waiting to leave. On an error (etcd's "request timed out" after the shard timeout) the
-// record may come later. f is called once, not from within coverUnrecorded unless the Core has stopped.
-func (c *Core) coverUnrecorded(shard int, f func(rev int64, st codec.Status)) {
-	if c.state != stateReady {
-		f(0, codec.ErrStopped)
-		return
-	}
-	s := c.shards[shard]
-	s.covers = append(s.covers, cover{f, c.deadline()})
-	s.armExpiry()
-	s.touch()
-}
-
-// covered tells those who wait for b that its record is there. What was on the shard when they came has b's
-// first revision, or an earlier record's.
-func (b *batch) covered() {
-	covers := b.covers
-	b.covers = nil
-	for _, w := range covers {
-		w.f(b.first, codec.Status{})
-	}
-}
-
-// lateCovers takes out those who have waited too long.
-func lateCovers(covers []cover, now int64) (rest, late []cover) {
-	rest = slices.DeleteFunc(covers, func(w cover) bool {
-		if w.deadline > now {
-			return false
-		}
-		late = append(late, w)
-		return true
-	})
-	return rest, late
-}
-
-func failCovers(covers []cover, st codec.Status) {
-	for _, w := range covers {
-		w.f(0, st)
-	}
-}
 
 // addPending keeps an event until the next record gives it a revision.
 func (s *shardState) addPending(ev []byte, local int64) {
