@@ -42,6 +42,8 @@ type Config struct {
 
 	// Leases lets clients grant, keep, revoke and use leases.
 	Leases bool
+	// OneLease lets them do so all the time, with one ID.
+	OneLease bool
 	// Ranges gives the proxies a range map; without it keys are hashed.
 	Ranges bool
 	// AutoCompact is what the proxies compact by themselves.

@@ -44,7 +44,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	modIs := func(k string, m int64) *pb.Compare {
 		return &pb.Compare{Key: []byte(k), Target: pb.Compare_MOD, TargetUnion: &pb.Compare_ModRevision{ModRevision: m}}
 	}
-	if r.Leases && g.IntN(6) == 0 {
+	if r.Leases && (g.IntN(6) == 0 || r.OneLease && g.IntN(2) == 0) {
 		return c.leaseOp(g)
 	}
 	switch k := g.IntN(103); {
