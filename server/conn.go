@@ -79,8 +79,10 @@ type clientConn struct {
 	waiting   int                // bytes of answers that waited for window when second looked
 	waitSince int64              // when second last saw that they were few, or fewer than before
 
-	ops      int // unary requests with the core, canceled ones included
+	ops      int // unary requests and keep-alives with the core, canceled ones included
 	opsBytes int // the size of their messages
+
+	keepAlives int // messages of LeaseKeepAlive streams that wait to be handed to the core
 }
 
 var (

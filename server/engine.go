@@ -213,6 +213,7 @@ func newEngine(cfg Config) *Engine {
 		e.h2TLS = cfg.TLS.H2()
 	}
 	serveHealth(e)
+	e.HandleStream(leaseKeepAlivePath, newKeepAliveStream)
 	return e
 }
 

@@ -166,7 +166,7 @@ func (s *shardState) lookupForeign() {
 	s.gen++
 	gen := s.gen
 	s.held, s.holding = nil, false // it comes again
-	s.c.frontierRose = true
+	s.c.frontierRose, s.c.stale = true, true
 	s.foreign.lookup(s, func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
 			s.openStream()

@@ -20,6 +20,7 @@ import (
 	"spindle/codec"
 	"spindle/revclock"
 	"spindle/server"
+	"spindle/server/recipes"
 	"spindle/shard"
 	"spindle/watchring"
 )
@@ -41,6 +42,7 @@ type Node struct {
 	log     *slog.Logger
 	engine  *server.Engine
 	metrics *server.Metrics
+	recipes *recipes.Service
 	begun   time.Time
 
 	status  atomic.Pointer[status]
@@ -112,6 +114,7 @@ func Start(cfg Config) (*Node, error) {
 		_ = n.metrics.Close()
 		return nil, err
 	}
+	n.recipes = recipes.Serve(n.engine, cfg.Log)
 	if len(n.cfg.AdvertiseClientURLs) == 0 {
 		n.cfg.AdvertiseClientURLs = advertised(n.engine.Addrs(), n.engine.URLs())
 	}
@@ -360,6 +363,7 @@ func (n *Node) Close() {
 		n.status.Store(&status{reason: "stopping"})
 		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		defer cancel()
+		n.recipes.Close() // its clients are the engine's
 		// The engine takes no further work and answers what it can, calls unwire, and ends its loops.
 		if err := n.engine.Stop(ctx); err != nil {
 			n.log.Error("the event loops did not stop in time", "err", err)
