@@ -83,6 +83,8 @@ type Sabotage struct {
 	HistoryAhead bool
 	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
 	CompactionUnread bool
+	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
+	RecentIgnoresRanges bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -111,6 +113,9 @@ type Core struct {
 	frontier   *watchring.Frontier
 	onFrontier func()
 	creates    *CreateCache
+	recent     *recentIndex
+	recentTurn *recentBatch // takes the Gets of this turn
+	freeRecent []*recentBatch
 	compacted  int64 // below it nothing is answered, -1 for nothing
 	compactRec int64 // the largest compaction record of a shard
 	completing bool  // a compaction that was cut short is being completed
@@ -157,7 +162,7 @@ const (
 // Stats counts what a Core did. Read on the core's goroutine.
 type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
-	ReadBatches, BatchedReads, Rereads, LargeWaited, LargeRefused                uint64
+	ReadBatches, BatchedReads, Rereads, RecentReads, LargeWaited, LargeRefused   uint64
 	Unrecorded, Foreign                                                          uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
 	// of reconciliation, and copies found by them that no marker named.
@@ -221,6 +226,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		SnapshotEvery: cfg.SnapshotEvery,
 	}, tr, (*clockEvents)(c))
 	c.creates = NewCreateCache(cfg.CreateEntries)
+	c.recent = newRecentIndex(cfg.RingSize)
 	c.leases = newLeases(c)
 	return c
 }
@@ -463,6 +469,7 @@ func (c *Core) Flush() {
 				s.flushReads()
 			}
 		}
+		c.recentTurn = nil // its now leaves
 		c.clock.Flush()
 		if !c.dirty && !c.stale && !c.frontierRose && !c.gatesOpen {
 			return

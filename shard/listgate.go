@@ -41,6 +41,9 @@ func (c *Core) enterList(op *Op) bool {
 		return false
 	}
 	op.core.gateUntil = c.deadline()
+	if g.head > maxListsWaiting {
+		g.waiting, g.head = append(g.waiting[:0], g.waiting[g.head:]...), 0
+	}
 	g.waiting = append(g.waiting, op)
 	c.gatesOpen = c.gatesOpen || g.out < maxLists
 	return false

@@ -39,6 +39,7 @@ func (r *roadTransport) submit(q *etcdserverpb.RangeRequest) *Op {
 	}
 	op := &Op{Kind: OpRange, Msg: msg, Done: func(op *Op) { r.t.Errorf("%v ends: %v", q, op.Status) }}
 	r.c.Submit(op)
+	r.c.startLists() // what the end of the turn does
 	return op
 }
 

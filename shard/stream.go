@@ -51,6 +51,7 @@ type shardState struct {
 	// Reads.
 	reads         []readItem
 	readsInFlight int
+	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none
 

@@ -26,6 +26,7 @@ func TestItBites(t *testing.T) {
 		{"guard dropped", func(c *Config) { c.Sabotage = shard.Sabotage{DropGuard: true} }},
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
+		{"a Get from the ring ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{RecentIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
 		{"an answered compaction does not hold on every proxy", func(c *Config) {
 			c.Sabotage = shard.Sabotage{CompactionUnread: true}
