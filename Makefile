@@ -36,9 +36,9 @@ build: ## Build ./spindle
 
 .PHONY: test
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
-	$(GO) test -timeout 8m ./...
+	$(GO) test -timeout 25m ./...
 	.ci/etcdctl.sh
-	$(GO) test -race -short -timeout 8m $(RACE)
+	$(GO) test -race -short -timeout 25m $(RACE)
 
 .PHONY: race
 race: ## All tests under the race detector
@@ -46,7 +46,7 @@ race: ## All tests under the race detector
 
 .PHONY: e2e
 e2e: ## Only the black-box tests, with their numbers
-	$(GO) test -count 1 -v -timeout 8m ./server/e2e
+	$(GO) test -count 1 -v -timeout 25m ./server/e2e
 
 .PHONY: etcdctl
 etcdctl: ## The real etcdctl against a running Spindle
