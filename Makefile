@@ -68,7 +68,11 @@ fuzz: ## Every fuzz target for FUZZTIME=30s
 	done
 
 .PHONY: bench
-bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
+bench: ## The load tester: compare etcd, etcd grpc-proxy and Spindle on this machine (ARGS='--help')
+	$(GO) run ./bench compare $(ARGS)
+
+.PHONY: microbench
+microbench: ## Micro-benchmarks of the packages
 	$(GO) test -run '^$$' -bench . -benchmem ./codec/... ./revclock/... ./server ./shard ./watchring/...
 
 .PHONY: lint

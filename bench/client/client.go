@@ -12,28 +12,31 @@ import (
 	"spindle/codec"
 )
 
-// Done hears how a call ended. It is called on the connection's goroutine, with the connection locked: it may start
-// further calls on it, and must not block. resp is valid during the call only.
-type Done interface {
-	Done(resp []byte, st codec.Status)
-}
-
-// Sink hears what a stream brings, called as Done is.
+// Sink hears what a call or stream brings. It is called on the connection's goroutine, with the connection locked: it
+// may start further calls on it, and must not block.
 type Sink interface {
+	// Message reports a message; msg is valid during the call only.
 	Message(msg []byte)
+	// End is called exactly once.
 	End(st codec.Status)
 }
 
 const (
-	dialTimeout  = 10 * time.Second
+	// dialTimeout bounds connecting, the TLS handshake and the wait for the server's SETTINGS.
+	dialTimeout = 10 * time.Second
+	// The windows are large enough that the server never waits for them.
 	streamWindow = 8 << 20
 	connWindow   = 64 << 20
-	maxMessage   = 1 << 30
-	readBuffer   = 256 << 10
+	// maxMessage bounds an answer: kube-apiserver takes 2 GiB.
+	maxMessage = 1 << 30
+	// The buffer for reading begins small, so that thousands of idle connections fit, and doubles while reads fill it.
+	minReadBuffer = 4 << 10
+	maxReadBuffer = 256 << 10
+	tickInterval  = time.Second
 )
 
 // Conn is one HTTP/2 connection. Its methods may be called on any goroutine; those that say "locked" only from
-// within a Done or a Sink, or between Lock and Unlock.
+// within a Sink, or between Lock and Unlock.
 type Conn struct {
 	mu     sync.Mutex
 	nc     net.Conn
@@ -41,16 +44,15 @@ type Conn struct {
 	err    error
 	closed bool
 	free   []*call
-	gone   chan struct{}
+	greet  chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
+	gone   chan struct{} // closed when nothing is called any more
 }
 
-// call is a request under way (done) or an open stream (sink).
+// call is a request under way, or an open stream.
 type call struct {
-	stream *codec.Stream
-	done   Done
+	stream *codec.Stream // nil when it has ended
 	sink   Sink
-	resp   []byte
-	got    bool
+	kept   bool // a Stream points here: it is not used again
 }
 
 // Dial connects to address (host:port); with TLS if cfg is not nil.
@@ -74,14 +76,28 @@ func Dial(address string, cfg *tls.Config) (*Conn, error) {
 		_ = t.SetDeadline(time.Time{})
 		nc = t
 	}
-	c := &Conn{nc: nc, gone: make(chan struct{})}
+	c := &Conn{nc: nc, greet: make(chan struct{}), gone: make(chan struct{})}
 	c.h2 = codec.NewClientConn(codec.ConnConfig{
 		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage,
 	}, address, (*events)(c))
 	c.Lock()
-	c.Unlock()
+	c.Unlock() // writes the preface
 	go c.read()
+	timeout := time.AfterFunc(dialTimeout, func() { _ = nc.Close() })
+	<-c.greet // before it the server's limit of streams is not known
+	timeout.Stop()
+	if err := c.Err(); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("no HTTP/2 from %s: %w", address, err)
+	}
 	return c, nil
+}
+
+// Err says why the connection is gone, nil while it is not.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
 }
 
 // Lock takes the connection; what is started until Unlock travels in one write.
@@ -119,7 +135,8 @@ func (c *Conn) fail(err error) {
 
 func (c *Conn) read() {
 	defer close(c.gone)
-	buf := make([]byte, readBuffer)
+	buf := make([]byte, minReadBuffer)
+	greeted, tick := false, time.Now()
 	for {
 		n, err := c.nc.Read(buf)
 		c.mu.Lock()
@@ -127,29 +144,39 @@ func (c *Conn) read() {
 			if ferr := c.h2.Feed(buf[:n]); ferr != nil && err == nil {
 				err = ferr
 			}
+			if now := time.Now(); now.Sub(tick) >= tickInterval {
+				tick = now
+				c.h2.Tick()
+			}
 			c.flush()
 		}
-		if err != nil || c.closed {
+		end := err != nil || c.closed
+		if end {
 			c.fail(err)
 			c.h2.Close()
-			c.mu.Unlock()
-			return
+		}
+		if !greeted && (end || c.h2.Greeted()) {
+			greeted = true
+			close(c.greet)
 		}
 		c.mu.Unlock()
+		if end {
+			return
+		}
+		if n == len(buf) && n < maxReadBuffer {
+			buf = make([]byte, 2*n)
+		}
 	}
 }
 
-// Call starts a unary request, locked. msg is read before it returns. done may be called from within Call only if
+// Call starts a request of one message, locked. msg is read before it returns. It returns false, and sink hears nothing, if
 // the connection takes no more streams.
-func (c *Conn) Call(path string, msg []byte, done Done) {
-	k := c.open(path)
-	if k == nil {
-		done.Done(nil, codec.Status{Code: codec.Unavailable, Msg: "bench: the connection takes no more requests"})
-		return
+func (c *Conn) Call(path string, msg []byte, sink Sink) bool {
+	k := c.open(path, msg, sink)
+	if k != nil {
+		c.h2.CloseSend(k.stream)
 	}
-	k.done = done
-	c.h2.Send(k.stream, msg)
-	c.h2.CloseSend(k.stream)
+	return k != nil
 }
 
 // Stream is an open stream.
@@ -160,12 +187,11 @@ type Stream struct {
 
 // Stream opens a stream and sends msg, locked. It returns nil if the connection takes no more streams.
 func (c *Conn) Stream(path string, msg []byte, sink Sink) *Stream {
-	k := c.open(path)
+	k := c.open(path, msg, sink)
 	if k == nil {
 		return nil
 	}
-	k.sink = sink
-	c.h2.Send(k.stream, msg)
+	k.kept = true
 	return &Stream{c, k}
 }
 
@@ -183,7 +209,7 @@ func (s *Stream) CloseSend() {
 	}
 }
 
-func (c *Conn) open(path string) *call {
+func (c *Conn) open(path string, msg []byte, sink Sink) *call {
 	if c.closed {
 		return nil
 	}
@@ -197,13 +223,16 @@ func (c *Conn) open(path string) *call {
 	} else {
 		k = new(call)
 	}
-	*k = call{stream: s, resp: k.resp[:0]}
+	*k = call{stream: s, sink: sink}
 	s.User = k
+	c.h2.Send(s, msg)
 	return k
 }
 
-// Close ends the connection. Open calls end with Unavailable before it returns.
+// Close ends the connection. Open calls end with Unavailable before it returns. Not locked, and not from within a
+// Sink.
 func (c *Conn) Close() {
+	_ = c.nc.Close() // a write that blocks holds the lock
 	c.mu.Lock()
 	c.fail(net.ErrClosed)
 	c.mu.Unlock()
@@ -214,30 +243,17 @@ func (c *Conn) Close() {
 type events Conn
 
 // OnMessage implements codec.ClientEvents.
-func (e *events) OnMessage(s *codec.Stream, msg []byte) {
-	k := s.User.(*call)
-	if k.sink != nil {
-		k.sink.Message(msg)
-		return
-	}
-	k.resp, k.got = append(k.resp[:0], msg...), true
-}
+func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(*call).sink.Message(msg) }
 
 // OnEnd implements codec.ClientEvents.
 func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) {
 	k := s.User.(*call)
-	k.stream = nil
-	if k.sink != nil {
-		k.sink.End(st)
-		return
+	sink := k.sink
+	k.stream, k.sink = nil, nil
+	if !k.kept {
+		e.free = append(e.free, k)
 	}
-	if st.Code == codec.OK && !k.got {
-		st = codec.Status{Code: codec.Internal, Msg: "bench: no answer in a call that ended well"}
-	}
-	done := k.done
-	k.done = nil
-	done.Done(k.resp, st)
-	(*Conn)(e).free = append((*Conn)(e).free, k)
+	sink.End(st)
 }
 
 // OnGoAway implements codec.ClientEvents.
