@@ -135,7 +135,7 @@ func (h *harvest) end() *Result {
 		return time.Duration(cpu * 1e9 / float64(res.Total.Count))
 	}
 	for i, p := range h.r.spec.Processes {
-		u := Usage{Name: p.Name}
+		u := Usage{Name: p.Name, Before: h.r.before[i]}
 		if now, err := CPUSeconds(p.PID); err == nil {
 			u.CPUSeconds = now - h.procs[i]
 			u.CPUPerOp = perOp(u.CPUSeconds)

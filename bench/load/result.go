@@ -47,7 +47,8 @@ type Usage struct {
 	Name       string
 	CPUSeconds float64
 	CPUPerOp   time.Duration // CPU time for each answered request
-	RSS, Peak  int64         // bytes: at the end, and the most since the load began
+	// Resident memory in bytes: before the first connection, at the end, and the most while it was measured.
+	Before, RSS, Peak int64
 }
 
 // Second is one second of the load.

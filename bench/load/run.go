@@ -36,6 +36,7 @@ type run struct {
 	feeds    []*feed // of the watchers
 	all      *feed   // of WatchAll, nil if there is none
 	acks     acks
+	before   []int64 // resident memory of the processes
 	prepared latch
 	watching latch
 	stopped  atomic.Bool // no further request
@@ -66,12 +67,18 @@ func Run(ctx context.Context, spec Spec, progress io.Writer) (*Result, error) {
 	for _, s := range spec.Mix {
 		r.weights += s.Weight
 	}
+	for _, p := range spec.Processes {
+		rss, _, _ := Memory(p.PID)
+		r.before = append(r.before, rss)
+	}
 	defer r.close()
 	if err := r.dial(); err != nil {
 		return nil, err
 	}
-	if err := r.prepare(); err != nil {
-		return nil, err
+	if !spec.KeysExist {
+		if err := r.prepare(); err != nil {
+			return nil, err
+		}
 	}
 	if err := r.watch(); err != nil {
 		return nil, err

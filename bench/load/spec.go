@@ -113,6 +113,7 @@ type Spec struct {
 	Duration    time.Duration // measured
 	ValueSize   int           // bytes
 	Keys        int           // objects that exist before the load begins (raised to Clients where each needs one)
+	KeysExist   bool          // they are there, of an earlier load: not looked for again (reads only)
 	PageSize    int           // keys in a page
 	Prefix      string        // of all keys, ends with a slash
 	Seed        uint64        // of the choices
@@ -179,6 +180,9 @@ func (s *Spec) Validate() error {
 		between("--watch-connections", s.WatchConnections, 1, maxConnections))
 	if err != nil {
 		return err
+	}
+	if s.KeysExist && s.Mix.has(Update, Heartbeat) {
+		return errors.New("updates must know the revisions of the objects: they cannot take them for granted")
 	}
 	if s.Rate < 0 || s.Rate > 1e8 {
 		return fmt.Errorf("--rate %g: requests per second, 0 for a closed loop", s.Rate)

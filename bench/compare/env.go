@@ -1,0 +1,82 @@
+// Package compare sets up etcd, etcd grpc-proxy and Spindle on this machine and measures them with the same load, in the
+// same run, in turns. Every server is a process of its own; all of them, their data and the disks that are made
+// for them are gone when it returns, also after an error.
+package compare
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"sync"
+)
+
+// Config says where and with what.
+type Config struct {
+	Dir string // for the servers' data; "": /dev/shm if there is one, else the system's place for temporary files
+	// Spindle is the binary; "": it is built from the module in the current directory.
+	Spindle     string
+	SpindleArgs []string // given to it besides
+	Rounds      int
+	// DiskBps is how many bytes a second a throttled disk writes.
+	DiskBps  int
+	Progress io.Writer
+}
+
+// Env is where targets are started. Close removes everything.
+type Env struct {
+	cfg   Config
+	dir   string
+	self  string // this program, which is an etcd too
+	build sync.Once
+	bin   string
+	err   error
+	disks []*disk
+}
+
+// NewEnv prepares an empty directory.
+func NewEnv(cfg Config) (*Env, error) {
+	e := &Env{cfg: cfg}
+	var err error
+	if e.self, err = os.Executable(); err != nil {
+		return nil, err
+	}
+	if cfg.Dir == "" && runtime.GOOS == "linux" {
+		if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
+			cfg.Dir = "/dev/shm"
+		}
+	}
+	if e.dir, err = os.MkdirTemp(cfg.Dir, "spindle-bench-"); err != nil {
+		return nil, fmt.Errorf("--dir: %w", err)
+	}
+	return e, nil
+}
+
+// Close removes the disks and the directory. The targets must be stopped.
+func (e *Env) Close() {
+	for _, d := range e.disks {
+		if err := d.remove(); err != nil {
+			fmt.Fprintln(e.cfg.Progress, err)
+		}
+	}
+	if err := os.RemoveAll(e.dir); err != nil {
+		fmt.Fprintln(e.cfg.Progress, err)
+	}
+}
+
+// spindle returns the binary, and builds it at the first call.
+func (e *Env) spindle() (string, error) {
+	if e.cfg.Spindle != "" {
+		return filepath.Abs(e.cfg.Spindle)
+	}
+	e.build.Do(func() {
+		e.bin = filepath.Join(e.dir, "spindle")
+		fmt.Fprintln(e.cfg.Progress, "building spindle")
+		if out, err := exec.Command("go", "build", "-o", e.bin, "spindle").CombinedOutput(); err != nil {
+			e.err = fmt.Errorf("cannot build spindle (run this in its module, or give the binary with --spindle): %w\n%s", err, out)
+		}
+	})
+	return e.bin, e.err
+}
