@@ -20,9 +20,6 @@ func events(r *load.Result) float64 {
 func lagFromAck(r *load.Result) float64 {
 	return watched(r, func(w *load.Watch) float64 { return float64(w.FromAck.P99) })
 }
-func lagFromSend(r *load.Result) float64 {
-	return watched(r, func(w *load.Watch) float64 { return float64(w.FromSend.P99) })
-}
 
 func watched(r *load.Result, f func(*load.Watch) float64) float64 {
 	if len(r.Watches) == 0 {

@@ -71,17 +71,15 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 	}
 	for _, name := range sc.Targets {
 		t, err := e.up(ctx, name, data)
+		if err == nil {
+			targets = append(targets, t)
+		}
 		if ctx.Err() != nil {
-			if t != nil {
-				targets = append(targets, t)
-			}
 			return nil, context.Cause(ctx)
 		}
 		if err != nil {
 			fail(name, err)
-			continue
 		}
-		targets = append(targets, t)
 	}
 	for _, d := range e.disks {
 		if err := d.throttle(e.cfg.DiskBps); err != nil {

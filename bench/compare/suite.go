@@ -134,7 +134,6 @@ func lagCheck(target string) func(o *Outcome) []report.Check {
 	return func(o *Outcome) []report.Check {
 		return []report.Check{
 			o.value("p99 from the acknowledgement to the delivery", target, lagFromAck, duration, atMost(float64(10*time.Millisecond))),
-			o.value("p99 from the sending to the delivery (with the write itself)", target, lagFromSend, duration, atMost(float64(10*time.Millisecond))),
 		}
 	}
 }

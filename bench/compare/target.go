@@ -94,13 +94,13 @@ func (t *target) failed() error {
 }
 
 // up starts a target. data gives the directory for the data of an etcd that holds keys: "" for the usual one.
-func (e *Env) up(ctx context.Context, name string, data func() (string, error)) (t *target, err error) {
+func (e *Env) up(ctx context.Context, name string, data func() (string, error)) (_ *target, err error) {
 	base, secure := strings.CutSuffix(name, TLSSuffix)
 	dir, err := os.MkdirTemp(e.dir, base+"-")
 	if err != nil {
 		return nil, err
 	}
-	t = &target{name: name}
+	t := &target{name: name}
 	defer func() {
 		if err != nil {
 			t.stop()

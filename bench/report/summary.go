@@ -114,29 +114,37 @@ func cpu(r *load.Result, name string) (sum time.Duration) {
 	return sum
 }
 
-// Summary writes the medians of all rounds, a line for each target, and the checks.
+// Summary writes the medians of all rounds, a line for each target, and the checks. The lag is from the acknowledgement of a
+// write to the delivery of its event, and from its sending; memory is the most that all servers had together.
 func Summary(w io.Writer, runs []Run, checks []Check) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	last := ""
 	for _, g := range groups(runs) {
 		if g.scenario != last || last == "" {
 			last = g.scenario
-			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tp50\tp99\tevents/s\tlag p99\tCPU/request\tof which\n", g.scenario)
+			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tp50\tp99\tevents/s\tlag p99\tafter sending\tmemory\tCPU/request\tof which\n", g.scenario)
 		}
 		mid, lo, hi := g.median(func(r *load.Result) float64 { return r.Total.PerSecond })
-		events, lag := "-", "-"
+		events, lag, sent := "-", "-", "-"
 		if n := len(g.results[0].Watches); n > 0 {
 			v, _, _ := g.median(func(r *load.Result) float64 { return r.Watches[n-1].PerSecond })
 			events = fmt.Sprintf("%.0f", v)
 			lag = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromAck.P99 })
+			sent = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromSend.P99 })
 		}
+		memory, _, _ := g.median(func(r *load.Result) (sum float64) {
+			for _, p := range r.Processes {
+				sum += float64(max(p.Peak, p.RSS))
+			}
+			return sum
+		})
 		var parts []string
 		for _, name := range g.processes() {
 			parts = append(parts, name+" "+g.time(func(r *load.Result) time.Duration { return cpu(r, name) }))
 		}
-		fmt.Fprintf(t, "%s\t%.0f\t(%.0f, %.0f)\t%s\t%s\t%s\t%s\t%s\t%s\n", g.target, mid, lo, hi,
+		fmt.Fprintf(t, "%s\t%.0f\t(%.0f, %.0f)\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, mid, lo, hi,
 			g.time(func(r *load.Result) time.Duration { return r.Total.P50 }), g.time(func(r *load.Result) time.Duration { return r.Total.P99 }),
-			events, lag, g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
+			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
 	}
 	t.Flush()
 	if len(checks) == 0 {
