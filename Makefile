@@ -4,7 +4,7 @@ GO ?= go
 BIN := .tmp/bin
 
 # Packages whose tests are worth their time under the race detector. server/e2e scales itself down there.
-RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
+RACE := ./bench/... ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 
 # How long each fuzz target runs, and how many seeds `make sim` takes.
 FUZZTIME ?= 30s

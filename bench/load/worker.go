@@ -75,11 +75,11 @@ type worker struct {
 
 // next sends the next request, due at start. now is the time.
 func (w *worker) next(start, now int64) {
+	w.start = start
 	r := w.g.run
 	if r.stopped.Load() {
 		return
 	}
-	w.start = start
 	if w.prepping {
 		w.prep(now)
 		return
