@@ -4,13 +4,15 @@
 package compare
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"strconv"
 	"sync"
+	"syscall"
 )
 
 // Config says where and with what.
@@ -43,15 +45,58 @@ func NewEnv(cfg Config) (*Env, error) {
 	if e.self, err = os.Executable(); err != nil {
 		return nil, err
 	}
-	if cfg.Dir == "" && runtime.GOOS == "linux" {
+	if cfg.Dir == "" {
 		if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
 			cfg.Dir = "/dev/shm"
 		}
 	}
-	if e.dir, err = os.MkdirTemp(cfg.Dir, "spindle-bench-"); err != nil {
+	if cfg.Dir == "" {
+		cfg.Dir = os.TempDir()
+	}
+	e.sweep(cfg.Dir)
+	if e.dir, err = os.MkdirTemp(cfg.Dir, dirPrefix); err != nil {
 		return nil, fmt.Errorf("--dir: %w", err)
 	}
+	if err := os.WriteFile(filepath.Join(e.dir, ownerFile), strconv.AppendInt(nil, int64(os.Getpid()), 10), 0o600); err != nil {
+		return nil, err
+	}
 	return e, nil
+}
+
+const (
+	dirPrefix = "spindle-bench-"
+	ownerFile = "pid" // in it: whose directory it is
+)
+
+// sweep removes what runs that were killed have left in dir.
+func (e *Env) sweep(dir string) {
+	left, _ := filepath.Glob(filepath.Join(dir, dirPrefix+"*", ownerFile))
+	for _, file := range left {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		pid, err := strconv.Atoi(string(b))
+		if err != nil || alive(pid) {
+			continue
+		}
+		e.say("removing what a run that was killed has left in %s", filepath.Dir(file))
+		images, _ := filepath.Glob(filepath.Join(filepath.Dir(file), "disk-*.img"))
+		for _, image := range images {
+			if err := leftDisk(image).remove(); err != nil {
+				e.say("%v", err)
+			}
+		}
+		if err := os.RemoveAll(filepath.Dir(file)); err != nil {
+			e.say("%v", err)
+		}
+	}
+}
+
+// alive says whether there is such a process, also one that is another user's.
+func alive(pid int) bool {
+	err := syscall.Kill(pid, 0)
+	return err == nil || errors.Is(err, syscall.EPERM)
 }
 
 // Close removes the disks and the directory. The targets must be stopped.

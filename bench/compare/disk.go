@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -70,12 +71,9 @@ func (e *Env) newDisk() (*disk, error) {
 	if err != nil {
 		return nil, fmt.Errorf("losetup: %w: %s", err, out)
 	}
-	d.loop = string(bytes.TrimSpace(out))
-	number, err := os.ReadFile("/sys/block/" + filepath.Base(d.loop) + "/dev")
-	if err != nil {
+	if err := d.attached(string(bytes.TrimSpace(out))); err != nil {
 		return nil, err
 	}
-	d.number = string(bytes.TrimSpace(number))
 	// Nothing is left for the kernel to write in the background while it is measured.
 	if out, err := exec.Command("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", d.loop).CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("mkfs.ext4: %w: %s", err, out)
@@ -85,6 +83,26 @@ func (e *Env) newDisk() (*disk, error) {
 	}
 	d.mounted = true
 	return d, nil
+}
+
+// attached notes the loop device.
+func (d *disk) attached(loop string) error {
+	d.loop = loop
+	number, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/dev")
+	d.number = string(bytes.TrimSpace(number))
+	return err
+}
+
+// leftDisk is a disk that a run which was killed has made: as it may be, mounted and throttled.
+func leftDisk(image string) *disk {
+	d := &disk{image: image, dir: strings.TrimSuffix(image, ".img")}
+	out, err := exec.Command("losetup", "-j", image).Output()
+	loop, _, found := strings.Cut(string(out), ":")
+	if err == nil && found && d.attached(loop) == nil {
+		d.throttled = true
+		d.mounted = unix.Unmount(d.dir, 0) != nil // else it is not any more
+	}
+	return d
 }
 
 func (d *disk) limit(bps int) error {
