@@ -53,6 +53,14 @@ func grown(r *load.Result) float64 {
 	return 0
 }
 
+// peak is the most memory that the proxy had.
+func peak(r *load.Result) float64 {
+	if p := proxy(r); p != nil {
+		return float64(max(p.Peak, p.RSS))
+	}
+	return 0
+}
+
 // bound is a limit from below or from above.
 type bound struct {
 	atLeast bool
@@ -81,11 +89,11 @@ func duration(v float64) string { return load.Round(time.Duration(v)).String() }
 func kib(v float64) string      { return fmt.Sprintf("%.1f KiB", v/1024) }
 func mib(v float64) string      { return fmt.Sprintf("%.0f MiB", v/(1<<20)) }
 
-// rounds returns m of each round of a target.
+// rounds returns m of each round of a target; one in which nothing was answered says nothing.
 func (o *Outcome) rounds(target string, m metric) map[int]float64 {
 	all := map[int]float64{}
 	for _, r := range o.Runs {
-		if r.Target == target {
+		if r.Target == target && (r.Result.Total.Count > 0 || r.Result.Spec.Mix.String() == string(load.Idle)) {
 			all[r.Round] = m(r.Result)
 		}
 	}

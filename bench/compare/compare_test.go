@@ -200,7 +200,7 @@ func TestChecks(t *testing.T) {
 	add := func(target string, values ...float64) {
 		for i, v := range values {
 			r := &load.Result{}
-			r.Total.PerSecond = v
+			r.Total.PerSecond, r.Total.Count = v, uint64(v)
 			r.Processes = []load.Usage{{Name: "spindle", CPUPerOp: 10, Before: 100, RSS: 150, Peak: 300}, {Name: "etcd", CPUPerOp: 5}}
 			o.Runs = append(o.Runs, report.Run{Target: target, Round: i + 1, Result: r})
 		}
@@ -208,6 +208,7 @@ func TestChecks(t *testing.T) {
 	add("a", 20, 60, 400)
 	add("b", 10, 20, 100)
 	add("broken", 10)
+	add("silent", 0)
 	for _, c := range []struct {
 		got  report.Check
 		text string
@@ -224,6 +225,9 @@ func TestChecks(t *testing.T) {
 		if c.got.Got != c.text || c.got.OK != c.ok || c.got.Skipped != "" {
 			t.Errorf("%+v, want %s %v", c.got, c.text, c.ok)
 		}
+	}
+	if c := o.value("", "silent", perSecond, plain, atMost(1)); c.OK || c.Skipped == "" {
+		t.Errorf("nothing was answered, and that is good: %+v", c)
 	}
 	if c := o.value("", "gone", perSecond, plain, atLeast(0)); c.OK || c.Skipped == "" {
 		t.Errorf("%+v", c)

@@ -24,7 +24,7 @@ func Line(target string, r *load.Result) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%-12s", target)
 	if r.Total.Count > 0 || len(r.Watches) == 0 {
-		fmt.Fprintf(&b, " %9.0f/s  p50 %-8v p99 %-8v", r.Total.PerSecond, load.Round(r.Total.P50), load.Round(r.Total.P99))
+		fmt.Fprintf(&b, " %9s/s  p50 %-8v p99 %-8v", count(r.Total.PerSecond), load.Round(r.Total.P50), load.Round(r.Total.P99))
 	}
 	for _, w := range r.Watches {
 		fmt.Fprintf(&b, "  %d watchers %.0f events/s", w.Watchers, w.PerSecond)
@@ -142,7 +142,7 @@ func Summary(w io.Writer, runs []Run, checks []Check) {
 		for _, name := range g.processes() {
 			parts = append(parts, name+" "+g.time(func(r *load.Result) time.Duration { return cpu(r, name) }))
 		}
-		fmt.Fprintf(t, "%s\t%.0f\t(%.0f, %.0f)\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, mid, lo, hi,
+		fmt.Fprintf(t, "%s\t%s\t(%s, %s)\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, count(mid), count(lo), count(hi),
 			g.time(func(r *load.Result) time.Duration { return r.Total.P50 }), g.time(func(r *load.Result) time.Duration { return r.Total.P99 }),
 			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
 	}
@@ -155,6 +155,14 @@ func Summary(w io.Writer, runs []Run, checks []Check) {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", c.Scenario, c.What, c.Want, c.Got, c.Verdict())
 	}
 	t.Flush()
+}
+
+// count shows a number for people: small ones with more digits.
+func count(v float64) string {
+	if v > 0 && v < 100 {
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.0f", v)
 }
 
 // Verdict is the check in a word, or why there is none.
