@@ -63,11 +63,11 @@ type chart struct {
 func perSecond(v float64) string {
 	switch {
 	case v >= 1e6:
-		return fmt.Sprintf("%gM/s", v/1e6)
+		return fmt.Sprintf("%.4gM/s", v/1e6)
 	case v >= 1e4:
-		return fmt.Sprintf("%gk/s", v/1e3)
+		return fmt.Sprintf("%.4gk/s", v/1e3)
 	}
-	return fmt.Sprintf("%g/s", v)
+	return fmt.Sprintf("%.4g/s", v)
 }
 
 func nanos(v float64) string { return load.Round(time.Duration(v)).String() }
@@ -101,8 +101,9 @@ func (s *section) fill(d *Doc) {
 			o, e := line{name: fmt.Sprintf("%s, round %d", g.target, n+1), color: i}, line{color: i}
 			e.name = o.name
 			for _, sec := range r.Series {
-				o.x, o.y = append(o.x, sec.At), append(o.y, sec.Ops)
-				e.x, e.y = append(e.x, sec.At), append(e.y, sec.Events)
+				at := sec.At - 0.5 // the middle of the second
+				o.x, o.y = append(o.x, at), append(o.y, sec.Ops)
+				e.x, e.y = append(e.x, at), append(e.y, sec.Events)
 			}
 			ops = append(ops, o)
 			if len(r.Watches) > 0 {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -141,6 +142,12 @@ func TestAxis(t *testing.T) {
 		if got := niceStep(in); got < want*0.999 || got > want*1.001 {
 			t.Errorf("niceStep(%v) = %v", in, got)
 		}
+	}
+	if m := (&axis{hi: 10}).marks(); len(m) != 6 || m[0] != 0 || math.Signbit(m[0]) || m[5] != 10 {
+		t.Error(m)
+	}
+	if m := (&axis{lo: 10, hi: 100, log: true}).marks(); len(m) != 4 {
+		t.Error(m)
 	}
 	a := axis{lo: 1e3, hi: 1e6, log: true}
 	if m := a.marks(); len(m) != 4 || a.at(1e6) != 1 || a.at(5) != 0 {

@@ -10,12 +10,13 @@ import (
 // Size of a chart, in the units of its viewBox, and the room around what is drawn.
 const (
 	chartWidth, chartHeight = 560.0, 280.0
-	padLeft, padRight       = 70.0, 14.0
+	padLeft, padRight       = 92.0, 14.0
 	padTop, padBottom       = 14.0, 34.0
 	plotWidth               = chartWidth - padLeft - padRight
 	plotHeight              = chartHeight - padTop - padBottom
 	ticks                   = 5 // about so many lines across a linear axis
 	maxPoints               = 600
+	maxDots                 = 30 // a line of so few points shows them
 )
 
 // colors is the number of classes c0, c1, ... in the page's style sheet.
@@ -43,17 +44,25 @@ func (a *axis) at(v float64) float64 {
 	return (v - a.lo) / max(a.hi-a.lo, 1e-9)
 }
 
-// marks are where the axis has lines: powers of ten, or round steps.
+// marks are where the axis has lines: powers of ten (with 2 and 5 between if there are few), or round steps.
 func (a *axis) marks() (m []float64) {
 	if a.log {
-		for v := math.Pow(10, math.Ceil(math.Log10(a.lo)-1e-9)); v <= a.hi*1.0001; v *= 10 {
-			m = append(m, v)
+		between := []float64{1}
+		if a.hi/a.lo < 1e3 {
+			between = []float64{1, 2, 5}
+		}
+		for p := math.Pow(10, math.Floor(math.Log10(a.lo)+1e-9)); p <= a.hi*1.0001; p *= 10 {
+			for _, f := range between {
+				if v := f * p; v >= a.lo*0.9999 && v <= a.hi*1.0001 {
+					m = append(m, v)
+				}
+			}
 		}
 		return m
 	}
 	step := niceStep((a.hi - a.lo) / ticks)
-	for i := math.Ceil(a.lo/step - 1e-9); i*step <= a.hi*1.0001; i++ {
-		m = append(m, i*step)
+	for i := int(math.Ceil(a.lo/step - 1e-9)); float64(i)*step <= a.hi*1.0001; i++ {
+		m = append(m, float64(i)*step)
 	}
 	return m
 }
@@ -129,6 +138,7 @@ func lineChart(label string, series []line, names []string, y axis) string {
 	for _, s := range series {
 		fmt.Fprintf(b, `<path class="line s%d" d="`, s.color%colors)
 		every := max(1, len(s.x)/maxPoints)
+		var dots strings.Builder
 		for i := 0; i < len(s.x); i += every {
 			px := x.at(s.x[i])
 			if len(names) > 0 {
@@ -138,9 +148,14 @@ func lineChart(label string, series []line, names []string, y axis) string {
 			if i == 0 {
 				op = 'M'
 			}
-			fmt.Fprintf(b, "%c%.1f %.1f", op, padLeft+plotWidth*px, padTop+plotHeight*(1-y.at(s.y[i])))
+			px, py := padLeft+plotWidth*px, padTop+plotHeight*(1-y.at(s.y[i]))
+			fmt.Fprintf(b, "%c%.1f %.1f", op, px, py)
+			if len(s.x) <= maxDots {
+				fmt.Fprintf(&dots, `<circle class="c%d" cx="%.1f" cy="%.1f" r="3"><title>%s</title></circle>`, s.color%colors, px, py,
+					html.EscapeString(s.name+" "+y.show(s.y[i])))
+			}
 		}
-		fmt.Fprintf(b, `"><title>%s</title></path>`, html.EscapeString(s.name))
+		fmt.Fprintf(b, `"><title>%s</title></path>%s`, html.EscapeString(s.name), dots.String())
 	}
 	b.WriteString("</svg>")
 	return b.String()
