@@ -62,7 +62,7 @@ func (g *group) failed(s *stat, st codec.Status) {
 }
 
 // lost: the connection takes no more requests.
-func (g *group) lost(*worker) {
+func (g *group) lost() {
 	if !g.run.stopped.Load() {
 		g.run.abort("a connection to the server is lost, or takes no more requests")
 	}

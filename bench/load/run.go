@@ -149,13 +149,11 @@ func (r *run) watch() error {
 	}
 	every := max(1, n/sampledWatchers)
 	for i, f := range r.feeds {
-		share := (n - i + len(r.feeds) - 1) / len(r.feeds)
-		f.watchers = i * n / len(r.feeds) // spreads the sampled ones over the connections
-		f.open(share, every, r.podsKey, r.podsEnd)
-		f.watchers = share
+		first, next := i*n/len(r.feeds), (i+1)*n/len(r.feeds)
+		f.open(first, next-first, every, r.podsKey, r.podsEnd)
 	}
 	if r.all != nil {
-		r.all.open(1, 1, []byte{0}, []byte{0})
+		r.all.open(0, 1, 1, []byte{0}, []byte{0})
 	}
 	timeout := time.NewTimer(watchTimeout)
 	defer timeout.Stop()

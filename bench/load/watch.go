@@ -35,9 +35,8 @@ const sampledWatchers = 16
 
 // feed is one connection with watches. All of it is guarded by the connection's lock.
 type feed struct {
-	run      *run
-	conn     *client.Conn
-	watchers int
+	run  *run
+	conn *client.Conn
 
 	all       uint64 // events since the watches began
 	events    uint64 // since the last harvest, as what follows
@@ -130,17 +129,16 @@ func (w *watcher) End(st codec.Status) {
 	}
 }
 
-// open starts n watches of [key, end).
-func (f *feed) open(n int, sampleEvery int, key, end []byte) {
+// open starts n watches of [key, end), the first-th to the (first+n-1)-th of a group of feeds; every sampleEvery-th of
+// the group looks at what it gets.
+func (f *feed) open(first, n, sampleEvery int, key, end []byte) {
 	msg := appendWatch(nil, key, end)
 	f.conn.Lock()
 	defer f.conn.Unlock()
-	for i := range n {
-		w := &watcher{f: f, sampled: (f.watchers+i)%sampleEvery == 0}
-		if f.conn.Stream(pathWatch, msg, w) == nil {
+	for i := first; i < first+n; i++ {
+		if f.conn.Stream(pathWatch, msg, &watcher{f: f, sampled: i%sampleEvery == 0}) == nil {
 			f.run.abort("the server takes no more streams on a connection")
 			return
 		}
 	}
-	f.watchers += n
 }

@@ -156,7 +156,7 @@ var kindPaths = [kindCount]string{pathTxn, pathTxn, pathTxn, pathRange, pathRang
 func (w *worker) send(m []byte) {
 	w.msg, w.good = m, false
 	if !w.g.conn.Call(kindPaths[w.kind], m, w) {
-		w.g.lost(w)
+		w.g.lost()
 		return
 	}
 	w.g.busy++
