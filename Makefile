@@ -4,7 +4,7 @@ GO ?= go
 BIN := .tmp/bin
 
 # Packages whose tests are worth their time under the race detector. server/e2e scales itself down there.
-RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
+RACE := ./bench/... ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 
 # How long each fuzz target runs, and how many seeds `make sim` takes.
 FUZZTIME ?= 30s
@@ -86,7 +86,11 @@ fuzz: ## Every fuzz target for FUZZTIME=30s; a crash, a hang or more than FUZZME
 	done
 
 .PHONY: bench
-bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
+bench: ## The load tester: compare etcd, etcd grpc-proxy and Spindle on this machine (ARGS='--help')
+	$(GO) run ./bench compare $(ARGS)
+
+.PHONY: microbench
+microbench: ## Micro-benchmarks of the packages
 	$(GO) test -run '^$$' -bench . -benchmem ./codec/... ./revclock/... ./server ./shard ./watchring/...
 
 .PHONY: lint
