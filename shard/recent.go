@@ -12,8 +12,8 @@ import (
 //
 // The state of a shard at its stream's record is exact (DESIGN section 5 asks no more of a member's answer): every
 // event up to it was published, so the latest event of a key is the key. With a `now` that was read after the request
-// arrived, and A_i of that moment at or below the record, or nothing in between that may write the key, the answer
-// is exact at H = max(now, record). What the stream cannot answer so goes to the member.
+// arrived, and A_i of that moment at or below the record, or nothing in between that may write the key or end its
+// lease, the answer is exact at H = max(now, record). What the stream cannot answer so goes to the member.
 
 // recentIndex tells at which revision a key was changed last, as far as it knows. Each key has one place, which
 // belongs to whichever of its keys was changed last: so what it tells of a key is either that key's latest change
@@ -120,9 +120,6 @@ func (c *Core) answerRecent(op *Op, s *shardState, n, a int64) bool {
 	if ev == nil {
 		return false // it has left the ring meanwhile
 	}
-	hdr := c.hdr
-	hdr.Revision = max(n, last)
-	op.Resp = codec.AppendHeaderField(op.Resp[:0], &hdr)
 	var kv []byte
 	del := false
 	for it := (codec.Fields{Msg: ev}); it.Next(); {
@@ -133,6 +130,14 @@ func (c *Core) answerRecent(op *Op, s *shardState, n, a int64) bool {
 			kv = it.Field.Bytes
 		}
 	}
+	if !del && last < a {
+		if is, ok := codec.ParseKV(kv); !ok || is.Lease != 0 {
+			return false // its end would have the first revision of a range in between, and no filter tells
+		}
+	}
+	hdr := c.hdr
+	hdr.Revision = max(n, last)
+	op.Resp = codec.AppendHeaderField(op.Resp[:0], &hdr)
 	if !del {
 		op.Resp = codec.AppendBytes(op.Resp, 2, kv)
 		op.Resp = codec.AppendInt(op.Resp, 4, 1)
