@@ -59,23 +59,31 @@ func (c *checker) metForeignAt(o *op, rev int64) bool {
 	return false
 }
 
-// mayMissDelete reports whether o may have overtaken a batch in flight that gives a revision to the delete of a
-// key without a lease, by somebody else: such a read may miss it.
-func (c *checker) mayMissDelete(o *op) bool {
-	if !c.r.Events.Foreign {
-		return false
+// maxMissed bounds what a read may have missed: all of it, and any part, is tried.
+const maxMissed = 6
+
+// mayMiss returns the deletes of keys without a lease, by somebody else, that a read may not know: it may have
+// overtaken the batch in flight that gave them their revision. A Get may be answered by what the proxy's stream has
+// shown, which is later than the shard.
+func (c *checker) mayMiss(o *op) (facts []*fact) {
+	get := false
+	if q, ok := o.req.(*pb.RangeRequest); ok {
+		if q.Serializable || q.Revision > 0 {
+			return nil
+		}
+		get = len(q.RangeEnd) == 0
 	}
 	for _, r := range c.h.ranges {
-		if r.first > o.rev || r.at < o.begin {
+		if r.first > o.rev || r.at < o.begin && (!get || r.first <= o.seen) {
 			continue
 		}
 		for _, f := range c.h.byRev[r.first] {
-			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) {
-				return true
+			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) && len(facts) < maxMissed {
+				facts = append(facts, f)
 			}
 		}
 	}
-	return false
+	return facts
 }
 
 // own makes everything that happened at o's revision o's.

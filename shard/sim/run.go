@@ -55,6 +55,8 @@ type Stats struct {
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
 	Leased, Ended int
+	// Spared counts revisions that a batch left to what had happened without a record.
+	Spared int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.
@@ -291,6 +293,9 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.ReadBatches += b.ReadBatches
 	a.BatchedReads += b.BatchedReads
 	a.Rereads += b.Rereads
+	a.RecentReads += b.RecentReads
+	a.LargeWaited += b.LargeWaited
+	a.LargeRefused += b.LargeRefused
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
 	a.LeaseAttaches += b.LeaseAttaches
