@@ -95,6 +95,31 @@ func (c *checker) own(o *op) {
 	}
 }
 
+// told returns the values that a request was told it has put.
+func told(req, resp proto.Message) (values []string) {
+	switch q := req.(type) {
+	case *pb.PutRequest:
+		if !q.IgnoreValue {
+			values = append(values, string(q.Value))
+		}
+	case *pb.TxnRequest:
+		t := resp.(*pb.TxnResponse)
+		ops := q.Failure
+		if t.Succeeded {
+			ops = q.Success
+		}
+		for i, o := range ops {
+			if p := o.GetRequestPut(); p != nil {
+				values = append(values, told(p, nil)...)
+			}
+			if n := o.GetRequestTxn(); n != nil && i < len(t.Responses) {
+				values = append(values, told(n, t.Responses[i].GetResponseTxn())...)
+			}
+		}
+	}
+	return values
+}
+
 // mayWrite reports whether a request has a put or a delete.
 func mayWrite(req proto.Message) bool {
 	switch q := req.(type) {

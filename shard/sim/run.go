@@ -33,7 +33,8 @@ type Run struct {
 	issued  int  // operations begun
 	open    int  // operations under way
 	ops     []*op
-	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
+	forced  int64   // somebody else compacted a member up to this revision, 0 if nobody did
+	forces  []force // each time
 	// compacted is the largest revision that a client was told is compacted.
 	compacted   int64
 	compactedAt int64 // virtual time when it was told so

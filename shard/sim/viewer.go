@@ -272,9 +272,9 @@ func (v *viewer) settled(now int64) bool {
 
 // viewed checks that a watch got exactly what happened to its keys, from its start to what it was promised.
 func (c *checker) viewed(v *viewer, o *view1) error {
-	got, gone := o.got, c.compactedUpTo()
-	if o.ended && o.promised+1 > gone {
-		return fmt.Errorf("it was canceled as compacted where it needed %d, and nothing above %d was compacted", o.promised+1, gone)
+	got, gone := o.got, c.unreadableUpTo()
+	if most := c.compactedUpTo(); o.ended && o.promised+1 > most {
+		return fmt.Errorf("it was canceled as compacted where it needed %d, and nothing above %d was compacted", o.promised+1, most)
 	}
 	for _, rev := range c.h.revs {
 		if rev < o.w.Start || rev > o.promised {
