@@ -12,8 +12,9 @@ import (
 //
 // The state of a shard at its stream's record is exact (DESIGN section 5 asks no more of a member's answer): every
 // event up to it was published, so the latest event of a key is the key. With a `now` that was read after the request
-// arrived, and A_i of that moment at or below the record, or nothing in between that may write the key or end its
-// lease, the answer is exact at H = max(now, record). What the stream cannot answer so goes to the member.
+// arrived, and A_i of that moment at or below the record, the answer is exact at H = max(now, record). While a batch is
+// on its way the member is asked: its record may be there already, and give the end of a lease, or what somebody
+// deleted directly, a revision that another proxy's clients have seen.
 
 // recentIndex tells at which revision a key was changed last, as far as it knows. Each key has one place, which
 // belongs to whichever of its keys was changed last: so what it tells of a key is either that key's latest change
@@ -79,7 +80,7 @@ type recentBatch struct {
 // submitRecent takes a Get whose key's latest change is in the ring. It returns false for any other request.
 func (c *Core) submitRecent(op *Op) bool {
 	key, ok := op.core.plan.plainGet()
-	if !ok || c.recentEvent(key) == nil {
+	if !ok || !c.settled(c.shards[c.part.ShardOf(key)]) || c.recentEvent(key) == nil {
 		return false
 	}
 	if c.recentTurn == nil {
@@ -92,6 +93,13 @@ func (c *Core) submitRecent(op *Op) bool {
 	}
 	c.recentTurn.ops = append(c.recentTurn.ops, op)
 	return true
+}
+
+// settled says that the shard's stream has shown all that this proxy knows to have been handed out for it: else a
+// later now will hardly find it so.
+func (c *Core) settled(s *shardState) bool {
+	a, _ := c.clock.Log().A(s.idx)
+	return s.rec.last >= a || c.cfg.Sabotage.RecentIgnoresRanges
 }
 
 // nowDone implements nowWaiter.
@@ -113,13 +121,16 @@ func (b *recentBatch) nowDone(n int64, a []int64) {
 // answerRecent answers op from the ring if that is exact; n and a are now and A_i.
 func (c *Core) answerRecent(op *Op, s *shardState, n, a int64) bool {
 	last := s.rec.last
-	if last < a && !c.cfg.Sabotage.RecentIgnoresRanges && s.mayHaveChanged(op.core.plan.Reads, last, a) {
+	if last < a && !c.cfg.Sabotage.RecentIgnoresRanges {
 		return false
 	}
 	ev := c.recentEvent(op.core.plan.Reads[0].Key)
 	if ev == nil {
 		return false // it has left the ring meanwhile
 	}
+	hdr := c.hdr
+	hdr.Revision = max(n, last)
+	op.Resp = codec.AppendHeaderField(op.Resp[:0], &hdr)
 	var kv []byte
 	del := false
 	for it := (codec.Fields{Msg: ev}); it.Next(); {
@@ -130,14 +141,6 @@ func (c *Core) answerRecent(op *Op, s *shardState, n, a int64) bool {
 			kv = it.Field.Bytes
 		}
 	}
-	if !del && last < a {
-		if is, ok := codec.ParseKV(kv); !ok || is.Lease != 0 {
-			return false // its end would have the first revision of a range in between, and no filter tells
-		}
-	}
-	hdr := c.hdr
-	hdr.Revision = max(n, last)
-	op.Resp = codec.AppendHeaderField(op.Resp[:0], &hdr)
 	if !del {
 		op.Resp = codec.AppendBytes(op.Resp, 2, kv)
 		op.Resp = codec.AppendInt(op.Resp, 4, 1)

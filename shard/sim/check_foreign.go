@@ -63,18 +63,13 @@ func (c *checker) metForeignAt(o *op, rev int64) bool {
 const maxMissed = 6
 
 // mayMiss returns the deletes of keys without a lease, by somebody else, that a read may not know: it may have
-// overtaken the batch in flight that gave them their revision. A Get may be answered by what the proxy's stream has
-// shown, which is later than the shard.
+// overtaken the batch in flight that gave them their revision.
 func (c *checker) mayMiss(o *op) (facts []*fact) {
-	get := false
-	if q, ok := o.req.(*pb.RangeRequest); ok {
-		if q.Serializable || q.Revision > 0 {
-			return nil
-		}
-		get = len(q.RangeEnd) == 0
+	if q, ok := o.req.(*pb.RangeRequest); ok && (q.Serializable || q.Revision > 0) {
+		return nil
 	}
 	for _, r := range c.h.ranges {
-		if r.first > o.rev || r.at < o.begin && (!get || r.first <= o.seen) {
+		if r.first > o.rev || r.at < o.begin {
 			continue
 		}
 		for _, f := range c.h.byRev[r.first] {

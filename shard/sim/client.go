@@ -26,7 +26,6 @@ type op struct {
 	floor  int64 // the largest revision that anyone had been shown when it began
 	rev    int64 // header.revision of the answer
 	facts  int   // of the history that belong to it
-	seen   int64 // of a Get: up to where its proxy had seen the key's shard when it was answered
 	stream bool  // a RangeStream
 }
 
@@ -187,9 +186,6 @@ func (c *client) done(o *op, s *shard.Op) {
 		}
 		o.rev = h.Revision
 		r.show(o.rev)
-		if q, ok := o.req.(*pb.RangeRequest); ok && len(q.RangeEnd) == 0 {
-			o.seen = c.p.core.Frontier().Get(r.part.ShardOf(q.Key))
-		}
 		if q, ok := o.req.(*pb.CompactionRequest); ok {
 			if q.Revision > r.compacted {
 				r.compacted, r.compactedAt = q.Revision, r.net.now

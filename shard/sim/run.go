@@ -295,14 +295,14 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.BatchedReads += b.BatchedReads
 	a.Rereads += b.Rereads
 	a.RecentReads += b.RecentReads
-	a.LargeWaited += b.LargeWaited
-	a.LargeRefused += b.LargeRefused
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
 	a.LeaseAttaches += b.LeaseAttaches
 	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
 	a.LeaseReconciliations += b.LeaseReconciliations
 	a.LeaseOrphans += b.LeaseOrphans
+	a.LargeWaited += b.LargeWaited
+	a.LargeRefused += b.LargeRefused
 	return a
 }
 
