@@ -24,7 +24,7 @@ func (r *Run) check() error {
 	}
 	r.stats.Facts = len(h.values)
 	for _, x := range h.ranges {
-		if x.spare && len(h.byRev[x.first]) > 0 {
+		if x.spare {
 			r.stats.Spared++
 		}
 	}

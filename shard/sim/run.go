@@ -56,7 +56,8 @@ type Stats struct {
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
 	Leased, Ended int
-	// Spared counts revisions that a batch left to what had happened without a record.
+	// Spared counts revisions that a batch left to what had happened without a record. One stays unused if the stream was
+	// slow to show that the batch before it had covered that already.
 	Spared int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
