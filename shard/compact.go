@@ -219,11 +219,30 @@ func (c *Core) noteCompaction(rev int64) {
 	c.publishCompaction()
 }
 
+// noteTorn says that somebody else's compaction took events of revision rev, or of one below, before they were seen
+// here. What clients see at rev can still be read, but no watch may begin there: those that need it are canceled.
+func (c *Core) noteTorn(rev int64) {
+	c.ring.RaiseTail(rev)
+	c.watchFrom = max(c.watchFrom, rev+1)
+	c.noteCompaction(rev)
+	c.publishCompaction()
+}
+
 // publishCompaction tells the watches, once everything up to the compacted revision has been seen here:
 // another proxy may be ahead, and a watch that has all that there is to have must not be canceled.
 func (c *Core) publishCompaction() {
-	if c.frontier != nil && c.compacted > c.frontier.Compacted() && c.frontier.Get(watchring.All) >= c.compacted {
-		c.frontier.SetCompacted(c.compacted)
+	if c.frontier == nil {
+		return
+	}
+	all, rev := c.frontier.Get(watchring.All), int64(0)
+	if c.compacted <= all {
+		rev = c.compacted
+	}
+	if c.watchFrom <= all+1 {
+		rev = max(rev, c.watchFrom)
+	}
+	if rev > c.frontier.Compacted() {
+		c.frontier.SetCompacted(rev)
 		c.frontierRose = true
 	}
 }
@@ -362,8 +381,7 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 		if rec.Last > s.rec.last {
 			s.rec = point{rec.First, rec.Last, kv.ModRevision}
 			s.points = append(s.points[:0], s.rec)
-			c.ring.RaiseTail(rec.Last)
-			c.noteCompaction(rec.Last)
+			c.noteTorn(rec.Last)
 			c.clock.Log().SetClock(s.idx, rec.Last)
 			c.stale = true
 			if b := s.cur; b != nil {
@@ -381,8 +399,9 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 		}
 		if local > s.rec.local+1 {
 			s.from = local
-			if s.furthest < local-1 || s.lastUnrecorded > s.rec.local {
-				// Something changed, or may have, and waits for the next record.
+			if s.furthest < local || s.lastUnrecorded > s.rec.local {
+				// Something changed, or may have, and waits for the next record. At the compacted revision itself an
+				// etcd before 3.5.19 has the puts only.
 				s.torn = true
 				s.lastUnrecorded = max(s.lastUnrecorded, local-1)
 			}

@@ -117,6 +117,7 @@ type Core struct {
 	recentTurn *recentBatch // takes the Gets of this turn
 	freeRecent []*recentBatch
 	compacted  int64 // below it nothing is answered, -1 for nothing
+	watchFrom  int64 // below it no watch begins, if that is above compacted: events were lost
 	compactRec int64 // the largest compaction record of a shard
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor

@@ -309,6 +309,9 @@ func (r *rewrite) end(settled bool) {
 	s := r.s
 	delete(s.rewrites, r.key)
 	d := time.Duration(rewriteRetry)
+	if !r.wanted() {
+		d = fenceJitter // nothing failed: somebody has put another value
+	}
 	if settled {
 		d = fenceJitter
 		if is, ok := s.foreign.keys[r.key]; ok && is.local == r.local {

@@ -50,11 +50,10 @@ func (p *historyPart) locate() {
 		switch {
 		case h.closed || p.over || h.failure.Code != codec.OK:
 			return
-		case st == codec.ErrCompacted && at.next.local > 0 && at.next.first <= h.pos+1:
-			// The record before is gone, but nothing of it is needed.
-			p.seen, p.clock = at.next.local-1, at.next.first-1
 		case st == codec.ErrCompacted:
-			h.fail(st, max(at.next.last, h.pos+2))
+			// The member is compacted at the record that follows, or behind it: what had waited there for its first
+			// revision is gone.
+			h.fail(st, max(at.next.last+1, h.pos+2))
 			return
 		case st == codec.ErrTimeout:
 			h.c.after(h.c.jitter(20*retryDelay), p.locate)
@@ -298,12 +297,12 @@ func (p *historyPart) compactedUnder(local int64) {
 			rec, ok := ParseRecord(kv.Value)
 			switch {
 			case p.over:
-			case st.Code == codec.OK && found && ok && kv.ModRevision >= local-1:
-				h.fail(codec.ErrCompacted, max(rec.Last, h.pos+2))
+			case st.Code == codec.OK && found && ok && kv.ModRevision == local:
+				h.fail(codec.ErrCompacted, max(rec.Last+1, h.pos+2))
 			case st.Code == codec.OK, st == codec.ErrCompacted, c.cfg.Now() >= deadline:
 				// What waited there for the next record may be gone too, or even more: behind the newest record
 				// nothing is.
-				h.fail(codec.ErrCompacted, max(p.s.rec.last, h.pos+2))
+				h.fail(codec.ErrCompacted, max(p.s.rec.last+1, h.pos+2))
 			default:
 				c.after(c.jitter(20*retryDelay), ask)
 			}

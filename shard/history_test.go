@@ -421,7 +421,8 @@ func TestHistoryCompacted(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.calls[0].c.Complete(resp, codec.Status{}, true)
-	expect(t, "compacted under the read", answer(), "to 3 "+codec.ErrCompacted.Msg+" 8")
+	// What had no record and shares revision 8 may be gone.
+	expect(t, "compacted under the read", answer(), "to 3 "+codec.ErrCompacted.Msg+" 9")
 	if len(r.open()) != 0 {
 		t.Error("streams are left")
 	}

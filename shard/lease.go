@@ -51,6 +51,7 @@ type leases struct {
 
 	reconciling bool
 	soon        bool // a reconciliation is due before the minute
+	failures    int  // reconciliations in a row that a shard did not answer
 }
 
 // leaseShard is the part of leases that belongs to one shard.

@@ -14,6 +14,7 @@ import (
 type reconciliation struct {
 	l       *leases
 	waiting int
+	failed  bool // a shard did not answer
 	// copies are leases found away from their homes, by home.
 	copies map[int][]foundCopy
 }
@@ -44,7 +45,7 @@ func (l *leases) reconcileSoon() {
 		return
 	}
 	l.soon = true
-	l.c.after(l.c.jitter(5*reconcileFirst), func() {
+	l.c.after(l.c.jitter(min(5*reconcileFirst<<min(l.failures, 10), reconcileEvery)), func() {
 		l.soon = false
 		l.reconcileNow()
 	})
@@ -59,6 +60,7 @@ func (l *leases) reconcileNow() {
 	r := &reconciliation{l: l, waiting: len(c.shards), copies: make(map[int][]foundCopy)}
 	for _, s := range c.shards {
 		c.tr.Call(s.cluster, codec.MethodLeaseLeases, nil, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+			r.failed = r.failed || st.Code != codec.OK
 			it := codec.Fields{Msg: resp}
 			for st.Code == codec.OK && it.Next() {
 				if it.Field.Num != 2 {
@@ -95,10 +97,19 @@ func (r *reconciliation) readMarkers() {
 }
 
 func (r *reconciliation) end() {
-	if r.waiting--; r.waiting == 0 {
-		r.l.reconciling = false
-		r.l.c.stats.LeaseReconciliations++
+	if r.waiting--; r.waiting > 0 {
+		return
 	}
+	l := r.l
+	l.reconciling = false
+	l.c.stats.LeaseReconciliations++
+	if !r.failed {
+		l.failures = 0
+		return
+	}
+	// What lies on that shard may have outlived its lease already. One that stays away is asked less and less.
+	l.reconcileSoon()
+	l.failures++
 }
 
 func (r *reconciliation) page(s *shardState, from []byte, named map[foundCopy]struct{}) {
@@ -108,7 +119,8 @@ func (r *reconciliation) page(s *shardState, from []byte, named map[foundCopy]st
 	body = codec.AppendInt(body, rangeLimit, reconcilePage)
 	s.ask(codec.MethodRange, body, c.deadline(), func(resp []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
-			r.end() // the next turn, then
+			r.failed = true
+			r.end()
 			return
 		}
 		var next []byte

@@ -406,8 +406,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	s.clearPending()
 	if s.torn {
 		// They have this record's first revision.
-		c.ring.RaiseTail(rec.First)
-		c.noteCompaction(rec.First)
+		c.noteTorn(rec.First)
 	}
 	s.from, s.torn = 0, false
 	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)

@@ -59,23 +59,26 @@ func (c *checker) metForeignAt(o *op, rev int64) bool {
 	return false
 }
 
-// mayMissDelete reports whether o may have overtaken a batch in flight that gives a revision to the delete of a
-// key without a lease, by somebody else: such a read may miss it.
-func (c *checker) mayMissDelete(o *op) bool {
-	if !c.r.Events.Foreign {
-		return false
+// maxMissed bounds what a read may have missed: all of it, and any part, is tried.
+const maxMissed = 6
+
+// mayMiss returns the deletes of keys without a lease, by somebody else, that a read may not know: it may have
+// overtaken the batch in flight that gave them their revision.
+func (c *checker) mayMiss(o *op) (facts []*fact) {
+	if q, ok := o.req.(*pb.RangeRequest); ok && (q.Serializable || q.Revision > 0) {
+		return nil
 	}
 	for _, r := range c.h.ranges {
 		if r.first > o.rev || r.at < o.begin {
 			continue
 		}
 		for _, f := range c.h.byRev[r.first] {
-			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) {
-				return true
+			if f.unrecorded && f.delete && leaseOf([]byte(f.key)) == 0 && mentions(o.req, f.key) && len(facts) < maxMissed {
+				facts = append(facts, f)
 			}
 		}
 	}
-	return false
+	return facts
 }
 
 // own makes everything that happened at o's revision o's.
@@ -85,6 +88,31 @@ func (c *checker) own(o *op) {
 			c.owner[f] = o
 		}
 	}
+}
+
+// told returns the values that a request was told it has put.
+func told(req, resp proto.Message) (values []string) {
+	switch q := req.(type) {
+	case *pb.PutRequest:
+		if !q.IgnoreValue {
+			values = append(values, string(q.Value))
+		}
+	case *pb.TxnRequest:
+		t := resp.(*pb.TxnResponse)
+		ops := q.Failure
+		if t.Succeeded {
+			ops = q.Success
+		}
+		for i, o := range ops {
+			if p := o.GetRequestPut(); p != nil {
+				values = append(values, told(p, nil)...)
+			}
+			if n := o.GetRequestTxn(); n != nil && i < len(t.Responses) {
+				values = append(values, told(n, t.Responses[i].GetResponseTxn())...)
+			}
+		}
+	}
+	return values
 }
 
 // mayWrite reports whether a request has a put or a delete.

@@ -15,7 +15,7 @@ import (
 
 // watch checks that a follower got exactly what happened between its start and where it stands.
 func (c *checker) watch(f *follower) error {
-	got, gone := f.got, c.compactedUpTo()
+	got, gone := f.got, c.unreadableUpTo()
 	for _, rev := range c.h.revs {
 		if rev <= f.start || rev > f.cursor {
 			continue
@@ -93,7 +93,7 @@ func (c *checker) compactedFor(o *op) bool {
 	case *pb.TxnRequest:
 		asks = oldest(q, asks)
 	}
-	if asks < c.r.forced || asks < c.autoCompacted() {
+	if asks < c.tornUpTo() || asks < c.autoCompacted() {
 		return true
 	}
 	if q, ok := o.req.(*pb.CompactionRequest); ok && q.Revision <= 0 {
@@ -182,9 +182,34 @@ func oldestRead(t *pb.TxnRequest, resp *pb.TxnResponse, rev int64) int64 {
 	return rev
 }
 
-// compactedUpTo returns the largest revision up to which history may be gone.
-func (c *checker) compactedUpTo() int64 {
-	rev := max(c.r.forced, c.autoCompacted())
+// force is somebody's compaction of a member, at a local revision.
+type force struct {
+	shard int
+	at    int64
+}
+
+// tornUpTo returns the first revision that may have lost nothing by others' compactions: each takes what lies below
+// the record that follows it, and what shares that record's first revision.
+func (c *checker) tornUpTo() (rev int64) {
+	for _, x := range c.r.forces {
+		next := c.h.last + 1
+		for _, r := range c.h.ranges {
+			if r.shard == x.shard && r.local > x.at {
+				next = min(next, r.first)
+			}
+		}
+		rev = max(rev, next+1)
+	}
+	return rev
+}
+
+// compactedUpTo returns the largest revision up to which a watch may be told that history is gone: the read of the
+// past that it shares may give up more than it must.
+func (c *checker) compactedUpTo() int64 { return max(c.r.forced, c.unreadableUpTo()) }
+
+// unreadableUpTo returns the largest revision up to which history may be gone.
+func (c *checker) unreadableUpTo() int64 {
+	rev := max(c.tornUpTo(), c.autoCompacted())
 	for _, k := range c.r.ops {
 		if q, ok := k.req.(*pb.CompactionRequest); ok && k.st != codec.ErrFutureRev {
 			rev = max(rev, q.Revision)

@@ -13,17 +13,20 @@ import (
 type view struct {
 	h      *history
 	rev    int64
-	before bool // without what the request at rev itself did
+	before bool           // without what the request at rev itself did
+	missed map[*fact]bool // left out
 	// writes is what the evaluated request would write, in order; it is seen by what follows in it.
 	writes []*fact
 }
 
 // before is the state that the request which was given rev saw: everything up to there, also what
 // happened without a record and shares rev with it.
-func (c *checker) before(rev int64) *view { return &view{h: c.h, rev: rev, before: true} }
+func (c *checker) before(rev int64) *view {
+	return &view{h: c.h, rev: rev, before: true, missed: c.missed}
+}
 
 // after is the state at rev.
-func (c *checker) after(rev int64) *view { return &view{h: c.h, rev: rev} }
+func (c *checker) after(rev int64) *view { return &view{h: c.h, rev: rev, missed: c.missed} }
 
 func (v *view) at(key string) *fact {
 	for i := len(v.writes) - 1; i >= 0; i-- {
@@ -40,7 +43,7 @@ func (v *view) at(key string) *fact {
 func (v *view) base(key string) *fact {
 	fs := v.h.byKey[key]
 	i := sort.Search(len(fs), func(i int) bool { return fs[i].rev > v.rev })
-	for v.before && i > 0 && fs[i-1].rev == v.rev && !fs[i-1].unrecorded {
+	for i > 0 && (v.before && fs[i-1].rev == v.rev && !fs[i-1].unrecorded || v.missed[fs[i-1]]) {
 		i--
 	}
 	if i == 0 || fs[i-1].delete {

@@ -147,6 +147,7 @@ type rangeOf struct {
 	local, at   int64 // local revision of the record, and when it was written
 	first, last int64
 	shard       int
+	spare       bool // the first is for what happened without a record
 	proxy       [16]byte
 	batch       uint64
 }
@@ -236,7 +237,7 @@ func (h *history) readShard(shard int, log []*Change) error {
 		}
 		closing = nil
 		h.last = max(h.last, rec.last)
-		h.ranges = append(h.ranges, rangeOf{group[0].Main, group[0].At, rec.first, rec.last, shard, rec.proxy, rec.batch})
+		h.ranges = append(h.ranges, rangeOf{group[0].Main, group[0].At, rec.first, rec.last, shard, rec.spare, rec.proxy, rec.batch})
 		for _, c := range waiting {
 			if err := h.add(shard, c, rec.first, true); err != nil {
 				return err

@@ -3,6 +3,7 @@ package sim
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sort"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -217,8 +218,12 @@ func (c *checker) leaseAnswer(o *op) error {
 				dead = false
 			}
 		}
-		if ttl := o.resp.(*pb.LeaseKeepAliveResponse).TTL; ttl <= 0 && !dead {
+		ttl := o.resp.(*pb.LeaseKeepAliveResponse).TTL
+		if ttl <= 0 && !dead {
 			return fmt.Errorf("the lease was there all the time")
+		}
+		if ttl > 0 && !slices.ContainsFunc(c.lives(q.ID), func(l leaseLife) bool { return l.from <= o.end && l.to >= o.begin }) {
+			return fmt.Errorf("there was no such lease: %v", c.lives(q.ID))
 		}
 	}
 	return nil

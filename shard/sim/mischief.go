@@ -161,6 +161,7 @@ func (r *Run) forceCompact(c *Cluster) {
 		return
 	}
 	c.compact = at
+	r.forces = append(r.forces, force{int(c.ID), at})
 	if rec, err := parseRecord(clock.KV.Value); err == nil {
 		// What has no record yet will have one of the next revisions.
 		r.forced = max(r.forced, rec.last+maxBatch)

@@ -33,7 +33,8 @@ type Run struct {
 	issued  int  // operations begun
 	open    int  // operations under way
 	ops     []*op
-	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
+	forced  int64   // somebody else compacted a member up to this revision, 0 if nobody did
+	forces  []force // each time
 	// compacted is the largest revision that a client was told is compacted.
 	compacted   int64
 	compactedAt int64 // virtual time when it was told so
@@ -55,6 +56,9 @@ type Stats struct {
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
 	Leased, Ended int
+	// Spared counts revisions that a batch left to what had happened without a record. One stays unused if the stream was
+	// slow to show that the batch before it had covered that already.
+	Spared int
 	// Withdrawn counts operations that their client canceled.
 	Withdrawn int
 	// Viewed counts events that watches delivered, Canceled the watches that were canceled.
@@ -298,6 +302,8 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
 	a.LeaseReconciliations += b.LeaseReconciliations
 	a.LeaseOrphans += b.LeaseOrphans
+	a.LargeWaited += b.LargeWaited
+	a.LargeRefused += b.LargeRefused
 	return a
 }
 

@@ -26,6 +26,13 @@ func newScript(t *testing.T, cfg Config) *script {
 	return w
 }
 
+// smallWorld is a world in which nothing goes wrong by itself.
+func smallWorld(t *testing.T, proxies, ring int) *script {
+	t.Helper()
+	return newScript(t, Config{Seed: 1, Shards: 1, Proxies: proxies, Keys: 8, Base: time.Millisecond, RingSize: ring, MaxTxnOps: 128,
+		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
+}
+
 func (w *script) wait(what string, cond func() bool) {
 	w.t.Helper()
 	if !w.until(30*time.Second, cond) || !cond() {
@@ -35,6 +42,25 @@ func (w *script) wait(what string, cond func() bool) {
 
 func (w *script) call(p *proxy, kind shard.OpKind, req proto.Message) (rev int64, st codec.Status) {
 	w.t.Helper()
+	resp, st := w.ask(p, kind, req)
+	if st.Code == codec.OK {
+		rev = headerOf(resp).Revision
+	}
+	return rev, st
+}
+
+// put puts a key, and returns its revision.
+func (w *script) put(p *proxy, key string) int64 {
+	w.t.Helper()
+	rev, st := w.call(p, shard.OpPut, &pb.PutRequest{Key: []byte(key), Value: []byte("v")})
+	if st.Code != codec.OK {
+		w.t.Fatal(st)
+	}
+	return rev
+}
+
+func (w *script) ask(p *proxy, kind shard.OpKind, req proto.Message) (resp proto.Message, st codec.Status) {
+	w.t.Helper()
 	msg, err := proto.Marshal(req)
 	if err != nil {
 		w.t.Fatal(err)
@@ -42,14 +68,15 @@ func (w *script) call(p *proxy, kind shard.OpKind, req proto.Message) (rev int64
 	over := false
 	p.core.Submit(&shard.Op{Kind: kind, Msg: msg, Done: func(s *shard.Op) {
 		over, st = true, s.Status
-		resp := answerOf(req)
-		if st.Code == codec.OK && proto.Unmarshal(s.Resp, resp) == nil {
-			rev = headerOf(resp).Revision
+		if resp = answerOf(req); st.Code == codec.OK {
+			if err := proto.Unmarshal(s.Resp, resp); err != nil {
+				w.t.Error(err)
+			}
 		}
 	}})
 	p.turn()
 	w.wait("an answer", func() bool { return over })
-	return rev, st
+	return resp, st
 }
 
 func (w *script) stream(p *proxy, req *pb.RangeRequest, take func(*pb.RangeResponse)) (st codec.Status) {
