@@ -59,6 +59,10 @@ type CoreConfig struct {
 	// limit is asked for either.
 	PageKeys, ChunkBytes int
 
+	// ReplaceCoordinator lets a coordinator take the place of the one that the partition map names, although its
+	// etcd has another cluster ID. It must be empty.
+	ReplaceCoordinator bool
+
 	// Sabotage plants bugs for the simulation to find. Never set outside of tests.
 	Sabotage Sabotage
 }
@@ -79,6 +83,9 @@ type Sabotage struct {
 	HistoryAhead bool
 	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
 	CompactionUnread bool
+	// RebuildSkipsShard leaves a shard out of a rebuild, RebuildFencesFirst fences before the coordinator has the new
+	// epoch, RebuildNoFence does not fence at all.
+	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -97,6 +104,11 @@ type Core struct {
 	state  coreState
 	reason string // why not ready
 	boot   *bootstrap
+
+	connecting *connecting // nil while the coordinator is believed
+	knownN     int64       // the largest N that a believed coordinator has shown
+	maxClock   int64       // the largest clock that a stream has shown
+	madeEpoch  revclock.ID // planted bug
 
 	hdr    codec.Header
 	m      *Map
@@ -151,6 +163,8 @@ type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
 	ReadBatches, BatchedReads, Rereads                                           uint64
 	Unrecorded, Foreign                                                          uint64
+	// Rebuilds of the coordinator that this proxy has brought to their end.
+	Rebuilds uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
 	// of reconciliation, and copies found by them that no marker named.
 	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64
@@ -226,6 +240,9 @@ func (c *Core) Start() {
 // Ready reports whether requests are served, and if not, why: a sentence for an operator.
 func (c *Core) Ready() (bool, string) {
 	if c.state == stateReady {
+		if c.connecting != nil {
+			return false, c.connecting.waitingFor()
+		}
 		return true, ""
 	}
 	if c.state == stateStarting && c.boot != nil {
@@ -477,6 +494,14 @@ func (c *Core) moveFrontiers() {
 	}
 	l := c.clock.Log()
 	for i, s := range c.shards {
+		if c.connecting != nil {
+			// The log may be of a coordinator that is not believed. What a stream has shown stays true.
+			if f := l.Clock(i); f > c.frontier.Get(i) {
+				c.frontier.Set(i, f)
+				c.frontierRose = true
+			}
+			continue
+		}
 		f := l.Frontier(i)
 		if c.cfg.Sabotage.FrontierIgnoresRanges {
 			f = l.N()
@@ -528,10 +553,19 @@ func (e *clockEvents) NowDone(ticket uint64, n int64, a []int64) {
 }
 
 func (e *clockEvents) Started() {
-	c := (*Core)(e)
-	if c.boot != nil {
-		c.boot.clockStarted()
+	if k := (*Core)(e).connecting; k != nil {
+		k.adopt()
 	}
 }
 
-func (e *clockEvents) Lost(err error) { (*Core)(e).fail(fmt.Errorf("coordinator: %w", err)) }
+func (e *clockEvents) Lost(err error) {
+	c := (*Core)(e)
+	switch {
+	case c.connecting != nil:
+		c.connecting.refused(err)
+	case revclock.Rebuildable(err) || revclock.Foreign(err):
+		c.connect(err.Error())
+	default:
+		c.fail(fmt.Errorf("coordinator: %w", err))
+	}
+}

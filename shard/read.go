@@ -38,9 +38,10 @@ type readBatch struct {
 	haveNow bool
 	got     bool
 	n, a    int64
-	resp    []byte // copy of the reply, when it came before now
-	rev     int64  // of the shard, 0 for the newest: a second look at a fixed state
-	h       int64  // what a second look answers with
+	epoch   revclock.ID // of now
+	resp    []byte      // copy of the reply, when it came before now
+	rev     int64       // of the shard, 0 for the newest: a second look at a fixed state
+	h       int64       // what a second look answers with
 	body    []byte
 }
 
@@ -217,6 +218,7 @@ func (c *Core) releaseRead(b *readBatch) {
 // nowDone takes the now that belongs to b.
 func (b *readBatch) nowDone(n int64, a []int64) {
 	b.n, b.a, b.haveNow = n, a[b.s.idx], true
+	b.epoch = b.s.c.m.Epoch
 	if b.got {
 		b.s.evaluate(b, b.resp)
 	}
@@ -260,21 +262,41 @@ func (b *readBatch) Complete(resp []byte, st codec.Status, sent bool) {
 	s.evaluate(b, resp)
 }
 
+// sameEpoch says that a clock record, of a local revision, is of the epoch that is believed. If it is of a newer
+// one, that is looked for.
+func (s *shardState) sameEpoch(rec *Record, local int64) bool {
+	c := s.c
+	if rec.Epoch == c.m.Epoch || rec.Last == 0 || c.cfg.Sabotage.RebuildNoFence {
+		return true
+	}
+	if local > s.mapMod {
+		c.connect("member cluster " + s.name + " has another epoch")
+	}
+	return false
+}
+
+// readAgain reads after a moment, if there is time left.
+func (s *shardState) readAgain(it readItem) {
+	c := s.c
+	switch {
+	case c.cfg.Now() >= it.deadline:
+		it.fail(s, codec.ErrTimeout)
+	case it.op != nil && it.op.canceled:
+		it.fail(s, statusCanceled)
+	default:
+		c.after(c.jitter(retryDelay), func() { s.read(it) })
+	}
+}
+
 // readFailed asks again, or answers the error: reads may be repeated freely.
 func (s *shardState) readFailed(b *readBatch, st codec.Status) {
 	c := s.c
 	final := definite(st) && st != codec.ErrCompacted && st != codec.ErrFutureRev
-	now := c.cfg.Now()
 	for _, it := range b.items {
-		switch {
-		case final:
+		if final {
 			it.fail(s, st)
-		case now >= it.deadline:
-			it.fail(s, codec.ErrTimeout)
-		case it.op != nil && it.op.canceled:
-			it.fail(s, statusCanceled)
-		default:
-			c.after(c.jitter(retryDelay), func() { s.read(it) })
+		} else {
+			s.readAgain(it)
 		}
 	}
 	if b.ticket && !b.haveNow {
@@ -305,11 +327,11 @@ func (s *shardState) evaluate(b *readBatch, resp []byte) {
 		}
 		return
 	}
-	if rec.Epoch != c.m.Epoch && rec.Last > 0 {
-		c.fail(fmt.Errorf("member cluster %s has a clock record of another epoch; restart to read the map anew", s.name))
-		for i := range b.items {
-			b.items[i].fail(s, codec.ErrStopped)
+	if !s.sameEpoch(&rec, clock.ModRevision) || b.ticket && b.epoch != c.m.Epoch {
+		for _, it := range b.items {
+			s.readAgain(it)
 		}
+		c.releaseRead(b)
 		return
 	}
 	read := point{rec.First, rec.Last, clock.ModRevision}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 )
 
 // This file reads a shard's watch stream: the whole keyspace, once per proxy, with prev_kv. All events
@@ -71,6 +72,7 @@ type shardState struct {
 	foreignWarned  int64 // ns
 	points         []point
 	held           [][]byte // messages that wait for the ring to have room
+	ahead          int64    // first revision of the record that waits for room in the ring, 0 for none
 	holding        bool
 	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
 	furthest       int64 // the largest pos there was
@@ -98,7 +100,7 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.gen++
 	s.clearPending()
-	s.held, s.holding = nil, false
+	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
 	s.foreign.rewind()
 	s.pos = start - 1
@@ -301,15 +303,16 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		s.c.leases.streamMoved(s)
 		return true
 	}
-	if rec.Last > c.ringRoom() && !(s.holding && c.cfg.Now() >= s.holdUntil) {
+	if !c.ringRoom(rec.Last) && !(s.jumpTo(rec.First) && c.ringRoom(rec.Last)) && !(s.holding && c.cfg.Now() >= s.holdUntil) {
 		// There is no room for it, but it says that nothing below its first revision will come. Without
 		// this the shard would wait for the frontier that it holds back itself.
-		if l := c.clock.Log(); l.Clock(s.idx) < rec.First-1 {
+		if l := c.clock.Log(); (rec.Kind != KindRebuild || s.overtaken()) && l.Clock(s.idx) < rec.First-1 {
 			l.SetClock(s.idx, rec.First-1)
 			c.stale = true
 		}
 		return false
 	}
+	s.ahead = 0
 	if !s.publish(&rec, events) {
 		return true
 	}
@@ -319,16 +322,60 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	return true
 }
 
-// ringRoom returns the largest revision that may be put into the ring now: a quarter of the ring stays
+// ringRoom says whether revision rev may be put into the ring now: a quarter of the ring stays
 // free for readers. A shard whose stream is down holds nobody up.
-func (c *Core) ringRoom() int64 {
+func (c *Core) ringRoom(rev int64) bool {
 	least := int64(-1)
 	for i, s := range c.shards {
 		if f := c.frontier.Get(i); s.handle != nil && (least < 0 || f < least) {
 			least = f
 		}
 	}
-	return least + c.ring.Size()*3/4
+	return c.ring.Distance(least, rev) <= c.ring.Size()*3/4
+}
+
+// overtaken says that another shard's stream is past a rebuild that this one has come to: there is no jump then.
+func (s *shardState) overtaken() bool {
+	for _, o := range s.c.shards {
+		if o.ahead == 0 && s.c.ring.Distance(s.rec.last, o.rec.last) >= revclock.Margin/4 {
+			return true
+		}
+	}
+	return false
+}
+
+// jumpTo is told that the shard's next record begins at revision first, for which the ring has no room. When that
+// is so on every shard a rebuild of the coordinator lies between, and the ring leaves out what nobody was
+// given: the jump takes no slots, so it laps no reader. It returns whether the ring has jumped.
+func (s *shardState) jumpTo(first int64) bool {
+	c := s.c
+	s.ahead = first
+	from, to := int64(0), first-1
+	for i, o := range c.shards {
+		if o.ahead == 0 {
+			return false // its stream has not come there, or is past it
+		}
+		from, to = max(from, o.rec.last, c.frontier.Get(i), c.clock.Log().Clock(i)), min(to, o.ahead-1)
+	}
+	if to-from < revclock.Margin/4 {
+		return false
+	}
+	c.ring.Jump(from, to)
+	c.log.Info("a rebuild of the coordinator has left out revisions", "from", from+1, "to", to)
+	for _, o := range c.shards {
+		o.ahead = 0
+	}
+	// Readers pass it as one step: nothing of it can come any more.
+	for i := range c.shards {
+		c.clock.Log().SetClock(i, to)
+	}
+	c.stale, c.frontierRose = true, true
+	for _, o := range c.shards {
+		if o != s {
+			c.after(0, o.resumeStream)
+		}
+	}
+	return true
 }
 
 // unrecorded keeps a local revision without a clock record.
@@ -365,7 +412,7 @@ func (s *shardState) reservedChanged(kv, prev codec.KV, del bool) {
 		}
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {
-			s.c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
+			s.c.connect("the partition map on member cluster " + s.name + " has changed")
 		}
 	default:
 		if x, ok := ParseLeaseKey(kv.Key); ok && del {
@@ -406,6 +453,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	}
 	s.from, s.torn = 0, false
 	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)
+	c.maxClock = max(c.maxClock, rec.Last)
 	c.stale = true
 	c.probeClock(rec.Last)
 	if rec.Proxy == c.cfg.Proxy {

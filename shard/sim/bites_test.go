@@ -51,6 +51,9 @@ func TestItBites(t *testing.T) {
 				}
 			})
 		}},
+		{"a rebuild skips a shard", func(c *Config) { rebuilds(c); c.Sabotage.RebuildSkipsShard = true }},
+		{"a rebuild fences first", func(c *Config) { rebuilds(c); c.Sabotage.RebuildFencesFirst = true }},
+		{"a rebuild does not fence", func(c *Config) { rebuilds(c); c.Sabotage.RebuildNoFence = true }},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {

@@ -95,6 +95,9 @@ func (r *Run) mischief() {
 			}
 		}},
 		{ev.Foreign && r.part != nil, r.foreign},
+		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
+		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
+		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes, func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
 		r.forceCompact(w.Members[id])
@@ -185,6 +188,7 @@ func (r *Run) calm() {
 		if p.host == nil {
 			continue
 		}
+		p.host.wake()
 		for _, id := range p.host.ids() {
 			l := p.host.Link(id)
 			l.Down, l.StreamLag = false, 0
@@ -193,6 +197,9 @@ func (r *Run) calm() {
 				l.Reset()
 			}
 			l.Resume()
+			if l.mistaken != nil {
+				l.mistaken()
+			}
 		}
 	}
 }
