@@ -41,6 +41,7 @@ type connecting struct {
 	wrong string          // why the coordinator cannot be used at all
 	mute  string          // why it did not answer
 	now   *rebuild
+	trust revclock.ID // planted bugs: an epoch that is believed whatever the maps say
 }
 
 type connectPhase uint8
@@ -267,14 +268,14 @@ func (k *connecting) judge() {
 		}
 		agreed = agreed && l.m.Epoch == first.Epoch && l.m.Coordinator == first.Coordinator
 	}
-	if !agreed {
+	if !agreed && k.trust == (revclock.ID{}) {
 		k.examine()
 		return
 	}
 	k.phase = phaseBelieve
 	epoch := first.Epoch
-	if c.cfg.Sabotage.RebuildNoFence && c.madeEpoch != (revclock.ID{}) {
-		epoch = c.madeEpoch
+	if k.trust != (revclock.ID{}) {
+		epoch = k.trust
 	}
 	c.clock.Start(revclock.StartArgs{Epoch: epoch, Clocks: clocks, N: c.knownN, Cluster: first.Coordinator})
 	k.tell()
@@ -286,7 +287,7 @@ func (k *connecting) refused(err error) {
 		k.c.fail(fmt.Errorf("coordinator: %w", err))
 		return
 	}
-	k.why = err.Error()
+	k.why, k.trust = err.Error(), revclock.ID{}
 	k.examine()
 }
 
@@ -332,6 +333,11 @@ func (k *connecting) weigh(f *revclock.Found) {
 		}
 		if !k.ours(epoch) {
 			k.refuse(revclock.ErrOtherSystem(epoch))
+			return
+		}
+		if c.cfg.Sabotage.RebuildNoFence && epoch != k.trust && k.looks[0].m.Epoch != (revclock.ID{}) {
+			k.trust = epoch
+			k.judge()
 			return
 		}
 	}
@@ -387,8 +393,8 @@ func (k *connecting) adopt() {
 	c := k.c
 	c.connecting = nil
 	m := k.looks[0].m
-	if c.cfg.Sabotage.RebuildNoFence && c.madeEpoch != (revclock.ID{}) {
-		m.Epoch = c.madeEpoch
+	if k.trust != (revclock.ID{}) {
+		m.Epoch = k.trust
 	}
 	c.m = m
 	for i, s := range c.shards {

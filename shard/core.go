@@ -83,8 +83,8 @@ type Sabotage struct {
 	HistoryAhead bool
 	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
 	CompactionUnread bool
-	// RebuildSkipsShard leaves a shard out of a rebuild, RebuildFencesFirst fences before the coordinator has the new
-	// epoch, RebuildNoFence does not fence at all.
+	// RebuildSkipsShard leaves a shard out of a rebuild. RebuildFencesFirst fences before the coordinator has the new
+	// epoch, and believes that then. RebuildNoFence does not fence, and believes what the coordinator names.
 	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
 }
 
@@ -108,7 +108,6 @@ type Core struct {
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown
 	maxClock   int64       // the largest clock that a stream has shown
-	madeEpoch  revclock.ID // planted bug
 
 	hdr    codec.Header
 	m      *Map

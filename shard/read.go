@@ -266,7 +266,8 @@ func (b *readBatch) Complete(resp []byte, st codec.Status, sent bool) {
 // one, that is looked for.
 func (s *shardState) sameEpoch(rec *Record, local int64) bool {
 	c := s.c
-	if rec.Epoch == c.m.Epoch || rec.Last == 0 || c.cfg.Sabotage.RebuildNoFence {
+	sab := &c.cfg.Sabotage
+	if rec.Epoch == c.m.Epoch || rec.Last == 0 || sab.RebuildNoFence || sab.RebuildSkipsShard || sab.RebuildFencesFirst {
 		return true
 	}
 	if local > s.mapMod {

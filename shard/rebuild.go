@@ -19,6 +19,7 @@ type rebuild struct {
 	epoch  revclock.ID
 	fences []rebuildFence
 	open   int
+	fresh  bool
 	late   func() // planted bug: the replacement of the coordinator's keys
 }
 
@@ -55,14 +56,18 @@ func (k *connecting) replace() {
 		c.fail(fmt.Errorf("coordinator: %w", err))
 		return
 	}
-	r := &rebuild{k: k, epoch: c.newEpoch()}
+	r := &rebuild{k: k, epoch: c.newEpoch(), fresh: fresh}
 	for i := range k.looks {
 		r.fence(&k.looks[i], snap.Shards[i].A, fresh, f.Cluster)
 	}
-	if c.cfg.Sabotage.RebuildFencesFirst {
+	if c.cfg.Sabotage.RebuildFencesFirst && !fresh {
 		r.late = func() {
-			c.tr.Call(codec.Coordinator, codec.MethodTxn, f.AppendReplaceTxn(nil, r.epoch, snap), connectCall,
-				completion(func([]byte, codec.Status, bool) { k.lookLater(lookAgain) }))
+			c.tr.Call(codec.Coordinator, codec.MethodTxn, f.AppendReplaceTxn(nil, r.epoch, snap), connectCall, completion(func(resp []byte, st codec.Status, _ bool) {
+				if replaced, _ := revclock.ParseReplaced(resp); replaced && st.Code == codec.OK {
+					k.trust = r.epoch
+				}
+				k.lookLater(lookAgain)
+			}))
 		}
 		r.send()
 		return
@@ -77,8 +82,8 @@ func (k *connecting) replace() {
 		switch {
 		case st.Code == codec.OK && ok && replaced:
 			c.log.Info("the coordinator has a new epoch, the member clusters are fenced now", "epoch", fmt.Sprintf("%x", r.epoch), "revision", snap.N, "why", k.why)
-			if c.cfg.Sabotage.RebuildNoFence {
-				c.madeEpoch = r.epoch
+			if c.cfg.Sabotage.RebuildNoFence && !fresh {
+				k.trust = r.epoch
 				k.look()
 				return
 			}
@@ -122,6 +127,13 @@ func (k *connecting) successor(f *revclock.Found) (snap *revclock.Snapshot, fres
 	for i := range k.looks {
 		snap.Shards[i] = revclock.SnapshotShard{A: base + 1 + int64(i), Holder: c.cfg.Proxy, C: k.looks[i].rec.Last}
 	}
+	if sab := &c.cfg.Sabotage; sab.RebuildNoFence || sab.RebuildSkipsShard {
+		for i := range snap.Shards {
+			if sh := &snap.Shards[i]; sab.RebuildNoFence || i == len(snap.Shards)-1 {
+				sh.A = sh.C
+			}
+		}
+	}
 	return snap, false, nil
 }
 
@@ -144,7 +156,7 @@ func (r *rebuild) fence(l *look, a int64, fresh bool, cluster uint64) {
 func (r *rebuild) send() {
 	k := r.k
 	k.phase, k.now = phaseFence, r
-	if n := len(r.fences); k.c.cfg.Sabotage.RebuildSkipsShard && n > 1 {
+	if n := len(r.fences); k.c.cfg.Sabotage.RebuildSkipsShard && n > 1 && !r.fresh {
 		r.fences = r.fences[:n-1]
 	}
 	r.open = len(r.fences)
@@ -199,7 +211,7 @@ func (f *rebuildFence) Complete(resp []byte, st codec.Status, sent bool) {
 	f.done = true
 	if f.r.open--; f.r.open == 0 {
 		c.stats.Rebuilds++
-		if c.cfg.Sabotage.RebuildFencesFirst {
+		if f.r.late != nil {
 			f.r.late()
 			return
 		}

@@ -220,10 +220,16 @@ func TestRebuild(t *testing.T) {
 		n = 1 << 30
 	}
 	first, start, seeds, failed := envInt(t, envFirst, 1), time.Now(), 0, 0
+	if os.Getenv(envSeed) != "" {
+		first, n = envInt(t, envSeed, 0), 1
+	}
 	var sum Stats
 	for seed := first; seed < first+n && time.Since(start) < limit && failed < 3; seed++ {
 		cfg := ConfigOf(uint64(seed))
 		rebuilds(&cfg)
+		if os.Getenv(envSeed) != "" {
+			cfg.Trace = func(l string) { fmt.Println(clip(l)) }
+		}
 		stats, err := Go(cfg)
 		if err != nil {
 			failed++
