@@ -10,8 +10,14 @@ RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 FUZZTIME ?= 30s
 SEEDS ?= 20000
 
+# What a process of the fuzzer may map, in KiB: an input that takes more memory ends it, and is a finding.
+FUZZMEM ?= 4194304
+
 # How long `make soak` runs.
 SOAK ?= 3m
+
+# How long `make attack` runs each attack.
+ATTACK ?= 3s
 
 # What the tests of kube-apiserver's storage run over: spindle or etcd.
 KUBE_BACKEND ?= spindle
@@ -46,6 +52,14 @@ e2e: ## Only the black-box tests, with their numbers
 etcdctl: ## The real etcdctl against a running Spindle
 	.ci/etcdctl.sh
 
+.PHONY: h2spec
+h2spec: ## h2spec against codec's connections and against the server
+	GO='$(GO)' .ci/h2spec.sh
+
+.PHONY: interop
+interop: ## Real clients against a running Spindle: clientv3 and etcdctl 3.5 to 3.7, grpc-go with small windows, gzip, h2load
+	GO='$(GO)' server/e2e/interop/run.sh
+
 .PHONY: kube
 kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: over a plain etcd)
 	cd server/e2e/kube && $(GO) vet ./... && SPINDLE_KUBE_BACKEND=$(KUBE_BACKEND) $(GO) test ./...
@@ -55,15 +69,19 @@ kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: 
 soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
 	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
 
+.PHONY: attack
+attack: ## Every attack on the server for ATTACK=3s: what was sent, what the proxy spent, what a good client saw
+	SPINDLE_ATTACK=$(ATTACK) $(GO) test -count 1 -v -timeout 1h -run 'TestAttackReport$$' ./server/e2e
+
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of them
 	SPINDLE_SIM_SEEDS=$(SEEDS) $(GO) test -count 1 -v -timeout 24h -run 'TestSimulation$$' ./shard/sim
 
 .PHONY: fuzz
-fuzz: ## Every fuzz target for FUZZTIME=30s
-	@set -e; for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' --exclude-dir=.tmp . | xargs -n1 dirname | sort -u); do \
-		for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$dir/*_test.go); do \
-			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$dir; \
+fuzz: ## Every fuzz target for FUZZTIME=30s; a crash, a hang or more than FUZZMEM KiB fails
+	@set -e; ulimit -v $(FUZZMEM); for dir in $$(grep -rl '^func Fuzz' --include='*_test.go' --exclude-dir=.tmp . | xargs -n1 dirname | sort -u); do \
+		for f in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(f .*/\1/p' $$dir/*_test.go); do \
+			echo "== $$dir $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x $$dir; \
 		done; \
 	done
 

@@ -47,6 +47,14 @@ type Config struct {
 	ShardMaxTxnOps       int
 	ShardMaxRequestBytes int
 
+	// MaxRequestBytes, MaxConcurrentStreams and GRPCKeepalive* are etcd's; MaxClientMemory is in bytes, 0 for no limit.
+	MaxRequestBytes       int
+	MaxConcurrentStreams  int
+	MaxClientMemory       int
+	GRPCKeepaliveMinTime  time.Duration
+	GRPCKeepaliveInterval time.Duration
+	GRPCKeepaliveTimeout  time.Duration
+
 	LogLevel slog.Level
 
 	WatchProgressNotifyInterval time.Duration
@@ -82,6 +90,10 @@ const (
 	maxShardTimeout = time.Minute
 	minTxnOps       = 16
 	minRequestBytes = 64 << 10
+	maxKeepalive    = 30 * 24 * time.Hour
+	// minClientRequest is small on purpose, as with etcd; maxClientRequest leaves room in one gRPC message.
+	minClientRequest = 1
+	maxClientRequest = 1 << 30
 )
 
 // Validate checks what single options cannot: ranges and combinations. Its error is one sentence that
@@ -139,6 +151,9 @@ func (c *Config) Validate() error {
 		{"watch-progress-notify-interval", c.WatchProgressNotifyInterval, minProgress, 24 * time.Hour},
 		{"reorder-window", c.ReorderWindow, minWindow, maxWindow},
 		{"shard-timeout", c.ShardTimeout, minShardTimeout, maxShardTimeout},
+		{"grpc-keepalive-min-time", c.GRPCKeepaliveMinTime, 0, maxKeepalive},
+		{"grpc-keepalive-interval", c.GRPCKeepaliveInterval, 0, maxKeepalive},
+		{"grpc-keepalive-timeout", c.GRPCKeepaliveTimeout, 0, maxKeepalive},
 	} {
 		if r.v < r.min || r.v > r.max {
 			return fmt.Errorf("--%s %v: give a duration from %v to %v", r.flag, r.v, r.min, r.max)
@@ -150,6 +165,9 @@ func (c *Config) Validate() error {
 	}{
 		{"ring-size", c.RingSize, minRingSize, maxRingSize},
 		{"loops", c.Loops, 0, maxLoops},
+		{"max-request-bytes", c.MaxRequestBytes, minClientRequest, maxClientRequest},
+		{"max-concurrent-streams", c.MaxConcurrentStreams, 1, 1<<31 - 1},
+		{"max-client-memory", c.MaxClientMemory, 0, 1 << 50},
 		{"shard-max-txn-ops", c.ShardMaxTxnOps, minTxnOps, 1 << 20},
 		{"shard-max-request-bytes", c.ShardMaxRequestBytes, minRequestBytes, 1 << 30},
 	} {

@@ -24,7 +24,13 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		ListenMetricsURLs:   cfg.ListenMetricsURLs,
 		Coordinator:         cfg.Coordinator,
 		ShardMaxTxnOps:      cfg.ShardMaxTxnOps, ShardMaxRequestBytes: cfg.ShardMaxRequestBytes,
-		Version:          version,
+		Version: version,
+
+		MaxRequestBytes: cfg.MaxRequestBytes, MaxConcurrentStreams: cfg.MaxConcurrentStreams,
+		MaxClientMemory:      int64(cfg.MaxClientMemory),
+		GRPCKeepaliveMinTime: cfg.GRPCKeepaliveMinTime, GRPCKeepaliveInterval: cfg.GRPCKeepaliveInterval,
+		GRPCKeepaliveTimeout: cfg.GRPCKeepaliveTimeout,
+
 		Loops:            cfg.Loops,
 		RingSize:         cfg.RingSize,
 		ReorderWindow:    cfg.ReorderWindow,

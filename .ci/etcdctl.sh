@@ -1,9 +1,9 @@
 #!/bin/sh
 # Runs the real etcdctl against a running spindle and compares what it prints with what etcd would.
-# Everything is built here; only Go is needed. Usage: .ci/etcdctl.sh (from anywhere)
+# Everything is built here; only Go is needed. Usage: [ETCD_VERSION=v3.6.16] .ci/etcdctl.sh (from anywhere)
 set -eu
 
-ETCD_VERSION=v3.7.3
+ETCD_VERSION=${ETCD_VERSION:-v3.7.3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$root/.tmp/bin
 mkdir -p "$bin"
@@ -21,8 +21,7 @@ if [ ! -x "$etcdctl" ]; then
 
 		require go.etcd.io/etcd/etcdctl/v3 $ETCD_VERSION
 	MOD
-	printf 'package scratch\n\nimport _ "go.etcd.io/etcd/etcdctl/v3/ctlv3"\n' >"$scratch/scratch.go"
-	(cd "$scratch" && go mod tidy && go build -o "$etcdctl" go.etcd.io/etcd/etcdctl/v3)
+	(cd "$scratch" && go build -mod=mod -o "$etcdctl" go.etcd.io/etcd/etcdctl/v3)
 fi
 (cd "$root" && go build -o "$bin/spindle" .)
 
@@ -56,6 +55,8 @@ endpoint=$(sed -n 's/.*Spindle is ready.* client=http:\/\/\([^ ]*\).*/\1/p' "$wo
 export ETCDCTL_DIAL_TIMEOUT=20s
 unset ETCDCTL_ENDPOINTS
 ctl() { "$etcdctl" --endpoints "$endpoint" --command-timeout 20s "$@"; }
+# In the background: `exec` makes $! the process itself, which a signal then reaches.
+bg() { exec "$etcdctl" --endpoints "$endpoint" --command-timeout 20s "$@"; }
 
 checks=0
 # expect NAME WANTED GOT
@@ -125,7 +126,7 @@ contains 'txn over several shards' 'shard' "$out"
 
 # A watch of the past and of what comes.
 start=$(rev fruit/1)
-ctl watch --prefix fruit/ --rev "$start" >"$work/watch" 2>&1 &
+bg watch --prefix fruit/ --rev "$start" >"$work/watch" 2>&1 &
 watch=$!
 ctl put fruit/new fresh >/dev/null
 expect 'del' '1' "$(ctl del fruit/new)"
@@ -147,6 +148,88 @@ expect 'watch' 'PUT fruit/1 v1 PUT fruit/2 v2 PUT fruit/3 v3 PUT fruit/4 v4 PUT 
 expect 'del of nothing' '0' "$(ctl del nothing)"
 expect 'del --prefix' '9' "$(ctl del --prefix fruit/)"
 expect 'get after del' '' "$(ctl get --prefix fruit/)"
+
+# Leases. What is on one goes with it, on every shard.
+lease=$(ctl lease grant 600 | sed -n 's/^lease \([0-9a-f]*\) granted with TTL(600s)$/\1/p')
+[ -n "$lease" ] || { echo "FAIL: lease grant"; exit 1; }
+for i in 1 2 3 4 5 6; do ctl put --lease="$lease" "leased/$i" x >/dev/null; done
+expect 'lease list' "found 1 leases
+$lease" "$(ctl lease list)"
+contains 'lease timetolive' "lease $lease granted with TTL(600s), remaining(" "$(ctl lease timetolive "$lease")"
+contains 'lease timetolive --keys' 'attached keys([leased/1 leased/2 leased/3 leased/4 leased/5 leased/6])' "$(ctl lease timetolive "$lease" --keys | tr ' ' '\n' | tr '\n' ' ')"
+expect 'lease keep-alive --once' "lease $lease keepalived with TTL(600)" "$(ctl lease keep-alive --once "$lease")"
+contains 'the lease of a key' "\"lease\":$(printf '%d' "0x$lease")" "$(ctl get leased/1 -w json)"
+expect 'detach' 'OK' "$(ctl put leased/6 stays)"
+expect 'lease revoke' "lease $lease revoked" "$(ctl lease revoke "$lease")"
+expect 'keys of a revoked lease' 'leased/6' "$(ctl get --prefix leased/ --keys-only | tr -s '\n' ' ' | sed 's/ $//')"
+out=$(ctl lease revoke "$lease" 2>&1) && {
+	echo "FAIL: a lease was revoked twice: $out"
+	exit 1
+}
+contains 'lease revoke, again' 'requested lease not found' "$out"
+expect 'lease timetolive of none' "lease $lease already expired" "$(ctl lease timetolive "$lease")"
+out=$(ctl put --lease="$lease" leased/7 x 2>&1) && {
+	echo "FAIL: a put with a revoked lease: $out"
+	exit 1
+}
+contains 'put with a revoked lease' 'requested lease not found' "$out"
+
+# A lease that nobody keeps ends by itself.
+short=$(ctl lease grant 2 | sed -n 's/^lease \([0-9a-f]*\) .*/\1/p')
+ctl put --lease="$short" leased/short x >/dev/null
+tries=0
+while [ -n "$(ctl get leased/short)" ]; do
+	tries=$((tries + 1))
+	[ $tries -le 200 ] || { echo "FAIL: a lease of two seconds does not end"; exit 1; }
+	sleep 0.1
+done
+checks=$((checks + 1))
+
+# lock runs a command under a lock, one after the other; elect -l shows who leads.
+expect 'lock' 'locked' "$(ctl lock mutex echo locked)"
+bg lock mutex >"$work/lock" 2>&1 &
+holder=$!
+tries=0
+until grep -q '^mutex/' "$work/lock"; do
+	tries=$((tries + 1))
+	[ $tries -le 200 ] || { echo "FAIL: lock: $(cat "$work/lock")"; exit 1; }
+	sleep 0.1
+done
+bg lock mutex echo second >"$work/second" 2>&1 &
+second=$!
+tries=0
+until [ "$(ctl get --prefix mutex/ --keys-only | grep -c .)" = 2 ]; do
+	tries=$((tries + 1))
+	[ $tries -le 200 ] || { echo "FAIL: nobody waits for the lock"; exit 1; }
+	sleep 0.1
+done
+expect 'a lock that is taken' '' "$(cat "$work/second")"
+kill "$holder"
+wait "$holder" 2>/dev/null || true
+wait "$second"
+expect 'the next holder' 'second' "$(cat "$work/second")"
+
+bg elect election me >"$work/elect" 2>&1 &
+leader=$!
+tries=0
+until grep -q '^me$' "$work/elect"; do
+	tries=$((tries + 1))
+	[ $tries -le 200 ] || { echo "FAIL: elect: $(cat "$work/elect")"; exit 1; }
+	sleep 0.1
+done
+bg elect -l election >"$work/observe" 2>&1 &
+observer=$!
+tries=0
+until grep -q '^me$' "$work/observe"; do
+	tries=$((tries + 1))
+	[ $tries -le 200 ] || { echo "FAIL: elect -l: $(cat "$work/observe")"; exit 1; }
+	sleep 0.1
+done
+kill "$leader" "$observer"
+wait "$leader" 2>/dev/null || true
+wait "$observer" 2>/dev/null || true
+checks=$((checks + 2))
+expect 'nothing is left of locks and elections' '' "$(ctl get --prefix mutex/; ctl get --prefix election/)"
 
 now=$(rev greeting)
 contains 'compaction' "compacted revision $now" "$(ctl compaction "$now")"

@@ -79,6 +79,22 @@ func (q *queue) push(p []byte) {
 	}
 }
 
+// pushOwned links p itself to the end. putBuffer leaves memory of its size to the garbage collector, or takes it
+// as any other.
+func (q *queue) pushOwned(p []byte) {
+	if len(p) == 0 {
+		return
+	}
+	q.n += len(p)
+	b := &buffer{b: p[:len(p):len(p)]}
+	if q.tail == nil {
+		q.head = b
+	} else {
+		q.tail.next = b
+	}
+	q.tail = b
+}
+
 // popAppend moves the first n bytes (n <= q.n) to the end of dst.
 func (q *queue) popAppend(dst []byte, n int) []byte {
 	q.n -= n

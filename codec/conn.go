@@ -21,6 +21,21 @@ type ConnConfig struct {
 	FirstStreamID uint32
 	// Secure says that the client's connection is encrypted: its requests have :scheme https.
 	Secure bool
+	// MaxPartialBytes bounds what messages received in part may take on one connection (0: maxAssemblingMessages
+	// times MaxMessageBytes, but at least ConnWindow).
+	MaxPartialBytes int
+	// PingMinTime is how long a client has to wait between its PINGs (server; 0: it need not). As with grpc-go,
+	// three that come too early, with nothing sent to the client meanwhile, end the connection
+	// (ENHANCE_YOUR_CALM "too_many_pings"). Without open streams the least is pingIdleTime. Needs Now.
+	PingMinTime time.Duration
+	// Now is the owner's clock in nanoseconds, called from within Feed.
+	Now func() int64
+	// OnLimit hears, from within any method, of each bound that the peer ran into. nil: nobody does.
+	OnLimit func(Limit)
+	// Full says that the process has no memory to spare: then no connection may keep more than FullBytes (0:
+	// MaxMessageBytes) of messages received in part. nil: it always has.
+	Full      func() bool
+	FullBytes int
 }
 
 // Stream is one RPC on a Conn. Fields are read-only for the owner of the Conn except User.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"time"
 
@@ -312,5 +313,29 @@ func TestRandomBytesNeverPanic(t *testing.T) {
 		if e.c.Streams() != 0 || cl.Streams() != 0 || e.c.assembling != 0 {
 			t.Fatalf("seed %d: something is left after Close", seed)
 		}
+	}
+}
+
+// TestSmallAnswers: a field that the peer's table holds costs it one byte a request; repeating it in the answer
+// must not make a flood of small requests into one of large answers.
+func TestSmallAnswers(t *testing.T) {
+	e := &echo{}
+	e.c = NewServerConn(ConnConfig{}, e)
+	var buf bytes.Buffer
+	enc := hpack.NewEncoder(&buf)
+	in := append([]byte(clientPreface), appendFrameHeader(nil, 0, frameSettings, 0, 0)...)
+	const requests = 100
+	for i := range uint32(requests) {
+		buf.Reset()
+		for _, kv := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", "/"}, {"content-type", strings.Repeat("x", 3000)}} {
+			enc.WriteField(hpack.HeaderField{Name: kv[0], Value: kv[1]})
+		}
+		in = appendHeaders(in, 2*i+1, true, buf.Bytes())
+	}
+	if err := e.c.Feed(in); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(e.c.Output()); n > requests*600 {
+		t.Errorf("%d bytes of answers to %d bytes", n, len(in))
 	}
 }

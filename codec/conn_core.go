@@ -73,6 +73,13 @@ type Conn struct {
 	control int // replies since the socket took all
 	resets  int
 	idle    int
+	// inflateLeft is how many bytes gzip may still give until the next Tick.
+	inflateLeft int
+	// PINGs of a client (ConnConfig.PingMinTime): when the last one came, how many came too early, and whether
+	// something was sent since.
+	lastPing    int64
+	pingStrikes int
+	pingExcused bool
 
 	// Streams (conn_stream.go).
 	streams   streamTable
@@ -99,6 +106,7 @@ func newConn(cfg ConnConfig) *Conn {
 		goneID:      maxStreamID,
 		resets:      resetBurst,
 		idle:        idleFrameBurst,
+		inflateLeft: maxInflateBytes,
 	}
 	c.recvSlack = max(0, initialWindow-int64(c.cfg.StreamWindow))
 	c.hd.maxBytes, c.hd.maxFields = c.cfg.MaxHeaderBytes, c.cfg.MaxHeaderFields
@@ -161,11 +169,15 @@ func (c *Conn) fail(err error) {
 		return
 	}
 	c.err = err
-	code := h2Internal
+	code, debug := h2Internal, err.Error()
 	if e, ok := err.(*ConnError); ok {
 		code = h2Code(e.Code)
+		c.hit(e.Limit)
+		if e.Limit == LimitPings {
+			debug = e.Reason // clients of gRPC look for this text, and ping less often from then on
+		}
 	}
-	c.out = appendGoAway(c.o(), c.lastPeer, code, err.Error())
+	c.out = appendGoAway(c.o(), c.lastPeer, code, debug)
 }
 
 // Output returns the bytes to be written now, owned by the Conn, valid until the next call of a method.
@@ -276,6 +288,7 @@ func (c *Conn) AddWork(n int) { c.work = max(0, c.work+n) }
 func (c *Conn) Tick() {
 	c.resets = min(resetBurst, c.resets+resetRefill)
 	c.idle = idleFrameBurst
+	c.inflateLeft = maxInflateBytes
 	if c.streams.n == 0 {
 		c.streams.shrink()
 	}
@@ -312,6 +325,15 @@ func (c *Conn) Close() {
 	c.leave()
 	c.free = nil
 }
+
+// Partial returns the bytes that messages received in part take.
+func (c *Conn) Partial() int { return c.assembling }
+
+// GoneAway says that GoAway was called, or the peer's GOAWAY was here.
+func (c *Conn) GoneAway() bool { return c.goneAway }
+
+// Drained says that a server's GOAWAY is final and its last stream has ended: the owner may close the socket.
+func (c *Conn) Drained() bool { return c.goneAway && c.goneID != maxStreamID && c.streams.n == 0 }
 
 // Greeted says that the peer's SETTINGS were here: it speaks HTTP/2.
 func (c *Conn) Greeted() bool { return c.sawSettings }

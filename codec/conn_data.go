@@ -137,6 +137,9 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 			}
 			size := binary.BigEndian.Uint32(st.prefix[1:])
 			if bad := checkPrefix(st.prefix[0], size, c.cfg.MaxMessageBytes, st.encoding, c.client); bad.Code != OK {
+				if bad.Code == ResourceExhausted {
+					c.hit(LimitMessage)
+				}
 				c.abort(s, bad)
 				return nil
 			}
@@ -153,6 +156,7 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 		}
 		n := min(len(p), st.msgLen-c.partialLen(s))
 		if !c.keep(s, p[:n]) {
+			c.hit(LimitPartial)
 			c.abort(s, Status{ResourceExhausted, "too many messages received in part on this connection"})
 			return nil
 		}
@@ -175,6 +179,14 @@ func (c *Conn) message(s *Stream, msg []byte) {
 	if c.idle < idleFrameBurst {
 		c.idle++
 	}
+	if s.stream.prefix[0] == 1 {
+		c.inflated(s, msg)
+		return
+	}
+	c.deliverMessage(s, msg)
+}
+
+func (c *Conn) deliverMessage(s *Stream, msg []byte) {
 	if c.client {
 		c.cli.OnMessage(s, msg)
 	} else {
@@ -196,8 +208,10 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 	have := c.partialLen(s)
 	if st.msg == nil || have+len(p) > cap(st.msg.b) {
 		size := max(have+len(p), min(2*have, st.msgLen))
-		limit := max(int64(maxAssemblingMessages)*int64(c.cfg.MaxMessageBytes), int64(c.cfg.ConnWindow))
-		if int64(c.assembling)+int64(size) > limit {
+		if c.assembling+size > c.cfg.MaxPartialBytes {
+			return false
+		}
+		if c.assembling+size > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full() {
 			return false
 		}
 		b := getBuffer(size)

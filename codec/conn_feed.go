@@ -29,19 +29,20 @@ func (c *Conn) feed(p []byte) error {
 			p = p[n:]
 			continue
 		}
+		var n int
+		var err error
 		if c.inData {
-			n, err := c.readData(p)
-			if err != nil {
-				return err
-			}
-			p = p[n:]
-			continue
+			n, err = c.readData(p)
+		} else {
+			n, err = c.readFrame(p)
 		}
-		n, err := c.readFrame(p)
 		if err != nil {
 			return err
 		}
 		p = p[n:]
+		// After each frame, not once a piece: what a frame lets go out does not depend on how the network
+		// cut the bytes, nor on a frame behind it.
+		c.pump()
 	}
 	return nil
 }
@@ -147,7 +148,7 @@ func (c *Conn) handleFrame(h frameHeader, p []byte) error {
 // spendIdle counts a frame without use.
 func (c *Conn) spendIdle() error {
 	if c.idle--; c.idle < 0 {
-		return connErr(h2EnhanceYourCalm, "too many frames without use")
+		return limitErr(LimitIdleFrames, "too many frames without use")
 	}
 	return nil
 }
@@ -155,7 +156,7 @@ func (c *Conn) spendIdle() error {
 // spendControl counts a reply that the peer caused.
 func (c *Conn) spendControl() error {
 	if c.control++; c.control > maxControlQueued {
-		return connErr(h2EnhanceYourCalm, "too many replies wait for the socket")
+		return limitErr(LimitControl, "too many replies wait for the socket")
 	}
 	return nil
 }
@@ -167,7 +168,7 @@ func (c *Conn) spendReset() error {
 		return nil
 	}
 	if c.resets--; c.resets < 0 {
-		return connErr(h2EnhanceYourCalm, "too many streams reset")
+		return limitErr(LimitResets, "too many streams reset")
 	}
 	return nil
 }
@@ -243,7 +244,10 @@ func (c *Conn) onPing(h frameHeader, p []byte) error {
 	data := [8]byte(p)
 	if !h.has(flagAck) {
 		c.out = appendPing(c.o(), true, data)
-		return c.spendControl()
+		if err := c.spendControl(); err != nil {
+			return err
+		}
+		return c.judgePing()
 	}
 	switch {
 	case c.pinging && data == c.pingData():

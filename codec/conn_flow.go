@@ -102,7 +102,7 @@ func (c *Conn) onSettings(h frameHeader, p []byte) error {
 		c.peerStreams = maxStreamID // unlimited, unless these SETTINGS say otherwise
 	}
 	if c.idle -= settingsCost; c.idle < 0 {
-		return connErr(h2EnhanceYourCalm, "too many frames without use")
+		return limitErr(LimitIdleFrames, "too many frames without use")
 	}
 	init := c.peerInit
 	for ; len(p) > 0; p = p[6:] {

@@ -46,7 +46,7 @@ func (c *Conn) onContinuation(h frameHeader, p []byte) error {
 		return connErr(h2Protocol, "CONTINUATION without HEADERS")
 	}
 	if c.cont.frames++; c.cont.frames > maxContinuations {
-		return connErr(h2EnhanceYourCalm, "too many CONTINUATION frames")
+		return limitErr(LimitContinuations, "too many CONTINUATION frames")
 	}
 	if err := c.keepFragment(p); err != nil {
 		return err
@@ -70,7 +70,7 @@ func (c *Conn) keepFragment(p []byte) error {
 	}
 	need := have + len(p)
 	if need > max(maxFragmentFactor*c.cfg.MaxHeaderBytes, maxFrameSize) {
-		return connErr(h2EnhanceYourCalm, "header block too large")
+		return limitErr(LimitHeaderBlock, "header block too large")
 	}
 	if b == nil || need > cap(b.b) {
 		b = getBuffer(max(need, 2*have))
@@ -132,12 +132,14 @@ func (c *Conn) request(id uint32, endStream, selfDep bool, f *fields) error {
 	case selfDep:
 		return c.refuse(id, endStream, h2Protocol)
 	case f.overLimit:
+		c.hit(LimitHeaderList)
 		return c.answer(id, endStream, 431, Status{ResourceExhausted, "request header fields too large"})
 	case f.checkRequest() != "":
 		return c.refuse(id, endStream, h2Protocol)
 	case endStream && f.contentLength > 0:
 		return c.refuse(id, endStream, h2Protocol)
 	case c.streams.n+c.work >= int(c.cfg.MaxConcurrentStreams):
+		c.hit(LimitStreams)
 		return c.refuse(id, endStream, h2RefusedStream)
 	case f.hosts > 1:
 		return c.answer(id, endStream, 400, Status{Internal, "more than one host header field"})
@@ -156,7 +158,7 @@ func (c *Conn) request(id uint32, endStream, selfDep bool, f *fields) error {
 		return c.answer(id, endStream, 400, Status{Internal, "no host or :authority header present"})
 	case f.method != "POST":
 		return c.answer(id, endStream, 405, Status{Internal, "Received a HEADERS frame with :method " +
-			strconv.Quote(f.method) + " which should be POST"})
+			quote(f.method) + " which should be POST"})
 	case f.hasTimeout && timeout == 0:
 		return c.answer(id, endStream, 200, Status{DeadlineExceeded, "context deadline exceeded"})
 	}
@@ -165,6 +167,10 @@ func (c *Conn) request(id uint32, endStream, selfDep bool, f *fields) error {
 	s.stream.encoding = f.encoding
 	s.stream.bodyLeft = f.contentLength
 	c.srv.OnRequest(s)
+	if s.stream.phase == phaseLive && c.usable() && !knownEncoding(f.encoding) {
+		c.abort(s, Status{Unimplemented, "grpc: Decompressor is not installed for grpc-encoding " + quote(f.encoding)})
+		return nil
+	}
 	if endStream && s.stream.phase != phaseDead && c.usable() {
 		return c.remoteEnd(s)
 	}
@@ -207,7 +213,7 @@ func (c *Conn) plainRequest(id uint32, endStream bool, f *fields) error {
 	st := &s.stream
 	st.phase = phasePlain
 	st.bodyLeft = f.contentLength
-	st.st = Status{InvalidArgument, "invalid gRPC request content-type " + strconv.Quote(f.contentType)}
+	st.st = Status{InvalidArgument, "invalid gRPC request content-type " + quote(f.contentType)}
 	if endStream {
 		st.remoteClosed = true
 		c.answerPlain(s)
@@ -248,6 +254,7 @@ func (c *Conn) response(s *Stream, f *fields, endStream bool) error {
 		return fail(h2Protocol, Status{Internal, "a HEADERS frame cannot appear in the middle of a stream"})
 	}
 	if f.overLimit {
+		c.hit(LimitHeaderList)
 		return fail(h2FrameSize, Status{Internal, "peer header list size exceeded limit"})
 	}
 	why := ""

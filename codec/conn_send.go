@@ -9,7 +9,13 @@ import (
 // the windows allow; else it waits on its stream, and the streams take turns of one DATA frame (at most maxFrameSize) each.
 
 // Send queues one gRPC message on s; msg is copied (or framed into Output) before return.
-func (c *Conn) Send(s *Stream, msg []byte) {
+func (c *Conn) Send(s *Stream, msg []byte) { c.send(s, msg, false) }
+
+// SendOwned is Send, but takes msg over instead of copying it: for answers so large that two of them would hurt.
+// The memory is freed when all of it was sent.
+func (c *Conn) SendOwned(s *Stream, msg []byte) { c.send(s, msg, true) }
+
+func (c *Conn) send(s *Stream, msg []byte, owned bool) {
 	st := &s.stream
 	if st.phase != phaseLive || st.ending != endNone || st.localClosed || !c.usable() {
 		return
@@ -28,7 +34,11 @@ func (c *Conn) Send(s *Stream, msg []byte) {
 		prefix = nil
 	}
 	st.q.push(prefix)
-	st.q.push(msg)
+	if owned {
+		st.q.pushOwned(msg)
+	} else {
+		st.q.push(msg)
+	}
 	c.queued += len(prefix) + len(msg)
 	c.wake(s)
 	c.pump()
@@ -38,6 +48,7 @@ func (c *Conn) Send(s *Stream, msg []byte) {
 // sendDirect frames as much of a message as the windows and outputTarget allow, and returns the rest.
 func (c *Conn) sendDirect(s *Stream, prefix, msg []byte) []byte {
 	st := &s.stream
+	c.pingExcused = true
 	c.startResponse(s)
 	for {
 		n := int(min(int64(len(prefix)+len(msg)), maxFrameSize, st.sendWin, c.sendWin))
@@ -89,6 +100,7 @@ func (c *Conn) pump() {
 // emitData writes one DATA frame of s, the head of the ready ring.
 func (c *Conn) emitData(s *Stream) {
 	st := &s.stream
+	c.pingExcused = true
 	c.startResponse(s)
 	n := int(min(int64(st.q.n), maxFrameSize, st.sendWin, c.sendWin))
 	flags := uint8(0)
@@ -162,6 +174,7 @@ func (c *Conn) earnReset() {
 
 // writeTrailers ends a server's stream with st; without any message the trailers are also the headers.
 func (c *Conn) writeTrailers(s *Stream, st Status) {
+	c.pingExcused = true
 	out, mark := beginHeaders(c.o(), s.ID, true)
 	if !s.stream.headersSent {
 		s.stream.headersSent = true
@@ -232,6 +245,7 @@ func (c *Conn) giveUp(s *Stream) {
 	if c.client {
 		code = h2Cancel
 	}
+	c.hit(LimitQueue)
 	c.out = appendRSTStream(c.o(), s.ID, code)
 	s.stream.st, s.stream.endNoted = statusQueueFull, true
 	c.note(s)

@@ -88,11 +88,14 @@ func (c h2Code) String() string {
 type ConnError struct {
 	Code   uint32 // error code of RFC 9113 section 7
 	Reason string
+	Limit  Limit // which bound it was; LimitProtocol for a violation of the protocol
 }
 
 func (e *ConnError) Error() string { return "http2: " + h2Code(e.Code).String() + ": " + e.Reason }
 
-func connErr(code h2Code, reason string) error { return &ConnError{uint32(code), reason} }
+func connErr(code h2Code, reason string) error {
+	return &ConnError{uint32(code), reason, LimitProtocol}
+}
 
 // frameHeader is the fixed part of a frame.
 type frameHeader struct {

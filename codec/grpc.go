@@ -34,11 +34,14 @@ func checkPrefix(flag byte, n uint32, limit int, encoding string, client bool) S
 		if encoding == "" || encoding == "identity" {
 			return Status{Internal, "grpc: compressed flag set with identity or empty encoding"}
 		}
+		if !client && encoding == "gzip" {
+			return Status{}
+		}
 		code := Unimplemented
 		if client {
-			code = Internal
+			code = Internal // none was offered
 		}
-		return Status{code, "grpc: Decompressor is not installed for grpc-encoding " + strconv.Quote(encoding)}
+		return Status{code, "grpc: Decompressor is not installed for grpc-encoding " + quote(encoding)}
 	}
 	return Status{Internal, "grpc: received unexpected payload format " + strconv.Itoa(int(flag))}
 }
@@ -55,10 +58,10 @@ func isGRPCContentType(v string) bool {
 // parseTimeout reads a grpc-timeout: up to eight digits and a unit.
 func parseTimeout(s string) (time.Duration, error) {
 	if len(s) < 2 {
-		return 0, errors.New("transport: timeout string is too short: " + strconv.Quote(s))
+		return 0, errors.New("transport: timeout string is too short: " + quote(s))
 	}
 	if len(s) > 9 {
-		return 0, errors.New("transport: timeout string is too long: " + strconv.Quote(s))
+		return 0, errors.New("transport: timeout string is too long: " + quote(s))
 	}
 	var unit time.Duration
 	for _, u := range timeoutUnits {
@@ -67,7 +70,7 @@ func parseTimeout(s string) (time.Duration, error) {
 		}
 	}
 	if unit == 0 {
-		return 0, errors.New("transport: timeout unit is not recognized: " + strconv.Quote(s))
+		return 0, errors.New("transport: timeout unit is not recognized: " + quote(s))
 	}
 	n, err := strconv.ParseUint(s[:len(s)-1], 10, 64)
 	if err != nil {
@@ -78,6 +81,12 @@ func parseTimeout(s string) (time.Duration, error) {
 	}
 	return time.Duration(n) * unit, nil
 }
+
+// maxQuoted is how many bytes of what a peer sent are repeated to it in a status. A field in its dynamic table
+// costs the peer one byte a request, so a whole one would make small requests into large answers.
+const maxQuoted = 128
+
+func quote(s string) string { return strconv.Quote(s[:min(len(s), maxQuoted)]) }
 
 const upperHex = "0123456789ABCDEF"
 
@@ -192,7 +201,7 @@ func statusOfHTTP(httpStatus, contentType string) Status {
 	if contentType == "" {
 		return Status{code, msg + "; malformed header: missing HTTP content-type"}
 	}
-	return Status{code, msg + "; transport: received unexpected content-type " + strconv.Quote(contentType)}
+	return Status{code, msg + "; transport: received unexpected content-type " + quote(contentType)}
 }
 
 var httpText = map[int]string{200: "OK", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",

@@ -74,7 +74,8 @@ func TestCheckPrefixTexts(t *testing.T) {
 		{0, 10, "", false, Status{}},
 		{0, 11, "", false, Status{ResourceExhausted, "grpc: received message larger than max (11 vs. 10)"}},
 		{1, 1, "", false, Status{Internal, "grpc: compressed flag set with identity or empty encoding"}},
-		{1, 1, "gzip", false, Status{Unimplemented, `grpc: Decompressor is not installed for grpc-encoding "gzip"`}},
+		{1, 1, "gzip", false, Status{}},
+		{1, 1, "odd", false, Status{Unimplemented, `grpc: Decompressor is not installed for grpc-encoding "odd"`}},
 		{1, 1, "gzip", true, Status{Internal, `grpc: Decompressor is not installed for grpc-encoding "gzip"`}},
 		{7, 1, "", false, Status{Internal, "grpc: received unexpected payload format 7"}},
 	}

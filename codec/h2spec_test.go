@@ -8,14 +8,11 @@ import (
 	"testing"
 )
 
-// TestH2Spec runs h2spec, if H2SPEC names its binary, against a server's Conn:
-//
-//	go get github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible && go build ... (in a scratch module)
-//	H2SPEC=/path/to/h2spec go test ./codec -run H2Spec -v
+// TestH2Spec runs h2spec, if H2SPEC names its binary, against a server's Conn; .ci/h2spec.sh builds it.
 func TestH2Spec(t *testing.T) {
 	bin := os.Getenv("H2SPEC")
 	if bin == "" {
-		t.Skip("H2SPEC is not set")
+		t.Skip("H2SPEC is not set: .ci/h2spec.sh")
 	}
 	l, err := listenEcho(ConnConfig{MaxConcurrentStreams: 100})
 	if err != nil {
@@ -30,7 +27,7 @@ func TestH2Spec(t *testing.T) {
 		}
 		out, err := exec.Command(bin, args...).CombinedOutput()
 		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-		t.Logf("%v: %s", args, lines[len(lines)-1])
+		t.Logf("h2spec of a Conn %v: %s", args, lines[len(lines)-1])
 		if err != nil {
 			t.Errorf("%v: %v\n%s", args, err, out)
 		}

@@ -1,5 +1,7 @@
 package codec
 
+import "time"
+
 // Limits of a connection that are not in ConnConfig. Each names the cost or attack that it bounds.
 const (
 	// defaultMaxConcurrentStreams is far above what clients of etcd open on one connection (they wait for
@@ -47,6 +49,15 @@ const (
 	// maxAssemblingMessages times MaxMessageBytes (but at least the ConnWindow) is the most that messages
 	// received in part may keep on one connection; a stream that needs more ends with ResourceExhausted.
 	maxAssemblingMessages = 32
+
+	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
+	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
+	maxInflateBytes = 64 << 20
+
+	// maxPingStrikes is how many PINGs may come too early, pingIdleTime how far apart they have to be on a
+	// connection without streams. Both are grpc-go's, so etcd's.
+	maxPingStrikes = 2
+	pingIdleTime   = 2 * time.Hour
 
 	// maxPlainBody is how much of the body of a request that is not gRPC is swallowed before the answer.
 	maxPlainBody = 64 << 10
@@ -112,8 +123,14 @@ func (cfg ConnConfig) withDefaults() ConnConfig {
 	if cfg.MaxQueuedBytes <= 0 {
 		cfg.MaxQueuedBytes = d.MaxQueuedBytes
 	}
+	if cfg.FullBytes <= 0 {
+		cfg.FullBytes = cfg.MaxMessageBytes
+	}
 	cfg.StreamWindow = min(cfg.StreamWindow, maxWindow)
 	// RFC 9113 6.9.2: the connection's window begins at 65,535 and cannot be lowered by SETTINGS.
 	cfg.ConnWindow = min(max(cfg.ConnWindow, initialWindow), maxWindow)
+	if cfg.MaxPartialBytes <= 0 {
+		cfg.MaxPartialBytes = max(maxAssemblingMessages*cfg.MaxMessageBytes, int(cfg.ConnWindow))
+	}
 	return cfg
 }

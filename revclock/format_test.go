@@ -8,6 +8,10 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
 )
 
 // unhex reads the notation of docs/formats.md.
@@ -224,13 +228,58 @@ func FuzzParse(f *testing.F) {
 	})
 }
 
-// FuzzReply feeds what a coordinator might answer.
+// FuzzReply feeds what a coordinator might answer: what is read of it is what etcd's own types show.
 func FuzzReply(f *testing.F) {
 	f.Add([]byte("\x0a\x02\x18\x05\x10\x01\x1a\x04\x22\x02\x10\x01"))
+	kv := &mvccpb.KeyValue{Key: []byte(KeyEpoch), Value: unhex(f, goldenEpoch), ModRevision: 3}
+	for _, m := range []proto.Message{
+		&etcdserverpb.TxnResponse{Header: &etcdserverpb.ResponseHeader{ClusterId: 7, Revision: 5}, Succeeded: true, Responses: []*etcdserverpb.ResponseOp{
+			{Response: &etcdserverpb.ResponseOp_ResponseRange{ResponseRange: &etcdserverpb.RangeResponse{Kvs: []*mvccpb.KeyValue{kv}, Count: 1}}},
+			{Response: &etcdserverpb.ResponseOp_ResponseTxn{ResponseTxn: &etcdserverpb.TxnResponse{Succeeded: true}}}}},
+		&mvccpb.Event{Type: mvccpb.Event_DELETE, Kv: kv, PrevKv: kv},
+	} {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		parseReply(b, 0)
-		parseEvent(b)
+		r, ok := parseReply(b, 0)
+		var want etcdserverpb.TxnResponse
+		// Only what protobuf writes itself is compared: a field of another type than etcd's, or a message
+		// twice, is nothing that a coordinator sends.
+		if err := proto.Unmarshal(b, &want); err == nil && isWhatProtobufWrites(b, &want) && len(want.Responses) <= len(r.ops) {
+			if ok != (want.Header.GetRevision() > 0) {
+				t.Fatalf("%x: %v, which is %v", b, ok, &want)
+			}
+			for i, op := range want.Responses {
+				kvs := op.GetResponseRange().GetKvs()
+				if r.ops[i].found != (len(kvs) > 0) || r.ops[i].succeeded != op.GetResponseTxn().GetSucceeded() ||
+					len(kvs) > 0 && (!bytes.Equal(r.ops[i].kv.Value, kvs[0].Value) || r.ops[i].kv.ModRevision != kvs[0].ModRevision) {
+					t.Fatalf("%x: %+v, want %v", b, r.ops[i], op)
+				}
+			}
+			if r.succeeded != want.Succeeded || r.rev != want.Header.GetRevision() || r.cluster != want.Header.GetClusterId() {
+				t.Fatalf("%x: %+v, want %v", b, r, &want)
+			}
+		}
+		kv, del, ok := parseEvent(b)
+		var ev mvccpb.Event
+		if err := proto.Unmarshal(b, &ev); err == nil && isWhatProtobufWrites(b, &ev) && ev.Kv != nil {
+			if !ok || del != (ev.Type == mvccpb.Event_DELETE) || !bytes.Equal(kv.Key, ev.Kv.Key) || kv.ModRevision != ev.Kv.ModRevision {
+				t.Fatalf("%x: %+v %v %v, want %v", b, kv, del, ok, &ev)
+			}
+		}
 	})
+}
+
+func isWhatProtobufWrites(b []byte, m proto.Message) bool {
+	if (proto.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(b, m) != nil {
+		return false
+	}
+	out, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	return err == nil && bytes.Equal(out, b)
 }
 
 func TestOverflow(t *testing.T) {

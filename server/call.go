@@ -1,6 +1,8 @@
 package server
 
 import (
+	"sync/atomic"
+
 	"spindle/codec"
 	"spindle/shard"
 )
@@ -27,9 +29,11 @@ type call struct {
 	handler   StreamHandler // of a streaming RPC
 	op        *shard.Op     // of a unary RPC, from its message until the core's last word
 	opSize    int
-	refs      int  // answers of the core's loop that are on their way: of the op, of a cancel
-	abandoned bool // the stream is gone, the core was told to cancel
-	coreDone  bool // the core's loop only: Done was called
+	refs      int         // answers of the core's loop that are on their way: of the op, of a cancel
+	carried   int64       // bytes of the answer in Memory, from Done until answered
+	abandoned bool        // the stream is gone, the core was told to cancel
+	gone      atomic.Bool // abandoned, for the core to see
+	coreDone  bool        // the core's loop only: Done was called
 	hasLeader bool
 
 	start    int64 // in Loop.now
@@ -79,8 +83,9 @@ func (k *call) open(c *clientConn, s *codec.Stream, r *route) {
 
 // submit hands the request to the core.
 func (c *clientConn) submit(k *call, msg []byte) {
-	if c.ops >= maxOpsPerConn || c.opsBytes+len(msg) > maxOpBytesPerConn || c.h2.Queued() > maxWaitingReplies {
+	if l, full := c.full(len(msg)); full {
 		metricRefused.Inc()
+		hitLimit(l)
 		c.finish(k, codec.ErrTooManyRequests)
 		return
 	}
@@ -93,6 +98,7 @@ func (c *clientConn) submit(k *call, msg []byte) {
 	k.op, k.opSize = op, len(msg)
 	k.refs++
 	c.ops++
+	c.loop.working.Add(1)
 	c.opsBytes += len(msg)
 	if home := c.eng.loops[0]; home == c.loop {
 		c.loop.submit(op)
@@ -105,6 +111,16 @@ func (c *clientConn) submit(k *call, msg []byte) {
 func opDone(op *shard.Op) {
 	k := op.User.(*call)
 	k.coreDone = true
+	// What is on its way to another loop counts too; its connection counts it from then on.
+	if len(op.Resp) >= chargeStep && op.Kind == shard.OpRange && k.loop.eng.cfg.Memory.Over() {
+		hitLimit(limitMemory)
+		op.Status, op.Resp = codec.ErrTooManyRequests, nil // nothing was changed by it
+	}
+	k.carried = int64(len(op.Resp))
+	if k.carried < chargeStep {
+		k.carried = 0
+	}
+	k.loop.eng.cfg.Memory.Add(k.carried)
 	if l := k.loop; l.index == 0 {
 		k.answered()
 	} else {
@@ -116,19 +132,28 @@ func opDone(op *shard.Op) {
 func (k *call) answered() {
 	c := k.conn
 	c.ops--
+	c.loop.working.Add(-1)
 	c.opsBytes -= k.opSize
 	k.refs--
 	if k.abandoned {
 		c.h2.AddWork(-1)
 	}
+	c.eng.cfg.Memory.Add(-k.carried)
+	k.carried = 0
 	if k.stream != nil {
-		if k.op.Status.Code == codec.OK {
+		switch {
+		case k.op.Status.Code != codec.OK:
+		case len(k.op.Resp) >= ownedAnswer:
+			c.h2.SendOwned(k.stream, k.op.Resp)
+			k.op.Resp = nil
+		default:
 			c.h2.Send(k.stream, k.op.Resp)
 		}
 		c.finish(k, k.op.Status)
-		return
+	} else {
+		k.release()
 	}
-	k.release()
+	c.charge()
 }
 
 // abandon ends what the core does for a call whose stream is gone. The op and the call stay until the
@@ -140,6 +165,7 @@ func (k *call) abandon() {
 	}
 	k.refs++
 	k.abandoned = true
+	k.gone.Store(true)
 	k.conn.h2.AddWork(1) // it goes on taking one of the connection's places until the core lets go
 	if home := k.loop.eng.loops[0]; home == k.loop {
 		k.cancelAtCore(home)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"time"
 
 	"github.com/panjf2000/gnet/v2"
 
@@ -19,6 +18,11 @@ const (
 	// client has canceled count until the core lets go of them, so opening and resetting streams as fast
 	// as possible gains nothing. Beyond: ResourceExhausted "etcdserver: too many requests".
 	maxOpsPerConn = 4096
+	// Of all connections together the core has maxOps at most (and one of each). From busyOps on a connection may
+	// have no more than opsWhenBusy, so that a few greedy ones leave room, and time, for the others. The same answer.
+	maxOps      = 32768
+	busyOps     = 2048
+	opsWhenBusy = 128
 	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
 	maxOpBytesPerConn = 64 << 20
 	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them;
@@ -33,8 +37,6 @@ const (
 	// of it do not count.
 	maxStalledReplies = 1 << 20
 	maxStalledStream  = watchHoldBytes
-	// greetTimeout is how long a client may take until its preface and SETTINGS are here.
-	greetTimeout = 20 * time.Second
 )
 
 var (
@@ -69,12 +71,18 @@ type clientConn struct {
 	added    int   // bytes written since it was blocked
 
 	opened    int64              // in Loop.now
+	received  int64              // when bytes came last
+	pinged    int64              // when a PING was sent that nothing has come after, 0 for none
+	charged   int                // bytes of this connection in Engine's Memory
+	lastHeld  int                // charged when second looked last
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
 	waiting   int                // bytes of answers that waited for window when second looked
 	waitSince int64              // when second last saw that they were few, or fewer than before
 
-	ops      int // unary requests with the core, canceled ones included
+	ops      int // unary requests and keep-alives with the core, canceled ones included
 	opsBytes int // the size of their messages
+
+	keepAlives int // messages of LeaseKeepAlive streams that wait to be handed to the core
 }
 
 var (
@@ -93,11 +101,14 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 		c.remote = sock.RemoteAddr()
 	}
 	c.opened = c.loop.now()
+	c.received = c.opened
 	c.eng.conns.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
 	metricConns.Inc()
-	c.h2 = codec.NewServerConn(c.eng.cfg.Codec, c)
+	cfg := c.eng.cfg.Codec
+	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
+	c.h2 = codec.NewServerConn(cfg, c)
 	c.touch()
 }
 
@@ -108,6 +119,7 @@ func (c *clientConn) OnTraffic(sock gnet.Conn) {
 		return
 	}
 	metricBytesIn.Add(len(p))
+	c.received, c.pinged = c.loop.now(), 0
 	if c.ending == nil {
 		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
 		c.ending = c.receive(p)
@@ -137,6 +149,7 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 	}
 	c.log.Debug("client connection closed", "loop", c.loop.index, "streams", c.h2.Streams(), "reason", err)
 	c.h2.Close()
+	c.charge()
 }
 
 // touch puts the connection on the list of those that write at the end of the turn.
@@ -169,14 +182,18 @@ func (c *clientConn) flush() {
 		c.written()
 		if c.blocked {
 			if c.added += n; c.added > maxBlockedControl {
-				c.drop("client does not read and keeps asking")
+				c.drop(limitBlockedControl, "client does not read and keeps asking")
 				return
 			}
 		} else if c.sock.OutboundBuffered() > c.eng.cfg.MaxOutbound {
 			c.block()
 		}
 	}
-	if c.ending != nil && !c.closed {
+	if c.closed {
+		return
+	}
+	c.charge()
+	if c.ending != nil || c.h2.Drained() && c.sock.OutboundBuffered() == 0 {
 		c.kill()
 	}
 }
@@ -219,7 +236,7 @@ func (c *clientConn) retry(now int64) {
 	case waiting < c.buffered:
 		c.buffered, c.stalled = waiting, now
 	case now-c.stalled >= int64(c.eng.cfg.StallTimeout):
-		c.drop("client does not read")
+		c.drop(limitStalled, "client does not read")
 	}
 }
 
@@ -231,8 +248,12 @@ func (c *clientConn) second(now int64) {
 		c.end(c.tlsEnded(errNoHandshake))
 		return
 	}
-	if !c.h2.Greeted() && now-c.opened >= int64(greetTimeout) {
+	if !c.h2.Greeted() && now-c.opened >= int64(c.eng.cfg.GreetTimeout) {
+		hitLimit(limitPreface)
 		c.end(errNotGreeted)
+		return
+	}
+	if !c.alive(now) {
 		return
 	}
 	waiting := c.h2.Queued()
@@ -244,13 +265,14 @@ func (c *clientConn) second(now int64) {
 	if c.blocked || waiting <= maxStalledReplies || waiting < c.waiting {
 		c.waitSince = now
 	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
-		c.drop("client gives no window for its answers")
+		c.drop(limitNoWindow, "client gives no window for its answers")
 	}
 	c.waiting = waiting
 }
 
-func (c *clientConn) drop(why string) {
+func (c *clientConn) drop(l limit, why string) {
 	metricConnsDropped.Inc()
+	hitLimit(l)
 	c.log.Warn("connection dropped: "+why, "client", c.sock.RemoteAddr(), "buffered", c.sock.OutboundBuffered(), "queued", c.h2.Queued())
 	c.kill()
 }
@@ -273,10 +295,36 @@ func (c *clientConn) kill() {
 	}
 }
 
-// goAway tells all clients of the loop to open no further streams.
+// goAway tells all clients of the loop to open no further streams, and streams that would not end by themselves to
+// move. Those are told at the end of the next turn: what this one's hooks have for them goes out before.
 func (l *Loop) goAway() {
 	for c := range l.conns {
 		c.h2.GoAway()
+		c.touch()
+	}
+	l.Post(func() {
+		for c := range l.conns {
+			c.drain()
+		}
+	})
+}
+
+// drain ends the streams that would not end by themselves.
+func (c *clientConn) drain() {
+	for k := range c.streaming {
+		if d, ok := k.handler.(Drainer); ok {
+			d.Drain()
+		}
+	}
+	c.touch()
+}
+
+// touchAll makes every connection look whether it is done.
+func (l *Loop) touchAll() {
+	for c := range l.conns {
+		if c.h2.GoneAway() {
+			c.drain() // streams of requests that were under way at the GOAWAY
+		}
 		c.touch()
 	}
 }

@@ -89,7 +89,7 @@ func TestSilentConnIsClosed(t *testing.T) {
 	} {
 		r := newClockRig(t)
 		say(r)
-		r.pass(greetTimeout - time.Second)
+		r.pass(defaultGreetTimeout - time.Second)
 		if r.conn.closed {
 			t.Errorf("%s: closed early", name)
 		}
@@ -99,7 +99,7 @@ func TestSilentConnIsClosed(t *testing.T) {
 	}
 	r := newClockRig(t)
 	r.greet(0)
-	if r.pass(10 * greetTimeout); r.conn.closed {
+	if r.pass(10 * defaultGreetTimeout); r.conn.closed {
 		t.Error("an idle client was closed")
 	}
 }

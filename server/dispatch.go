@@ -117,14 +117,20 @@ func (t *routes) refuse(r *route, path string) codec.Status {
 	case r != t.unknown:
 		st.Msg = "spindle: " + strings.TrimPrefix(path, "/") + " is not built yet"
 	case !ok:
-		st.Msg = "malformed method name: " + strconv.Quote(path)
+		st.Msg = "malformed method name: " + strconv.Quote(shown(path))
 	case !t.services[service]:
-		st.Msg = "unknown service " + service
+		st.Msg = "unknown service " + shown(service)
 	default:
-		st.Msg = fmt.Sprintf("unknown method %s for service %s", name, service)
+		st.Msg = fmt.Sprintf("unknown method %s for service %s", shown(name), shown(service))
 	}
 	return st
 }
+
+// maxShown is how many bytes of a name are repeated to the client. A :path in its header table costs the client
+// one byte a request; a whole one would make small requests into large answers.
+const maxShown = 256
+
+func shown(s string) string { return s[:min(len(s), maxShown)] }
 
 // splitPath takes "/service/method" apart as grpc-go does: the service may hold further slashes.
 func splitPath(path string) (service, method string, ok bool) {

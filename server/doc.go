@@ -17,7 +17,8 @@
 // A client that asks: the streams of its connection (codec.ConnConfig), maxOpsPerConn requests and
 // maxOpBytesPerConn bytes of them with the core, canceled ones included. A client that does not read:
 // Config.MaxOutbound bytes for its socket, then its answers wait in the codec (maxWaitingReplies), and after
-// Config.StallTimeout without progress it is dropped. Many clients: Config.MaxConns.
+// Config.StallTimeout without progress it is dropped. Many clients: Config.MaxConns, maxOps and
+// Config.Memory.
 //
 // # Lifetimes
 //

@@ -26,8 +26,13 @@ const (
 	// defaultStallTimeout is how long a client may leave a full socket buffer, or answers that wait for
 	// window, untouched.
 	defaultStallTimeout = 30 * time.Second
-	// defaultDrainTimeout bounds how long Stop waits for requests that are under way.
-	defaultDrainTimeout = 2 * time.Second
+	// defaultGreetTimeout is how long a client may take until its preface and SETTINGS are here.
+	defaultGreetTimeout = 20 * time.Second
+	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
+	// of the GOAWAY.
+	defaultDrainTimeout = 5 * time.Second
+	// drainTouch is how often Stop looks at every connection that has not ended yet.
+	drainTouch = 50 * time.Millisecond
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
 	// back. gnet's own buffer has no bound.
 	defaultMaxOutbound = 1 << 20
@@ -65,8 +70,16 @@ type Config struct {
 	Now func() int64
 	Log *slog.Logger
 
+	// Memory counts what clients make the process hold; nil: no limit.
+	Memory *shard.Memory
+	// KeepaliveInterval is how long a client may be silent before it is sent a PING, KeepaliveTimeout how long
+	// it may go on being silent then, before it is dropped. One of them 0: no PINGs.
+	KeepaliveInterval time.Duration
+	KeepaliveTimeout  time.Duration
+
 	MaxConns     int
 	MaxOutbound  int // bytes
+	GreetTimeout time.Duration
 	StallTimeout time.Duration
 	DrainTimeout time.Duration
 	// BeforeClose is called by Stop, on its goroutine, once the requests under way were answered and before
@@ -131,6 +144,7 @@ func Start(cfg Config) (*Engine, error) {
 	}
 	cfg.MaxConns = orDefault(cfg.MaxConns, defaultMaxConns())
 	cfg.MaxOutbound = orDefault(cfg.MaxOutbound, defaultMaxOutbound)
+	cfg.GreetTimeout = orDefault(cfg.GreetTimeout, defaultGreetTimeout)
 	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
 	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
 
@@ -157,6 +171,10 @@ func Start(cfg Config) (*Engine, error) {
 			gnet.WithNumEventLoop(cfg.Loops),
 			gnet.WithLoadBalancing(gnet.LeastConnections),
 			gnet.WithReuseAddr(true),
+			// Each loop accepts for itself, one connection at a time, and OnOpen counts it before the next. With one
+			// acceptor for all loops, a flood of connections waits for them uncounted, until accept fails for want
+			// of descriptors, which gnet does not survive. (gnet ignores it when a unix socket is among the URLs.)
+			gnet.WithReusePort(true),
 			gnet.WithTicker(true),
 			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
 			gnet.WithTCPKeepAlive(keepAlive),
@@ -194,6 +212,8 @@ func newEngine(cfg Config) *Engine {
 	if cfg.TLS != nil {
 		e.h2TLS = cfg.TLS.H2()
 	}
+	serveHealth(e)
+	e.HandleStream(leaseKeepAlivePath, newKeepAliveStream)
 	return e
 }
 
@@ -230,10 +250,10 @@ func (e *Engine) awaitBoot() error {
 func (e *Engine) findLoops() error {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
-	var peers []*os.File
+	var peers []int
 	defer func() {
-		for _, f := range peers {
-			_ = f.Close() // the loop sees the end of the anchor and forgets it
+		for _, fd := range peers {
+			_ = unix.Close(fd) // the loop sees the end of the anchor and forgets it
 		}
 	}()
 	for len(e.loops) < e.cfg.Loops {
@@ -241,16 +261,18 @@ func (e *Engine) findLoops() error {
 		if err != nil {
 			return fmt.Errorf("spindle: socket pair: %w", err)
 		}
-		peers = append(peers, far)
 		// The context travels to OnOpen as the connection's; an anchor's loop is not known yet.
-		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), anchor{}))
+		bell := &anchor{}
+		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), bell))
 		if err != nil {
 			_ = near.Close()
+			_ = unix.Close(far)
 			return fmt.Errorf("spindle: enroll an anchor: %w", err)
 		}
 		select {
 		case r := <-res:
 			if r.Err != nil {
+				_ = unix.Close(far)
 				return fmt.Errorf("spindle: enroll an anchor: %w", r.Err)
 			}
 			el := r.Conn.EventLoop()
@@ -258,6 +280,10 @@ func (e *Engine) findLoops() error {
 				l := newLoop(e, len(e.loops), el)
 				e.byEL[el] = l
 				e.loops = append(e.loops, l)
+				l.bell = far // this one stays
+				bell.loop.Store(l)
+			} else {
+				peers = append(peers, far)
 			}
 		case <-ctx.Done():
 			return fmt.Errorf("spindle: event loops did not start: %w", ctx.Err())
@@ -268,18 +294,18 @@ func (e *Engine) findLoops() error {
 	return nil
 }
 
-func socketPair() (near net.Conn, far *os.File, err error) {
+func socketPair() (near net.Conn, far int, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, nil, err
+		return nil, -1, err
 	}
 	f := os.NewFile(uintptr(fds[0]), "anchor")
 	defer f.Close()
-	far = os.NewFile(uintptr(fds[1]), "anchor peer")
+	far = fds[1]
 	near, err = net.FileConn(f) // a duplicate of f
 	if err != nil {
-		_ = far.Close()
-		return nil, nil, err
+		_ = unix.Close(far)
+		return nil, -1, err
 	}
 	return near, far, nil
 }
@@ -317,9 +343,10 @@ func (e *Engine) Err() error {
 	return errors.New("spindle: the event loops stopped, see the log")
 }
 
-// Stop ends the engine: no new connections, GOAWAY to all clients, a short wait for the unary requests
-// under way, then every connection is closed and its streams are canceled. It returns ctx's error when
-// even that takes too long. Further calls wait for the first.
+// Stop ends the engine: no new connections, GOAWAY to all clients (RFC 9113 6.8: first announced, then final when
+// the client has seen it). Requests under way are answered, watches are told to move (Unavailable), and each
+// connection is closed when it has no stream left. What is open after Config.DrainTimeout is closed all
+// the same. It returns ctx's error when even that takes too long. Further calls wait for the first.
 func (e *Engine) Stop(ctx context.Context) error {
 	e.stopped.Do(func() {
 		e.ready.Store(false)
@@ -344,7 +371,7 @@ func (e *Engine) Stop(ctx context.Context) error {
 	}
 }
 
-// awaitIdle returns when all unary requests were answered, or it took too long.
+// awaitIdle returns when all clients have gone, or it took too long.
 func (e *Engine) awaitIdle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
 	defer cancel()
@@ -363,18 +390,21 @@ func (e *Engine) awaitIdle(ctx context.Context) {
 	}
 	poll := time.NewTicker(drainPoll)
 	defer poll.Stop()
-	for {
-		var n int64
-		for _, l := range e.loops {
-			n += l.inflight.Load()
-		}
-		if n == 0 {
-			return
-		}
+	look := time.NewTicker(drainTouch)
+	defer look.Stop()
+	for e.conns.Load() > 0 {
 		select {
 		case <-poll.C:
+		case <-look.C:
+			for _, l := range e.loops {
+				l.Post(l.touchAll)
+			}
 		case <-ctx.Done():
-			e.log.Warn("stopping with requests under way", "requests", n)
+			var n int64
+			for _, l := range e.loops {
+				n += l.inflight.Load()
+			}
+			e.log.Warn("stopping with clients that did not leave", "connections", e.conns.Load(), "requests", n)
 			return
 		case <-e.done:
 			return

@@ -4,13 +4,14 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
 )
 
-// anchor is the context of a connection that only shows its loop.
-type anchor struct{}
+// anchor is the context of a connection that shows its loop, and is the loop's doorbell from then on.
+type anchor struct{ loop atomic.Pointer[Loop] }
 
 // handler receives gnet's events for an Engine.
 type handler Engine
@@ -48,7 +49,7 @@ func (h *handler) OnTick() (time.Duration, gnet.Action) {
 func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	e := (*Engine)(h)
 	switch a := c.Context().(type) {
-	case anchor:
+	case *anchor:
 		return nil, gnet.None
 	case *attachment: // enrolled
 		if !a.event(c, attachmentOpen) {
@@ -61,6 +62,7 @@ func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 	}
 	if n := e.conns.Load(); n >= int64(e.cfg.MaxConns) {
 		metricConnsRefused.Inc()
+		hitLimit(limitConns)
 		return nil, gnet.Close
 	}
 	ln := e.listens[c.LocalAddr().String()]
@@ -83,6 +85,13 @@ func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 
 // OnTraffic implements gnet.EventHandler.
 func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
+	if bell, ok := c.Context().(*anchor); ok {
+		_, _ = c.Discard(-1)
+		if l := bell.loop.Load(); l != nil {
+			_ = (*doorbell)(l).Run(context.Background())
+		}
+		return gnet.None
+	}
 	a, ok := c.Context().(*attachment)
 	if !ok {
 		return gnet.None

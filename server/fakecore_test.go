@@ -82,6 +82,10 @@ func (f *fakeCore) Submit(op *shard.Op) {
 		op.Resp = f.marshal(op.Resp, &pb.TxnResponse{Succeeded: true})
 	case shard.OpDeleteRange:
 		op.Resp = f.marshal(op.Resp, &pb.DeleteRangeResponse{Deleted: 1})
+	default:
+		if f.lease(op) {
+			return
+		}
 	}
 	op.Done(op)
 }
@@ -127,7 +131,11 @@ func (f *fakeCore) release(l *Loop) {
 		defer close(done)
 		for op, key := range f.held {
 			delete(f.held, op)
-			f.get(op, key)
+			if op.Kind == shard.OpLeaseKeepAlive {
+				f.keepAlive(op, key)
+			} else {
+				f.get(op, key)
+			}
 			op.Done(op)
 		}
 	})

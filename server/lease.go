@@ -1,15 +1,18 @@
 package server
 
-// leaseService is etcd's leases.
+import "spindle/shard"
+
+// leaseService is etcd's leases. LeaseKeepAlive is a stream: leasekeepalive.go.
 var leaseService = service{"etcdserverpb.Lease", []method{
-	notBuilt("LeaseGrant"),
-	notBuilt("LeaseRevoke"),
-	notBuilt("LeaseKeepAlive"),
-	notBuilt("LeaseTimeToLive"),
-	notBuilt("LeaseLeases"),
+	unary("LeaseGrant", shard.OpLeaseGrant),
+	unary("LeaseRevoke", shard.OpLeaseRevoke),
+	notBuilt("LeaseKeepAlive"), // newEngine registers its handler
+	unary("LeaseTimeToLive", shard.OpLeaseTimeToLive),
+	unary("LeaseLeases", shard.OpLeaseLeases),
 }}
 
-// lockService and electionService are etcd's services on top of leases.
+// lockService and electionService are etcd's services on top of leases. Package recipes serves them; without
+// it they are refused.
 var lockService = service{"v3lockpb.Lock", []method{
 	notBuilt("Lock"),
 	notBuilt("Unlock"),

@@ -12,6 +12,7 @@ import (
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
 
 	"spindle/shard"
 )
@@ -42,7 +43,10 @@ type Loop struct {
 	spare   []letter // memory for letters
 	rung    bool     // the doorbell was pressed and the mailbox not yet emptied
 	stopped bool
-	hooks   atomic.Pointer[[]func()] // copied on write
+	// bell is the far end of a socket pair whose other end the loop reads, or -1. gnet's own Execute runs tasks
+	// until there are none, so two loops that write to each other would keep both from their sockets.
+	bell  int
+	hooks atomic.Pointer[[]func()] // copied on write
 
 	inTurn bool
 	nested bool  // an event came while the end of the turn was running
@@ -58,8 +62,10 @@ type Loop struct {
 	ticking  atomic.Bool              // a tick is in the mailbox
 	tickFn   func()                   // l.tick, bound once
 	secondFn func()                   // l.second
+	nowFn    func() int64             // l.now
 
 	freeCalls []*call      // unary calls to be used again
+	working   atomic.Int64 // ops of its clients that the core has, canceled ones included; written by the loop
 	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter
 }
@@ -90,10 +96,11 @@ func newLoop(e *Engine, index int, el gnet.EventLoop) *Loop {
 		eng:   e,
 		log:   e.log,
 		el:    el,
+		bell:  -1,
 		conns: make(map[*clientConn]struct{}),
 		turns: loopTurns(index),
 	}
-	l.tickFn, l.secondFn = l.tick, l.second
+	l.tickFn, l.secondFn, l.nowFn = l.tick, l.second, l.now
 	l.hooks.Store(new([]func()))
 	return l
 }
@@ -114,15 +121,28 @@ func (l *Loop) post(m letter) {
 	if !l.rung {
 		l.rung = true
 		// Under the lock, because of stop. An error means that the engine has stopped.
-		_ = l.el.Execute(context.Background(), (*doorbell)(l))
+		if l.bell < 0 {
+			_ = l.el.Execute(context.Background(), (*doorbell)(l))
+			return
+		}
+		for {
+			if _, err := unix.Write(l.bell, ding[:]); err != unix.EINTR {
+				break
+			}
+		}
 	}
 }
+
+var ding [1]byte
 
 // stop makes the loop deaf to letters, before gnet closes the descriptor that serves as the doorbell:
 // gnet would ring it all the same, whatever the number stands for by then.
 func (l *Loop) stop() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.bell >= 0 && !l.stopped {
+		_ = unix.Close(l.bell)
+	}
 	l.stopped = true
 	l.letters = nil
 }
@@ -161,7 +181,12 @@ func (l *Loop) deliver(m *letter) {
 	case letterFunc:
 		m.f()
 	case letterSubmit:
-		l.submit(m.call.op)
+		if k := m.call; k.gone.Load() { // canceled while it was on its way: it costs nothing more
+			k.op.Status = statusCanceled
+			opDone(k.op)
+		} else {
+			l.submit(k.op)
+		}
 	case letterCancel:
 		m.call.cancelAtCore(l)
 	case letterDone:
@@ -324,8 +349,18 @@ func (l *Loop) tick() {
 // second is posted about once a second while there are clients.
 func (l *Loop) second() {
 	now := l.now()
+	var worst *clientConn
 	for c := range l.conns {
 		c.second(now)
+		if !c.closed && c.stuck() && (worst == nil || c.charged > worst.charged) {
+			worst = c
+		}
+	}
+	if worst != nil && l.eng.cfg.Memory.Pressed() {
+		worst.drop(limitMemory, "memory is short, and this client holds the most and takes nothing")
+	}
+	for c := range l.conns {
+		c.lastHeld = c.charged
 	}
 }
 

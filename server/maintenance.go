@@ -14,8 +14,7 @@ var maintenanceService = service{"etcdserverpb.Maintenance", []method{
 	notBuilt("Downgrade"),
 }}
 
-// healthService is gRPC's own health check, which etcd registers too. Clients take Unimplemented for
-// healthy (the gRPC health checking protocol says so).
+// healthService is gRPC's own health check, served by health.go.
 var healthService = service{"grpc.health.v1.Health", []method{
 	notBuilt("Check"),
 	notBuilt("List"),

@@ -18,7 +18,9 @@ var (
 	metricBytesIn      = metrics.NewCounter(`spindle_client_received_bytes_total`)
 	metricBytesOut     = metrics.NewCounter(`spindle_client_sent_bytes_total`)
 	metricRefused      = metrics.NewCounter(`spindle_requests_refused_total`) // over a connection's limits
-	metricPanics       = metrics.NewCounter(`spindle_panics_total`)
+	// keep-alives without an answer, because their lease's home did not give one
+	metricKeepAlivesLost = metrics.NewCounter(`spindle_lease_keepalives_lost_total`)
+	metricPanics         = metrics.NewCounter(`spindle_panics_total`)
 
 	_ = gaugeOf(`spindle_client_connections`, &connsOpen)
 	_ = gaugeOf(`spindle_client_connections_blocked`, &connsBlocked)

@@ -25,6 +25,10 @@ type peer struct {
 	status       map[uint32][2]string // grpc-status and grpc-message of ended streams
 	streamFrames int                  // HEADERS and DATA seen
 	dataBytes    int
+
+	goAwayOK  bool      // GOAWAY is no failure
+	holdPings bool      // the server's PINGs are answered by answerPings only
+	pings     [][8]byte // not answered yet
 }
 
 func newPeer(t testing.TB, c net.Conn) *peer {
@@ -86,9 +90,12 @@ func (p *peer) read() http2.Frame {
 			p.check(p.w.Flush())
 		}
 	case *http2.PingFrame:
-		if !f.IsAck() {
-			p.check(p.fr.WritePing(true, f.Data))
-			p.check(p.w.Flush())
+		if f.IsAck() {
+			break
+		}
+		p.pings = append(p.pings, f.Data)
+		if !p.holdPings {
+			p.answerPings()
 		}
 	case *http2.MetaHeadersFrame:
 		p.streamFrames++
@@ -108,9 +115,20 @@ func (p *peer) read() http2.Frame {
 		p.streamFrames++
 		p.dataBytes += len(f.Data())
 	case *http2.GoAwayFrame:
-		p.t.Fatalf("peer: GOAWAY %v %s", f.ErrCode, f.DebugData())
+		if !p.goAwayOK {
+			p.t.Fatalf("peer: GOAWAY %v %s", f.ErrCode, f.DebugData())
+		}
 	}
 	return f
+}
+
+func (p *peer) answerPings() {
+	p.t.Helper()
+	for _, data := range p.pings {
+		p.check(p.fr.WritePing(true, data))
+	}
+	p.pings = nil
+	p.check(p.w.Flush())
 }
 
 // trailers waits for the end of a stream.

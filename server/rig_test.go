@@ -63,7 +63,7 @@ func (f *fakeEL) Close(c gnet.Conn) error {
 func (r *rig) mail() {
 	for len(r.el.rung) > 0 {
 		x := r.el.rung[0]
-		r.el.rung = r.el.rung[1:]
+		r.el.rung = r.el.rung[:copy(r.el.rung, r.el.rung[1:])]
 		_ = x.Run(context.Background())
 	}
 }
@@ -86,7 +86,7 @@ func openRig(t testing.TB) *rig {
 	base := time.Now()
 	e := newEngine(Config{
 		Log: quiet(), Now: func() int64 { return int64(time.Since(base)) + 1 },
-		MaxOutbound: 1 << 20, StallTimeout: time.Minute,
+		MaxOutbound: 1 << 20, StallTimeout: time.Minute, GreetTimeout: defaultGreetTimeout,
 		OnPanic: func(err error, _ bool) { t.Error(err) },
 	})
 	r := &rig{sock: &fakeSock{}, core: &fixedCore{resp: bytes.Repeat([]byte("r"), 340)}, id: 1}
@@ -136,6 +136,29 @@ func newRig(t testing.TB, timeout string) *rig {
 		r.request()
 	}
 	return r
+}
+
+// openStream begins a streaming RPC as stream 1, with all the window that there is.
+func (r *rig) openStream(path string) {
+	var buf, hdr bytes.Buffer
+	fr, enc := http2.NewFramer(&buf, nil), hpack.NewEncoder(&hdr)
+	buf.WriteString(http2.ClientPreface)
+	_ = fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1})
+	_ = fr.WriteWindowUpdate(0, 1<<31-1-65535)
+	fields := []string{":method", "POST", ":scheme", "http", ":path", path, ":authority", "test",
+		"content-type", "application/grpc", "te", "trailers"}
+	for i := 0; i < len(fields); i += 2 {
+		_ = enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	_ = fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: hdr.Bytes(), EndHeaders: true})
+	r.feed(buf.Bytes())
+}
+
+// data returns a DATA frame of stream 1 with one message.
+func (r *rig) data(msg []byte) []byte {
+	var buf bytes.Buffer
+	_ = http2.NewFramer(&buf, nil).WriteData(1, false, append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(msg))), msg...))
+	return buf.Bytes()
 }
 
 func (r *rig) feed(p []byte) {

@@ -22,6 +22,11 @@ type StreamHandler interface {
 	Drained()
 }
 
+// Drainer is a StreamHandler whose RPC does not end by itself (a Watch): Drain tells it that the server is going away, so
+// that it says its last word and calls RPC.Finish with Unavailable, which makes clients open the stream again
+// elsewhere. Other handlers are waited for, at most Config.DrainTimeout.
+type Drainer interface{ Drain() }
+
 // NewStream makes the handler of one RPC. It is called on loop l, which the RPC will live on.
 type NewStream func(l *Loop) StreamHandler
 

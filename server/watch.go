@@ -20,6 +20,9 @@ const (
 	defaultWatchesPerConn   = 100_000
 	// defaultWatchKeyBytes bounds the keys and range ends of those watches together; refused likewise.
 	defaultWatchKeyBytes = 64 << 20
+	// defaultWatches and defaultKeyBytes bound those of all clients together, at about 1 KiB a watch; refused likewise.
+	defaultWatches  = 1_000_000
+	defaultKeyBytes = 256 << 20
 	// defaultProgressInterval is etcd's --watch-progress-notify-interval.
 	defaultProgressInterval = 10 * time.Minute
 )
@@ -46,6 +49,8 @@ type WatchConfig struct {
 	WatchesPerStream int
 	WatchesPerConn   int
 	KeyBytesPerConn  int
+	Watches          int
+	KeyBytes         int
 	Hub              watchring.HubConfig
 }
 
@@ -57,6 +62,8 @@ type WatchConfig struct {
 type WatchService struct {
 	cfg   WatchConfig
 	loops []*watchLoop
+
+	watches, keyBytes atomic.Int64 // of all clients
 }
 
 // NewWatchService makes the service and registers it with e. To be called before Engine.SetReady(true).
@@ -78,6 +85,8 @@ func newWatchService(cfg WatchConfig) *WatchService {
 	cfg.WatchesPerStream = orDefault(cfg.WatchesPerStream, defaultWatchesPerStream)
 	cfg.WatchesPerConn = orDefault(cfg.WatchesPerConn, defaultWatchesPerConn)
 	cfg.KeyBytesPerConn = orDefault(cfg.KeyBytesPerConn, defaultWatchKeyBytes)
+	cfg.Watches = orDefault(cfg.Watches, defaultWatches)
+	cfg.KeyBytes = orDefault(cfg.KeyBytes, defaultKeyBytes)
 	cfg.ProgressInterval = orDefault(cfg.ProgressInterval, defaultProgressInterval)
 	return &WatchService{cfg: cfg}
 }
@@ -171,6 +180,9 @@ func (svc *WatchService) addLoop(post, postHome func(func())) *watchLoop {
 	svc.loops = append(svc.loops, w)
 	return w
 }
+
+// pressed says that the process has no memory to spare.
+func (w *watchLoop) pressed() bool { return w.loop != nil && w.loop.eng.cfg.Memory.Pressed() }
 
 // ring makes the loop look at the ring soon. Any goroutine may call it.
 func (w *watchLoop) ring() {

@@ -156,17 +156,35 @@ func (s *watchStream) Drained() {
 func (s *watchStream) Send(msg []byte) { s.rpc.Send(msg) }
 
 // Blocked implements watchring.Sink.
-func (s *watchStream) Blocked() bool { return s.rpc.Queued() >= watchHighWater }
+func (s *watchStream) Blocked() bool {
+	n := s.rpc.Queued()
+	return n >= watchHighWater || n > 0 && s.loop.pressed()
+}
+
+// Drain implements Drainer: what is in the queue goes out, then clients resume their watches elsewhere.
+func (s *watchStream) Drain() { s.finish(codec.ErrStopped) }
 
 // Ended implements watchring.Sink.
 func (s *watchStream) Ended(w *watchring.Watcher) { s.forget(w.ID) }
 
+// Failed implements watchring.Sink.
+func (s *watchStream) Failed(reason string) {
+	s.finish(codec.Status{Code: codec.Unavailable, Msg: reason})
+}
+
 func (s *watchStream) forget(id int64) {
 	if w := s.watches[id]; w != nil {
 		delete(s.watches, id)
-		s.conn.watches--
-		s.conn.keyBytes -= w.size
+		s.counted(-1, -w.size)
 	}
+}
+
+// counted counts watches and the bytes of their keys, of the connection and of all.
+func (s *watchStream) counted(watches, keyBytes int) {
+	s.conn.watches += watches
+	s.conn.keyBytes += keyBytes
+	s.loop.svc.watches.Add(int64(watches))
+	s.loop.svc.keyBytes.Add(int64(keyBytes))
 }
 
 func (s *watchStream) finish(st codec.Status) {
@@ -186,10 +204,11 @@ func (s *watchStream) close() {
 	l := s.loop
 	l.waiting.remove(s)
 	l.asked.remove(s)
-	s.conn.watches -= len(s.watches)
+	size := 0
 	for _, w := range s.watches {
-		s.conn.keyBytes -= w.size
+		size += w.size
 	}
+	s.counted(-len(s.watches), -size)
 	if s.conn.streams--; s.conn.streams == 0 {
 		delete(l.conns, s.key)
 	}
@@ -201,6 +220,7 @@ func (s *watchStream) close() {
 func (s *watchStream) create(r *watchRequest) {
 	if len(s.pending)-s.head >= maxPendingCreates {
 		metricWatchesRefused.Inc()
+		hitLimit(limitPendingCreates)
 		s.finish(codec.ErrTooManyRequests)
 		return
 	}
@@ -212,8 +232,7 @@ func (s *watchStream) create(r *watchRequest) {
 		}, size: len(r.key) + len(r.end)}
 		p.w = w
 		s.watches[w.ID] = w
-		s.conn.watches++
-		s.conn.keyBytes += w.size
+		s.counted(1, w.size)
 		if w.Start == 0 {
 			p.now = nowWanted
 			s.loop.waiting.add(s)
@@ -243,8 +262,10 @@ func (s *watchStream) check(r *watchRequest) (reason string) {
 	}
 	c := &s.loop.svc.cfg
 	if len(s.watches) >= c.WatchesPerStream || s.conn.watches >= c.WatchesPerConn ||
-		s.conn.keyBytes+len(r.key)+len(r.end) > c.KeyBytesPerConn {
+		s.conn.keyBytes+len(r.key)+len(r.end) > c.KeyBytesPerConn ||
+		s.loop.svc.watches.Load() >= int64(c.Watches) || s.loop.svc.keyBytes.Load() > int64(c.KeyBytes) {
 		metricWatchesRefused.Inc()
+		hitLimit(limitWatches)
 		return codec.ErrTooManyRequests.Msg
 	}
 	if r.key[0] == 0 {

@@ -550,3 +550,25 @@ func FuzzWatchRequest(f *testing.F) {
 		r.expectNothingLeft()
 	})
 }
+
+// brokenPast is a past that cannot be read.
+type brokenPast struct{}
+
+func (brokenPast) Next(_ int, done func([]*watchring.Entry, int64, int64, codec.Status)) {
+	done(nil, 0, 0, codec.Status{Code: codec.Internal, Msg: "unreadable"})
+}
+func (brokenPast) Close() {}
+
+// A watch whose past cannot be read ends its RPC with an error: clientv3 closes the channel of one that is canceled
+// without a compact revision as if all had gone well.
+func TestWatchFailedPastEndsRPC(t *testing.T) {
+	r := newWatchRig(t, func(c *WatchConfig) { c.OpenHistory = func(int, int64) History { return brokenPast{} } })
+	f := r.open("c")
+	f.create(&pb.WatchCreateRequest{Key: []byte("a"), StartRevision: 3})
+	f.create(&pb.WatchCreateRequest{Key: []byte("b"), StartRevision: 4})
+	r.turn()
+	if f.status == nil || f.status.Code != codec.Unavailable || f.status.Msg != "unreadable" {
+		t.Errorf("the RPC ends with %v", f.status)
+	}
+	r.expectNothingLeft()
+}

@@ -338,6 +338,7 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 		s.handle = nil
 	}
 	s.gen++
+	c.stale = true // nobody waits for it
 	gen := s.gen
 	body := codec.AppendString(nil, rangeKey, KeyClock)
 	body = codec.AppendInt(body, rangeRevision, local)

@@ -40,6 +40,8 @@ type CoreConfig struct {
 	// HistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
 	HistoryBytes int
 
+	// Memory bounds what large answers may take; nil: nothing does.
+	Memory *Memory
 	// Limits are enforced towards clients.
 	Limits Limits
 	// MemberMaxTxnOps and MemberMaxRequestBytes are what the members accept (etcd's --max-txn-ops and
@@ -58,6 +60,8 @@ type CoreConfig struct {
 	// of it is closed at. For tests: with fewer keys than the default nothing beyond a shard's share of a
 	// limit is asked for either.
 	PageKeys, ChunkBytes int
+	// CreateEntries is the size of the cache of create revisions. For tests of many short-lived Cores.
+	CreateEntries int
 
 	// ReplaceCoordinator lets a coordinator take the place of the one that the partition map names, although its
 	// etcd has another cluster ID. It must be empty.
@@ -86,6 +90,8 @@ type Sabotage struct {
 	// RebuildSkipsShard leaves a shard out of a rebuild. RebuildFencesFirst fences before the coordinator has the new
 	// epoch, and believes that then. RebuildNoFence does not fence, and believes what the coordinator names.
 	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
+	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
+	RecentIgnoresRanges bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -118,11 +124,17 @@ type Core struct {
 	frontier   *watchring.Frontier
 	onFrontier func()
 	creates    *CreateCache
+	recent     *recentIndex
+	recentTurn *recentBatch // takes the Gets of this turn
+	freeRecent []*recentBatch
 	compacted  int64 // below it nothing is answered, -1 for nothing
 	compactRec int64 // the largest compaction record of a shard
 	completing bool  // a compaction that was cut short is being completed
 	auto       autoCompactor
 	histories  []*History
+	large      largeReads
+	gates      []listGate // by shard, and one for lists of several
+	gatesOpen  bool       // one of them has room again
 	leases     leases
 
 	timers   timerHeap
@@ -132,6 +144,7 @@ type Core struct {
 	nowQueue     []nowEntry
 	sweeping     bool
 	probing      bool
+	historyTimer bool // one will look whether a History can give its place up
 	waiters      []frontierWaiter
 	frontierRose bool
 	stale        bool // the log or a stream moved: recompute frontiers
@@ -160,7 +173,7 @@ const (
 // Stats counts what a Core did. Read on the core's goroutine.
 type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
-	ReadBatches, BatchedReads, Rereads                                           uint64
+	ReadBatches, BatchedReads, Rereads, RecentReads, LargeWaited, LargeRefused   uint64
 	Unrecorded, Foreign                                                          uint64
 	// Rebuilds of the coordinator that this proxy has brought to their end.
 	Rebuilds uint64
@@ -215,6 +228,7 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	def(&cfg.MemberMaxTxnOps, 128)
 	def(&cfg.PageKeys, firstPageKeys)
 	def(&cfg.ChunkBytes, streamChunkBytes)
+	def(&cfg.CreateEntries, 1<<17)
 	def(&cfg.MemberMaxRequestBytes, 1536<<10)
 	c := &Core{cfg: cfg, tr: tr, log: cfg.Log, reason: "starting", compacted: -1, compactRec: -1}
 	c.clock = revclock.New(revclock.Config{
@@ -224,7 +238,8 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 		Rand:          cfg.Rand,
 		SnapshotEvery: cfg.SnapshotEvery,
 	}, tr, (*clockEvents)(c))
-	c.creates = NewCreateCache(1 << 17)
+	c.creates = NewCreateCache(cfg.CreateEntries)
+	c.recent = newRecentIndex(cfg.RingSize)
 	c.leases = newLeases(c)
 	return c
 }
@@ -311,6 +326,7 @@ func (c *Core) stop(st codec.Status) {
 	for _, e := range queue {
 		e.w.abandon(st)
 	}
+	c.stopLists(st)
 	// Timers stay: requests that wait for something else end at their deadlines.
 }
 
@@ -332,7 +348,9 @@ func (c *Core) Submit(op *Op) {
 		}
 		switch {
 		case op.Kind == OpRange:
-			c.submitRange(op)
+			if c.enterList(op) {
+				c.submitRange(op)
+			}
 		case p.ReadOnly():
 			c.submitReadTxn(op)
 		default:
@@ -434,6 +452,7 @@ func (c *Core) awaitFrontier(shard int, rev, deadline int64, f func()) {
 
 // finish answers op with st. Resp must be complete when st is OK.
 func (c *Core) finish(op *Op, st codec.Status) {
+	c.leaveList(op)
 	op.Status = st
 	op.Done(op)
 }
@@ -444,6 +463,9 @@ func (c *Core) Flush() {
 		return
 	}
 	for range 8 { // what is woken may itself have something to send
+		if c.gatesOpen {
+			c.startLists()
+		}
 		if c.stale {
 			c.stale = false
 			c.moveFrontiers()
@@ -463,8 +485,9 @@ func (c *Core) Flush() {
 				s.flushReads()
 			}
 		}
+		c.recentTurn = nil // its now leaves
 		c.clock.Flush()
-		if !c.dirty && !c.stale && !c.frontierRose {
+		if !c.dirty && !c.stale && !c.frontierRose && !c.gatesOpen {
 			return
 		}
 	}
@@ -515,10 +538,10 @@ func (c *Core) moveFrontiers() {
 	}
 	if c.frontierRose {
 		c.publishCompaction()
-		c.ring.Trim(c.frontier.Get(watchring.All))
-		for _, s := range c.shards {
-			s.resumeStream()
-		}
+	}
+	c.trimRing()
+	for _, s := range c.shards {
+		s.resumeStream()
 	}
 }
 

@@ -18,6 +18,9 @@ func (s *shardState) publish(rec *Record, events [][]byte) bool {
 	}
 	for _, en := range entries {
 		s.c.ring.Publish(en)
+		for i := range en.Events {
+			s.c.recent.changed(en.Events[i].Key, en.Rev)
+		}
 	}
 	return true
 }

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -9,13 +10,15 @@ import (
 
 // Bounds of reads of the past.
 const (
-	// maxHistories is how many Histories of a Core read at a time; further ones wait in order.
+	// maxHistories is how many Histories of one set (a shard, or all of them) read at a time; further ones wait in
+	// order. Those that wait for a dead shard do not keep others waiting for theirs.
 	maxHistories = 16
+	// idleHistory is how long a History may keep its place without being asked, if others wait for one: its
+	// client reads slowly, or not at all. It begins again where it is when it is asked and has a place again.
+	idleHistory = 5 * time.Second
 	// defaultHistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
 	// What is on its way then still arrives: at most one stream window.
 	defaultHistoryBytes = 1 << 20
-	// historyStall is how long a stream may bring nothing while a History waits for it.
-	historyStall = 2 * time.Second
 )
 
 // History reads what happened from a revision on out of the shards' own histories, for watchers that need
@@ -30,7 +33,8 @@ type History struct {
 	set     int // shard index, or watchring.All
 	pos     int64
 	parts   []*historyPart
-	active  bool // has its place among maxHistories
+	active  bool  // has its place among maxHistories
+	idle    int64 // ns; nobody has asked since then
 	started bool
 	closed  bool
 	stall   bool // a timer looks for stalled streams
@@ -45,27 +49,78 @@ type History struct {
 // OpenHistory begins to read what happened on a shard, or on all of them (watchring.All), from revision
 // from on, which may lie inside a batch. It must be closed.
 func (c *Core) OpenHistory(set int, from int64) *History {
-	h := &History{c: c, set: set, pos: max(from, 1) - 1}
-	if set == watchring.All {
-		for _, s := range c.shards {
-			h.parts = append(h.parts, &historyPart{h: h, s: s})
-		}
-	} else {
-		h.parts = append(h.parts, &historyPart{h: h, s: c.shards[set]})
-	}
+	h := &History{c: c, set: set, pos: max(from, 1) - 1, idle: c.cfg.Now()}
+	h.begin()
 	c.histories = append(c.histories, h)
 	c.admitHistories()
 	return h
 }
 
-// admitHistories gives free places to those that have waited longest.
-func (c *Core) admitHistories() {
-	for i, h := range c.histories {
-		if i == maxHistories {
-			return
+// begin makes its parts, which know nothing yet.
+func (h *History) begin() {
+	h.parts, h.started = nil, false
+	for i, s := range h.c.shards {
+		if h.set == watchring.All || h.set == i {
+			h.parts = append(h.parts, &historyPart{h: h, s: s})
 		}
-		h.active = true
 	}
+}
+
+// admitHistories gives free places to those that have waited longest. While somebody waits, it looks now and then
+// who does not need his.
+func (c *Core) admitHistories() {
+	waits := false
+	active := make(map[int]int)
+	for _, h := range c.histories {
+		if h.active {
+			active[h.set]++
+		}
+	}
+	for _, h := range c.histories {
+		switch {
+		case h.active:
+		case active[h.set] < maxHistories:
+			h.active = true
+			active[h.set]++
+			c.frontierRose = c.frontierRose || h.done != nil // it begins at the end of the turn
+		default:
+			waits = true
+		}
+	}
+	if waits && !c.historyTimer && c.state == stateReady {
+		c.historyTimer = true
+		c.after(idleHistory/4, func() {
+			c.historyTimer = false
+			c.yieldHistories()
+		})
+	}
+}
+
+// yieldHistories takes the places of those that were not asked for long, for those of their sets that wait. They
+// go to the end of the line.
+func (c *Core) yieldHistories() {
+	now := c.cfg.Now()
+	waiting := make(map[int]int)
+	for _, h := range c.histories {
+		if !h.active && h.done != nil {
+			waiting[h.set]++
+		}
+	}
+	for _, h := range slices.Clone(c.histories) {
+		if !h.active || h.done != nil || h.failure.Code != codec.OK || waiting[h.set] == 0 || now-h.idle < int64(idleHistory) {
+			continue
+		}
+		waiting[h.set]--
+		for _, p := range h.parts {
+			p.close()
+			p.over = true
+		}
+		h.begin()
+		h.active = false
+		i := slices.Index(c.histories, h)
+		c.histories = append(slices.Delete(c.histories, i, i+1), h)
+	}
+	c.admitHistories()
 }
 
 // Next asks for the entries that follow, about max bytes of them. done is called once, perhaps from within
@@ -126,7 +181,7 @@ func (h *History) fail(st codec.Status, compact int64) {
 
 func (h *History) answer(entries []*watchring.Entry, st codec.Status) {
 	done := h.done
-	h.done = nil
+	h.done, h.idle = nil, h.c.cfg.Now()
 	done(entries, h.pos, h.compact, st)
 }
 
@@ -202,25 +257,35 @@ func (h *History) try() {
 	h.answer(entries, codec.Status{})
 }
 
-// watchStall opens streams again that bring nothing although somebody waits for them.
+// watchStall opens streams again that bring nothing although somebody waits for them. A member may need long for
+// its first data: each silent stream is given more time than the one before it.
 func (h *History) watchStall() {
 	if h.stall {
 		return
 	}
 	h.stall = true
+	now := h.c.cfg.Now()
 	for _, p := range h.parts {
-		p.heard = false
+		p.since = now
 	}
-	h.c.after(historyStall, func() {
-		h.stall = false
-		if h.closed || h.done == nil || h.failure.Code != codec.OK {
-			return
+	h.c.after(streamStall, h.lookStall)
+}
+
+func (h *History) lookStall() {
+	h.stall = false
+	if h.closed || h.done == nil || !h.active || h.failure.Code != codec.OK {
+		return
+	}
+	now := h.c.cfg.Now()
+	for _, p := range h.parts {
+		switch {
+		case p.handle == nil || p.held || p.seen >= p.s.rec.local:
+			p.since = now
+		case now-p.since >= int64(stallTime(p.stalls)):
+			p.stalls++
+			p.reopen()
 		}
-		for _, p := range h.parts {
-			if p.handle != nil && !p.held && !p.heard && p.seen < p.s.rec.local {
-				p.reopen()
-			}
-		}
-		h.watchStall()
-	})
+	}
+	h.stall = true
+	h.c.after(streamStall, h.lookStall)
 }

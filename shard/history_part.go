@@ -17,10 +17,12 @@ type historyPart struct {
 
 	handle  codec.WatchHandle // nil: no stream
 	gen     uint64            // of the stream: a sink of an older one is ignored
+	over    bool              // the History has begun again, with other parts
 	opening bool              // a timer will open it again
 	held    bool
-	heard   bool // a message came since the last look
-	reopens int  // in a row, without a message
+	since   int64 // ns; nothing has come since then
+	stalls  int   // streams that were given up for their silence, in a row, without a record
+	reopens int   // in a row, without a record
 
 	queue []*watchring.Entry // in order, not handed out
 	bytes int                // what queue and pending weigh
@@ -46,7 +48,7 @@ func (p *historyPart) locate() {
 	h := p.h
 	p.s.locate(h.pos, func(at located, st codec.Status) {
 		switch {
-		case h.closed || h.failure.Code != codec.OK:
+		case h.closed || p.over || h.failure.Code != codec.OK:
 			return
 		case st == codec.ErrCompacted && at.next.local > 0 && at.next.first <= h.pos+1:
 			// The record before is gone, but nothing of it is needed.
@@ -73,11 +75,12 @@ func (p *historyPart) open() {
 	if p.handle != nil || p.opening {
 		return
 	}
+	p.since = p.h.c.cfg.Now()
 	p.gen++
 	p.clear()
 	p.foreign.rewind()
 	p.pos = p.seen
-	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1, true), &historySink{p, p.gen})
+	p.handle = p.h.c.tr.Watch(p.s.cluster, watchAll(p.seen+1), &historySink{p, p.gen})
 }
 
 // clear forgets what is not complete.
@@ -112,7 +115,9 @@ func (p *historyPart) reopen() {
 	d := min(retryDelay<<min(p.reopens, 10), maxReopenDelay)
 	p.reopens++
 	p.h.c.after(p.h.c.jitter(d), func() {
-		p.opening = false
+		if p.opening = false; p.over {
+			return
+		}
 		p.h.try() // which opens it if it is still needed
 	})
 }
@@ -150,7 +155,7 @@ func (p *historyPart) limit() int { return p.h.c.cfg.HistoryBytes }
 // resume lets the stream flow again when half of what was kept is gone.
 func (p *historyPart) resume() {
 	if p.held && p.bytes <= p.limit()/2 && p.handle != nil {
-		p.held = false
+		p.held, p.since = false, p.h.c.cfg.Now()
 		p.handle.Hold(false)
 	}
 }
@@ -167,7 +172,7 @@ func (k *historySink) OnMessage(msg []byte) {
 	if k.gen != p.gen {
 		return
 	}
-	p.heard = true
+	p.since = p.h.c.cfg.Now()
 	var compacted int64
 	var canceled bool
 	p.more = false
@@ -203,7 +208,6 @@ func (k *historySink) OnMessage(msg []byte) {
 		p.reopen()
 		return
 	}
-	p.reopens = 0
 	if p.more {
 		// The revision may go on in the next fragment.
 		for ; p.kept < len(p.group); p.kept++ {
@@ -272,6 +276,7 @@ func (p *historyPart) finishGroup() {
 		}
 	}
 	p.seen, p.clock = local, rec.Last
+	p.reopens, p.stalls = 0, 0
 }
 
 // compactedUnder ends the History: the member was compacted at a local revision that is above what was to
@@ -285,13 +290,14 @@ func (p *historyPart) compactedUnder(local int64) {
 	body := codec.AppendInt(codec.AppendString(nil, rangeKey, KeyClock), rangeRevision, local)
 	var ask func()
 	ask = func() {
-		if h.closed {
+		if h.closed || p.over {
 			return
 		}
 		c.tr.Call(p.s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
 			kv, found := firstKV(resp)
 			rec, ok := ParseRecord(kv.Value)
 			switch {
+			case p.over:
 			case st.Code == codec.OK && found && ok && kv.ModRevision >= local-1:
 				h.fail(codec.ErrCompacted, max(rec.Last, h.pos+2))
 			case st.Code == codec.OK, st == codec.ErrCompacted, c.cfg.Now() >= deadline:

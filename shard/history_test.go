@@ -25,6 +25,7 @@ type pastRig struct {
 	local []int64 // per shard
 	watch []*pastWatch
 	calls []pastCall
+	ticks int64
 }
 
 type pastWatch struct {
@@ -111,6 +112,18 @@ func (r *pastRig) tick(d time.Duration) {
 // batch is a local revision of a shard, as etcd shows it: puts "key" and deletes "-key" at their revisions. The
 // shard's own stream has seen it, and every frontier moves to last.
 func (r *pastRig) batch(shard int, first, last int64, what map[int64]string) []*mvccpb.Event {
+	events := r.events(shard, first, last, what)
+	s := r.c.shards[shard]
+	s.rec = point{first, last, r.local[shard]}
+	s.points = append(s.points, s.rec)
+	for i := range r.c.shards {
+		r.c.frontier.Set(i, last)
+	}
+	return events
+}
+
+// events are those of a batch that no stream of the proxy's has seen.
+func (r *pastRig) events(shard int, first, last int64, what map[int64]string) []*mvccpb.Event {
 	r.local[shard]++
 	local := r.local[shard]
 	rec := &Record{First: first, Last: last, Kind: KindBatch}
@@ -128,12 +141,6 @@ func (r *pastRig) batch(shard int, first, last int64, what map[int64]string) []*
 		}
 	}
 	events = append(events, &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte(KeyClock), Value: AppendRecord(nil, rec), ModRevision: local, Version: 2}})
-	s := r.c.shards[shard]
-	s.rec = point{first, last, local}
-	s.points = append(s.points, s.rec)
-	for i := range r.c.shards {
-		r.c.frontier.Set(i, last)
-	}
 	return events
 }
 
@@ -280,7 +287,7 @@ func TestHistoryStallOpensAnotherStream(t *testing.T) {
 	h := r.c.OpenHistory(0, 1)
 	answer := r.next(h, 1<<20)
 	first := r.open()[0]
-	r.tick(historyStall)
+	r.tick(streamStall)
 	r.tick(time.Second)
 	if !first.closed || len(r.open()) != 1 {
 		t.Fatalf("a silent stream is still the one")
@@ -289,6 +296,99 @@ func TestHistoryStallOpensAnotherStream(t *testing.T) {
 	expect(t, "of a closed stream", answer(), "")
 	r.open()[0].bring(false, b...)
 	expect(t, "of the next", answer(), "1+a to 1")
+}
+
+// A member that needs longer than a stream may be silent is heard out in the end.
+func TestHistorySlowMember(t *testing.T) {
+	r := newPastRig(t, 2)
+	a := r.batch(0, 1, 1, map[int64]string{1: "a"})
+	b := r.batch(1, 2, 2, map[int64]string{2: "b"})
+	h := r.c.OpenHistory(watchring.All, 1)
+	answer := r.next(h, 1<<20)
+	r.open()[0].bring(false, a...) // the other one's silence counts all the same
+	expect(t, "the first", answer(), "")
+	opened := make(map[*pastWatch]int64)
+	for i := 0; answer() == ""; i++ {
+		if i > 120 {
+			t.Fatalf("%d streams in two minutes, and none was heard out", len(opened))
+		}
+		for _, w := range r.open() {
+			if w.to != 1 {
+				continue
+			}
+			if at, ok := opened[w]; !ok {
+				opened[w] = r.now
+				w.created()
+			} else if r.now-at >= int64(12*time.Second) {
+				w.bring(false, b...)
+			}
+		}
+		r.tick(time.Second)
+	}
+	expect(t, "both", answer(), "1+a 2+b to 2")
+	if len(opened) > 4 || h.parts[1].stalls != 0 {
+		t.Errorf("%d streams, %d stalls", len(opened), h.parts[1].stalls)
+	}
+}
+
+// Histories that nobody asks any more give their places to those that wait, and go on from where they were. Those
+// of another shard have places of their own.
+func TestHistoryIdleGivesItsPlaceUp(t *testing.T) {
+	r := newPastRig(t, 2)
+	b1 := r.batch(0, 1, 1, map[int64]string{1: "a"})
+	b2 := r.batch(0, 2, 2, map[int64]string{2: "b"})
+	c1 := r.batch(1, 3, 3, map[int64]string{3: "c"})
+	var hs []*History
+	for range maxHistories {
+		h := r.c.OpenHistory(0, 1)
+		hs = append(hs, h)
+		answer := r.next(h, 1)
+		w := r.open()
+		w[len(w)-1].bring(false, append(b1, b2...)...)
+		expect(t, "the first chunk", answer(), "1+a to 1")
+	}
+	other := r.c.OpenHistory(1, 1)
+	answer := r.next(other, 1)
+	if w := r.open(); len(w) != maxHistories+1 || w[maxHistories].to != 1 {
+		t.Fatal("another shard's has no place")
+	} else {
+		w[maxHistories].bring(false, c1...)
+		expect(t, "another shard's", answer(), "3+c to 3")
+	}
+	busy := r.next(hs[1], 1)
+	expect(t, "one that is asked", busy(), "2+b to 2")
+	expect(t, "one that is asked", r.next(hs[1], 1)(), "to 3")
+	busy = r.next(hs[1], 1) // it waits for what will come
+	late := r.c.OpenHistory(0, 2)
+	answer = r.next(late, 1)
+	for i := 0; !late.active && i < 100; i++ {
+		r.tick(100 * time.Millisecond)
+		r.c.tryHistories()
+	}
+	w := r.open()
+	last := w[len(w)-1]
+	if len(w) != maxHistories+1 || last.to != 0 || hs[0].active || !hs[1].active || !late.active {
+		t.Fatalf("%d streams; active: %v, %v, %v", len(w), hs[0].active, hs[1].active, late.active)
+	}
+	last.bring(false, b2...)
+	expect(t, "who waited", answer(), "2+b to 2")
+	// The first one comes back.
+	answer = r.next(hs[0], 1)
+	expect(t, "no place", answer(), "")
+	for !hs[0].active {
+		r.tick(100 * time.Millisecond)
+		r.c.tryHistories()
+	}
+	w = r.open()
+	w[len(w)-1].bring(false, append(b1, b2...)...)
+	expect(t, "where it was", answer(), "2+b to 2")
+	expect(t, "nothing new", busy(), "")
+	for _, h := range append(hs, other, late) {
+		h.Close()
+	}
+	if len(r.open()) != 0 || len(r.c.histories) != 0 {
+		t.Error("something is left")
+	}
 }
 
 func TestHistoryCompacted(t *testing.T) {

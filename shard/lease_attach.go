@@ -20,6 +20,7 @@ type attach struct {
 	s, home  *shardState
 	deadline int64
 	waiting  []*write
+	asked    int // of waiting: those who were there when the marker was last asked for
 
 	m     int64
 	other int64 // the key on s was attached to this one when we came with m
@@ -83,6 +84,7 @@ func (l *leases) attach(s *shardState, w *write, x int64) {
 
 // begin is step 1: the marker names the shard as a holder.
 func (a *attach) begin() {
+	a.asked = len(a.waiting)
 	a.l.c.readMarker(a.key.x, a.deadline, func(kv codec.KV, mk LeaseMarker, found bool, st codec.Status) {
 		switch {
 		case st.Code != codec.OK:
@@ -176,6 +178,7 @@ func (a *attach) put() {
 
 // look is step 4: the marker is still there.
 func (a *attach) look(create int64) {
+	a.asked = len(a.waiting)
 	a.l.c.readMarker(a.key.x, a.deadline, func(_ codec.KV, mk LeaseMarker, found bool, st codec.Status) {
 		switch {
 		case st.Code != codec.OK:
@@ -201,9 +204,13 @@ func (a *attach) end(state planLeaseState, create int64) {
 		a.l.table.forget(a.key.x)
 	}
 	delete(a.l.attaches, a.key)
-	for _, w := range a.waiting {
+	for i, w := range a.waiting {
 		if w.op.canceled {
 			a.s.answer(w, statusCanceled)
+			continue
+		}
+		if state == leaseGone && i >= a.asked {
+			a.l.attach(a.s, w, a.key.x) // it came later: the lease may have been granted meanwhile
 			continue
 		}
 		for i := range w.plan.leases {

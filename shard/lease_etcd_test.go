@@ -213,6 +213,14 @@ func TestLeaseEtcd(t *testing.T) {
 	t.Run("Txn", func(t *testing.T) { a.t, b.t = t, t; testLeaseTxn(t, a, b) })
 	t.Run("Expiry", func(t *testing.T) { a.t, b.t = t, t; testLeaseExpiry(t, a, b) })
 	t.Run("RevokeRacesAttach", func(t *testing.T) { a.t, b.t = t, t; testLeaseRace(t, a, b) })
+	var relays []*relay
+	var through []string
+	for _, m := range members {
+		relays = append(relays, newRelay(t, "127.0.0.1:0", m))
+		through = append(through, relays[len(relays)-1].ln.Addr().String())
+	}
+	c := newCoreRig(t, seed+2, through, coord)
+	t.Run("LostReplies", func(t *testing.T) { a.t, c.t = t, t; testLeaseLostReplies(t, a, c, relays) })
 	t.Run("Orphan", func(t *testing.T) { a.t, b.t = t, t; testLeaseOrphan(t, a) })
 }
 
@@ -443,6 +451,68 @@ func testLeaseRace(t *testing.T, a, b *coreRig) {
 		if got := b.keysOf(prefix); len(got) > 0 {
 			t.Fatalf("round %d: keys outlive their lease: %v", round, got)
 		}
+	}
+}
+
+// The connections of one proxy break again and again, so that replies are lost in every step. What a put was
+// told does not matter: after the revoke was answered nothing of the lease is left.
+func testLeaseLostReplies(t *testing.T, a, c *coreRig, relays []*relay) {
+	rounds := 40
+	if testing.Short() {
+		rounds = 10
+	}
+	written, granted := 0, 0
+	for round := range rounds {
+		grant := &pb.LeaseGrantResponse{}
+		req := &pb.LeaseGrantRequest{TTL: 60}
+		if round%2 == 0 {
+			req.ID = int64(5000 + round)
+		}
+		stop := make(chan struct{})
+		var breaking sync.WaitGroup
+		breaking.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(time.Duration(rand.IntN(250)) * time.Millisecond):
+					relays[rand.IntN(len(relays))].kill()
+				}
+			}
+		})
+		st := c.try(OpLeaseGrant, req, grant)
+		if st.Code == codec.OK {
+			granted++
+			prefix := fmt.Sprintf("lost/%d/", round)
+			var wg sync.WaitGroup
+			var mu sync.Mutex
+			for i := range 8 {
+				wg.Go(func() {
+					if st := c.put(fmt.Sprint(prefix, i), grant.ID); st.Code == codec.OK {
+						mu.Lock()
+						written++
+						mu.Unlock()
+					}
+				})
+			}
+			<-time.After(time.Duration(rand.IntN(60)) * time.Millisecond)
+			a.must(OpLeaseRevoke, &pb.LeaseRevokeRequest{ID: grant.ID}, &pb.LeaseRevokeResponse{})
+			wg.Wait()
+			if got := a.keysOf(prefix); len(got) > 0 {
+				t.Fatalf("round %d: keys outlive their lease: %v", round, got)
+			}
+			if st := a.put(prefix+"late", grant.ID); st != codec.ErrLeaseNotFound {
+				t.Fatalf("round %d: a put on a revoked lease: %v", round, st)
+			}
+		} else if st.Code != codec.Unavailable {
+			t.Errorf("grant: %v", st)
+		}
+		close(stop)
+		breaking.Wait()
+	}
+	t.Logf("%d granted, %d keys written", granted, written)
+	if granted < rounds/2 || written == 0 {
+		t.Error("nothing came through")
 	}
 }
 

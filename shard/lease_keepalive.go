@@ -40,6 +40,7 @@ type keepAlive struct {
 	x, m     int64
 	home     *shardState
 	asked    []*Op
+	looked   int   // of asked: those who were there when the marker was last read
 	rev      int64 // of the answer: what was known before home was asked
 	deadline int64
 	at       int64 // when home was asked
@@ -67,6 +68,7 @@ func (c *Core) submitLeaseKeepAlive(op *Op, r *leaseRequest) {
 
 // find reads the marker.
 func (k *keepAlive) find() {
+	k.looked = len(k.asked)
 	k.l.c.readMarker(k.x, k.deadline, func(kv codec.KV, mk LeaseMarker, found bool, st codec.Status) {
 		switch {
 		case k.over:
@@ -102,7 +104,11 @@ func (k *keepAlive) end(ttl int64, st codec.Status) {
 	delete(k.l.keeping, k.x)
 	hdr := c.hdr
 	hdr.Revision = k.rev
-	for _, op := range k.asked {
+	for i, op := range k.asked {
+		if st.Code == codec.OK && ttl <= 0 && i >= k.looked {
+			c.Submit(op) // it came later: the lease may have been granted meanwhile
+			continue
+		}
 		if st.Code == codec.OK {
 			b := codec.AppendHeaderField(op.Resp[:0], &hdr)
 			b = codec.AppendInt(b, 2, k.x)

@@ -339,7 +339,7 @@ func (r *fixedRead) serializable(f int64) { r.lookAt(f, f) }
 // submitHistoryRange answers a Range at a revision: its contents, with the present in the header.
 func (c *Core) submitHistoryRange(op *Op) {
 	rev := op.core.plan.Revision()
-	c.Now(func(n int64, st codec.Status) {
+	c.presentOf(op, func(n int64, st codec.Status) {
 		switch {
 		case op.canceled:
 			c.finish(op, statusCanceled)
@@ -373,6 +373,18 @@ func (c *Core) submitHistoryRange(op *Op) {
 			c.awaitFrontiers(r.shards, rev, r.deadline, func() { r.lookAt(rev, n) })
 		}
 	})
+}
+
+// presentOf calls f with the present that a read at a revision shows in its header: now, or if it is serializable and
+// this proxy has seen its revision, the frontier of its shards, for which nobody has to be asked.
+func (c *Core) presentOf(op *Op, f func(n int64, st codec.Status)) {
+	if p := &op.core.plan; p.Serializable() && !p.Empty() {
+		if n := c.frontierOf(c.readSet(op)); p.Revision() <= n {
+			f(n, codec.Status{})
+			return
+		}
+	}
+	c.Now(f)
 }
 
 // readInside reads the state at a revision inside a batch: what was before the batch, and the batch's

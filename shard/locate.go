@@ -88,7 +88,8 @@ func (q *search) Complete(resp []byte, st codec.Status, sent bool) {
 	switch {
 	case !found: // before the clock was created
 		q.floor = q.mid
-	case !ok:
+	case !ok, kv.ModRevision > q.mid:
+		// The second would have the search go on for ever.
 		q.f(located{}, codec.Status{Code: codec.Internal, Msg: "spindle: unreadable clock record on member cluster " + q.s.name})
 		return
 	case rec.Last <= q.rev:

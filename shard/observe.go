@@ -14,6 +14,7 @@ type Observation struct {
 	Revision int64  // N: the last revision handed out, as folded here
 	Frontier int64  // of all shards
 	Compact  int64
+	Memory   int64 // bytes that clients make the process hold, as Memory counts them
 	RingTail int64
 	RingSize int64 // bytes
 	Leases   int   // that this proxy knows
@@ -45,7 +46,7 @@ type ShardObservation struct {
 
 // Observe returns the present state. On the core's goroutine.
 func (c *Core) Observe() Observation {
-	o := Observation{Core: c.stats, Clock: c.clock.Stats(), Compact: c.compacted}
+	o := Observation{Core: c.stats, Clock: c.clock.Stats(), Compact: c.compacted, Memory: c.cfg.Memory.Used()}
 	o.Ready, o.Reason = c.Ready()
 	l := c.clock.Log()
 	o.Revision = l.N()

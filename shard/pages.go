@@ -42,25 +42,35 @@ type pagedRead struct {
 	merging  bool
 	cut      bool  // the limit is reached and there is more: only the count is missing
 	deadline int64 // for the state to be fixed
+	held     int64 // bytes in Memory
+	waiting  bool  // for room in Memory
+	expected int64 // bytes of the answer, while it waits
 }
 
 func (c *Core) newPagedRead(op *Op, stream *RangeStream) *pagedRead {
 	p := &op.core.plan
 	shards := c.readSet(op)
 	r := &pagedRead{c: c, op: op, stream: stream, spec: p.ranges[0], iv: p.ops[0].interval(),
-		shards: shards, parts: make([]pagePart, len(shards)), deadline: c.deadline()}
+		shards: shards, parts: make([]pagePart, len(shards))}
 	if r.spec.countOnly {
 		r.spec.limit = 0
 	}
 	for i, s := range shards {
 		r.parts[i] = pagePart{r: r, s: s}
 	}
-	c.at(r.deadline, func() {
-		if !r.over && !r.fixed { // from then on each page has a deadline of its own
+	r.watchStart()
+	return r
+}
+
+// watchStart bounds the time until the state is fixed; from then on each page has a deadline of its own.
+func (r *pagedRead) watchStart() {
+	at := r.c.deadline()
+	r.deadline = at
+	r.c.at(at, func() {
+		if !r.over && !r.fixed && !r.waiting && r.deadline == at {
 			r.end(codec.ErrTimeout)
 		}
 	})
-	return r
 }
 
 // paged says that p, a Range, is read page by page: a list in the order of keys, and a count at a
@@ -214,8 +224,27 @@ func (r *pagedRead) compacted(p *pagePart) {
 // whole says that the answer is unary and has no limit.
 func (r *pagedRead) whole() bool { return r.stream == nil && r.spec.limit <= 0 }
 
+// estimate is how large the first pages make a unary answer seem.
+func (r *pagedRead) estimate() int64 {
+	size := int64(0)
+	for i := range r.parts {
+		p := &r.parts[i]
+		n := p.total
+		if r.spec.limit > 0 {
+			n = min(n, r.spec.limit/int64(len(r.parts))+1)
+		}
+		if p.perKey > 0 {
+			size += min(n, maxEstimate/p.perKey) * p.perKey
+		}
+	}
+	return min(size, maxEstimate)
+}
+
 // reserve makes room for a unary answer, as large as the first pages make it seem.
 func (r *pagedRead) reserve() {
+	if r.spec.keysOnly {
+		return // pages bring values, which the answer has not
+	}
 	size, keys := int64(0), int64(math.MaxInt64)
 	if r.spec.limit > 0 {
 		keys = r.spec.limit
@@ -286,12 +315,18 @@ func (r *pagedRead) mergeOn() {
 		}
 		p := &r.parts[best]
 		if r.sent == 0 && r.stream == nil {
+			if !r.admit() {
+				return
+			}
 			r.reserve()
 		}
 		r.out = r.spec.appendKV(r.out, &p.it.kv.KV)
 		p.it.have = false
 		p.taken++
 		r.sent++
+		if !r.grown() {
+			return
+		}
 		if r.stream != nil && len(r.out) >= r.c.cfg.ChunkBytes {
 			r.emit()
 		}
@@ -343,6 +378,7 @@ func (r *pagedRead) end(st codec.Status) {
 }
 
 func (r *pagedRead) drop() {
+	r.release()
 	r.over, r.op, r.stream, r.out, r.a = true, nil, nil, nil, nil
 	r.spec, r.iv = rangeSpec{}, Interval{}
 	for i := range r.parts {

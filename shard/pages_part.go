@@ -103,7 +103,11 @@ func (c *Core) shareOf(limit int64, n int) int64 {
 	if c.cfg.PageKeys < firstPageKeys {
 		return max(share, 1)
 	}
-	return min(limit, share+int64(shareSpread*math.Sqrt(float64(share)))+pageSlack)
+	extra := int64(shareSpread*math.Sqrt(float64(share))) + pageSlack
+	if share > limit-extra { // their sum may be beyond int64
+		return limit
+	}
+	return share + extra
 }
 
 // pageBytes is what a page of a stream over n shards aims at. Each part holds two pages.

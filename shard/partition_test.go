@@ -93,3 +93,27 @@ func TestRangePartition(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// Every shard is home of its part of the leases, with ranges too; the numbers may never change.
+func TestHomeOf(t *testing.T) {
+	shards := []MapShard{{goldenID(0x10), "a"}, {goldenID(0x20), "b"}, {goldenID(0x30), "c"}}
+	hash := NewPartition(NewMap(goldenID(1), 1, shards))
+	ranges := NewPartition(&Map{Epoch: goldenID(1), Coordinator: 1, Kind: PartitionRange, Shards: shards,
+		Splits: []MapSplit{{nil, 0}, {[]byte("h"), 1}, {[]byte("p"), 2}}})
+	var n [3]int
+	for id := int64(-3000); id < 3000; id++ {
+		h := hash.HomeOf(id)
+		n[h]++
+		if r := ranges.HomeOf(id); r != h { // the first map deals out slots as ranges do
+			t.Fatalf("home of %d is %d, with ranges %d", id, h, r)
+		}
+	}
+	for i, n := range n {
+		if n < 1800 || n > 2200 {
+			t.Errorf("shard %d is home of %d leases of 6000", i, n)
+		}
+	}
+	if a, b, c := hash.HomeOf(1), hash.HomeOf(-1), hash.HomeOf(aliasBit|7); [3]int{a, b, c} != [3]int{1, 1, 0} {
+		t.Errorf("homes %d %d %d", a, b, c)
+	}
+}

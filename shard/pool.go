@@ -34,6 +34,11 @@ const (
 
 	// maxMemberMessageBytes bounds one reply of a member: a list of a whole keyspace is one message.
 	maxMemberMessageBytes = 512 << 20
+	// maxMemberPartialBytes bounds the replies received in part on one connection; further ones end with
+	// ResourceExhausted, which makes a list ask for smaller pages.
+	maxMemberPartialBytes = 2 * maxMemberMessageBytes
+	// pressedReply is what they may take while Memory is pressed.
+	pressedReply = 8 << 20
 	// memberStreamWindow and memberConnWindow are what a member may send before it is read: enough for
 	// a fast network, and the most that one held Watch stream (one connection) can occupy here.
 	memberStreamWindow = 4 << 20
@@ -86,6 +91,10 @@ type PoolConfig struct {
 	// Metrics is the set that the pool's metrics are in; nil for the process's default set. Pools with
 	// the same set and names (one a loop) share their counters.
 	Metrics *metrics.Set
+
+	// Memory counts the replies that are received in part; while it is pressed, a reply has to fit into
+	// pressedReply. nil: nothing does.
+	Memory *Memory
 
 	DialTimeout  time.Duration // of one dial, and of the wait for the server's first frame
 	PingInterval time.Duration // silence after which a connection with open streams is pinged

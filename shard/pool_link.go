@@ -50,6 +50,7 @@ type poolLink struct {
 	writing bool // within gc.Write: so does what OnClose says
 	ending  error
 
+	charged  int   // bytes of it in Memory
 	born     int64 // when it became ready
 	lastRecv int64 // when bytes came last
 	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
@@ -81,6 +82,10 @@ func (l *poolLink) OnOpen(gc gnet.Conn) {
 		MaxQueuedBytes:  maxMemberQueuedBytes,
 		FirstStreamID:   l.pool.cfg.firstStreamID,
 		Secure:          l.secure != nil,
+		MaxPartialBytes: maxMemberPartialBytes,
+		Full:            l.pool.cfg.Memory.Pressed,
+		FullBytes:       pressedReply,
+		OnLimit:         l.ep.cluster.metrics.hit,
 	}, l.ep.addr.authority, l)
 	if l.secure != nil {
 		l.tls = tlsconn.Client(l.secure, l)
@@ -126,6 +131,7 @@ func (l *poolLink) fed(err error) {
 		l.shutdown(err)
 		return
 	}
+	l.charge()
 	if l.heard && !l.ready && !l.draining {
 		l.becomeReady(l.pool.timers.now())
 	}
@@ -362,7 +368,18 @@ func (l *poolLink) die(err error) {
 	}
 	if l.conn != nil {
 		l.conn.Close()
+		l.charge()
 	}
+}
+
+// charge brings up to date what Memory counts of l: replies that are received in part, if they are large.
+func (l *poolLink) charge() {
+	n := l.conn.Partial()
+	if n < largeAnswer {
+		n = 0
+	}
+	l.pool.cfg.Memory.Add(int64(n - l.charged))
+	l.charged = n
 }
 
 // retire takes l from the links that may take streams, if it was among them.

@@ -10,15 +10,16 @@ import (
 
 // The pool's metrics: names and labels.
 var (
-	metricPoolCalls      = `spindle_member_calls_total{cluster=%q,code=%q}`   // unary calls that ended, by gRPC code
-	metricPoolInFlight   = `spindle_member_calls_in_flight{cluster=%q}`       // unary calls under way
-	metricPoolConnects   = `spindle_member_connects_total{cluster=%q}`        // connections that became usable
-	metricPoolDisconnect = `spindle_member_disconnects_total{cluster=%q}`     // usable connections that were lost
-	metricPoolConnected  = `spindle_member_connected{cluster=%q,endpoint=%q}` // usable connections now
-	metricPoolPenalties  = `spindle_member_penalties_total{cluster=%q}`       // endpoints left for a while, being without a quorum
-	metricPoolSentBytes  = `spindle_member_sent_bytes_total{cluster=%q}`      // written to sockets
-	metricPoolRecvBytes  = `spindle_member_received_bytes_total{cluster=%q}`  // read from sockets
-	metricPoolDeadConns  = `spindle_member_ping_timeouts_total{cluster=%q}`   // connections closed as dead
+	metricPoolCalls      = `spindle_member_calls_total{cluster=%q,code=%q}`       // unary calls that ended, by gRPC code
+	metricPoolInFlight   = `spindle_member_calls_in_flight{cluster=%q}`           // unary calls under way
+	metricPoolConnects   = `spindle_member_connects_total{cluster=%q}`            // connections that became usable
+	metricPoolDisconnect = `spindle_member_disconnects_total{cluster=%q}`         // usable connections that were lost
+	metricPoolConnected  = `spindle_member_connected{cluster=%q,endpoint=%q}`     // usable connections now
+	metricPoolPenalties  = `spindle_member_penalties_total{cluster=%q}`           // endpoints left for a while, being without a quorum
+	metricPoolSentBytes  = `spindle_member_sent_bytes_total{cluster=%q}`          // written to sockets
+	metricPoolRecvBytes  = `spindle_member_received_bytes_total{cluster=%q}`      // read from sockets
+	metricPoolLimit      = `spindle_member_limit_hits_total{cluster=%q,limit=%q}` // bounds that a member ran into
+	metricPoolDeadConns  = `spindle_member_ping_timeouts_total{cluster=%q}`       // connections closed as dead
 )
 
 // codeNames are the label values of codes (google.golang.org/grpc/codes).
@@ -50,6 +51,11 @@ func newClusterMetrics(set *metrics.Set, name string) *clusterMetrics {
 		received:    counter(metricPoolRecvBytes),
 		deadConns:   counter(metricPoolDeadConns),
 	}
+}
+
+// hit counts a bound of the connection that the member ran into. It is rare, so the counter is made then.
+func (m *clusterMetrics) hit(l codec.Limit) {
+	m.set.GetOrCreateCounter(fmt.Sprintf(metricPoolLimit, m.name, l)).Inc()
 }
 
 // ended counts a call. Numbers that are no gRPC code count as Unknown.

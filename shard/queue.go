@@ -20,6 +20,9 @@ func (c *Core) submitWrite(op *Op) {
 			c.submitDeleteAll(op)
 			return
 		}
+		if c.submitWide(op) {
+			return
+		}
 		c.finish(op, errCrossShard)
 		return
 	}

@@ -96,7 +96,7 @@ func (c *Core) OpenRange(s *RangeStream) {
 
 // streamAt begins a stream at a revision: its contents, with the present in the header.
 func (c *Core) streamAt(s *RangeStream, rev int64) {
-	c.Now(func(n int64, st codec.Status) {
+	c.presentOf(&s.op, func(n int64, st codec.Status) {
 		switch {
 		case s.over:
 		case st.Code != codec.OK:

@@ -10,9 +10,19 @@ import (
 // This file is the road of a read that lies on one shard and asks for the present: concurrent ones
 // travel as one flat read-only Txn, which also reads the clock record, beside a linearizable `now`.
 
-// maxReadsInFlight bounds the read Txns under way to one shard; what arrives meanwhile travels in the
-// next one.
-const maxReadsInFlight = 2
+// A read Txn costs a member, and the now beside it the coordinator, much more than one of the reads in it. So reads
+// that arrive while a large Txn is under way wait for its answer, and travel together; while there are few, and waiting
+// would spare nothing, a second Txn goes at once.
+const (
+	// maxReadsInFlight bounds the read Txns under way to one shard.
+	maxReadsInFlight = 2
+	// fewReads is how many reads under way keep the next ones from waiting.
+	fewReads = 32
+)
+
+// maxBatchedKeys is the largest limit of a list that travels with other reads. One that may be larger, or has none,
+// is read in pages: its answer may be of any size, and everything else would wait for it.
+const maxBatchedKeys = 1000
 
 // readItem is one request in a read Txn: a client's read, or a look that a write needs first.
 type readItem struct {
@@ -34,6 +44,7 @@ func (r *readItem) fail(s *shardState, st codec.Status) {
 type readBatch struct {
 	s       *shardState
 	items   []readItem
+	sent    int  // how many of them there were when it was sent
 	ticket  bool // asked for a now
 	haveNow bool
 	got     bool
@@ -60,9 +71,16 @@ func (c *Core) submitRange(op *Op) {
 		c.submitSerializable(op)
 		return
 	}
+	if c.submitRecent(op) {
+		return
+	}
 	shard, one := c.shardOf(p)
 	if !one {
 		c.submitList(op)
+		return
+	}
+	if limit := p.ranges[0].limit; p.paged() && (limit <= 0 || limit > maxBatchedKeys) {
+		c.newPagedRead(op, nil).begin()
 		return
 	}
 	c.shards[shard].read(readItem{op: op, deadline: c.deadline()})
@@ -131,7 +149,7 @@ func (s *shardState) lookup(w *write) {
 // flushReads sends the reads that wait, as many as one Txn takes.
 func (s *shardState) flushReads() {
 	c := s.c
-	for len(s.reads) > 0 && s.readsInFlight < maxReadsInFlight {
+	for len(s.reads) > 0 && s.readsMayGo() {
 		b := c.acquireRead(s)
 		ops, needNow := 0, false
 		body := b.body[:0]
@@ -165,10 +183,23 @@ func (s *shardState) flushReads() {
 			c.awaitNow(b)
 		}
 		s.readsInFlight++
+		b.sent = len(b.items)
+		s.readItems += b.sent
 		c.stats.ReadBatches++
 		c.stats.BatchedReads += uint64(len(b.items))
 		c.tr.Call(s.cluster, codec.MethodTxn, b.body, c.cfg.ShardTimeout, b)
 	}
+}
+
+// readsMayGo says whether another read Txn may be sent now.
+func (s *shardState) readsMayGo() bool {
+	switch {
+	case s.readsInFlight == 0:
+		return true
+	case s.readsInFlight >= maxReadsInFlight:
+		return false
+	}
+	return s.readItems < fewReads || len(s.reads) >= s.c.cfg.MemberMaxTxnOps // a full one gains nothing by waiting
 }
 
 // appendRead appends the ranges that it needs, each a member of the Txn's success branch.
@@ -238,6 +269,7 @@ func (b *readBatch) Complete(resp []byte, st codec.Status, sent bool) {
 	c := s.c
 	if b.rev == 0 {
 		s.readsInFlight--
+		s.readItems -= b.sent
 		s.touch()
 	}
 	if c.state != stateReady {

@@ -2,11 +2,11 @@ package shard
 
 import (
 	"fmt"
+	"slices"
 	"sort"
 	"time"
 
 	"spindle/codec"
-	"spindle/revclock"
 )
 
 // This file reads a shard's watch stream: the whole keyspace, once per proxy, with prev_kv. All events
@@ -51,6 +51,7 @@ type shardState struct {
 	// Reads.
 	reads         []readItem
 	readsInFlight int
+	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none
 
@@ -71,13 +72,17 @@ type shardState struct {
 	rewriteTimer   bool
 	foreignWarned  int64 // ns
 	points         []point
+	partial        [][]byte // events of a local revision that the next fragment may go on with; copies
 	held           [][]byte // messages that wait for the ring to have room
 	ahead          int64    // first revision of the record that waits for room in the ring, 0 for none
 	holding        bool
-	holdUntil      int64 // ns; then the shard goes on, and the ring's slowest readers are lapped
+	holdUntil      int64 // ns; then those that stand in the way do not count any more
+	waits          point // the record that is held: its revisions
+	heard          bool  // the stream has brought something since it was opened
+	late           bool  // it was waited for in vain; until its next record nobody waits for it
 	furthest       int64 // the largest pos there was
-	stallTimer     bool
-	reopens        int // in a row, without a message
+	reopens        int   // in a row, without a record
+	stall          stall // what the stream lacks
 	openTimer      int64
 	pendingTimer   bool
 	lease          leaseShard
@@ -98,23 +103,27 @@ type streamSink struct {
 
 // openStream begins the stream behind the record at rec.
 func (s *shardState) openStream() {
+	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
 	s.clearPending()
 	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
 	s.foreign.rewind()
 	s.pos = start - 1
-	s.handle = s.c.tr.Watch(s.cluster, watchAll(start, false), &streamSink{s, s.gen})
+	s.handle = s.c.tr.Watch(s.cluster, watchAll(start), &streamSink{s, s.gen})
+	s.watchStall()
 }
 
-// watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv.
-func watchAll(start int64, fragment bool) []byte {
+// watchAll is the WatchRequest for a member's whole keyspace from a local revision on, with prev_kv. It asks for
+// fragments: without them etcd puts up to a thousand local revisions into one message, which may be larger than
+// any message that is taken.
+func watchAll(start int64) []byte {
 	req, m := codec.BeginMessage(nil, 1)
 	req = codec.AppendString(req, 1, "\x00")
 	req = codec.AppendString(req, 2, "\x00")
 	req = codec.AppendInt(req, 3, start)
 	req = codec.AppendBool(req, 6, true)
-	req = codec.AppendBool(req, 8, fragment)
+	req = codec.AppendBool(req, 8, true)
 	return codec.EndMessage(req, m)
 }
 
@@ -122,6 +131,9 @@ func (k *streamSink) OnEnd(st codec.Status) {
 	s := k.s
 	if k.gen != s.gen || s.c.state == stateFailed || s.c.state == stateClosed {
 		return
+	}
+	if s.c.cfg.Now()-s.stall.opened >= int64(lastingStream) {
+		s.reopens = 0
 	}
 	if s.reopens == 0 {
 		s.c.log.Warn("watch stream of a member cluster ended; opening it again until it lasts", "shard", s.name, "code", st.Code, "err", st.Msg)
@@ -136,7 +148,7 @@ func (s *shardState) reopen() {
 		s.handle = nil
 	}
 	s.gen++
-	s.c.frontierRose = true // it holds no other shard back any more
+	s.c.stale = true // it holds no other shard back any more
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
@@ -156,7 +168,7 @@ func (s *shardState) lookupForeign() {
 	s.gen++
 	gen := s.gen
 	s.held, s.holding = nil, false // it comes again
-	s.c.frontierRose = true
+	s.c.frontierRose, s.c.stale = true, true
 	s.foreign.lookup(s, func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
 			s.openStream()
@@ -169,6 +181,7 @@ func (k *streamSink) OnMessage(msg []byte) {
 	if k.gen != s.gen {
 		return
 	}
+	s.heard = true
 	if len(s.held) > 0 {
 		s.held = append(s.held, append([]byte(nil), msg...))
 		return
@@ -181,7 +194,7 @@ func (s *shardState) take(msg []byte) {
 	it := codec.Fields{Msg: msg}
 	var events [][]byte
 	var compacted int64
-	var canceled bool
+	var canceled, fragment bool
 	var reason string
 	for it.Next() {
 		switch it.Field.Num {
@@ -191,6 +204,8 @@ func (s *shardState) take(msg []byte) {
 			compacted = int64(it.Field.Val)
 		case 6:
 			reason = string(it.Field.Bytes)
+		case 7:
+			fragment = it.Field.Val != 0
 		case 11:
 			events = append(events, it.Field.Bytes)
 		}
@@ -208,7 +223,12 @@ func (s *shardState) take(msg []byte) {
 		s.reopen()
 		return
 	}
-	s.reopens = 0
+	if len(events) > 0 {
+		s.stall.brought++
+	}
+	if fragment || len(s.partial) > 0 {
+		events = s.complete(events, fragment)
+	}
 	gen := s.gen
 	for len(events) > 0 {
 		local, n := eventLocal(events[0]), 1
@@ -226,6 +246,32 @@ func (s *shardState) take(msg []byte) {
 	}
 }
 
+// complete returns the events that are complete after a message, behind what earlier fragments left: those of
+// its last local revision may go on in the next fragment. What is kept is bounded by what one local revision
+// changes, which the ring takes as a whole anyway.
+func (s *shardState) complete(events [][]byte, fragment bool) [][]byte {
+	kept := len(s.partial)
+	all := append(s.partial, events...)
+	s.partial = nil
+	if !fragment || len(all) == 0 {
+		return all
+	}
+	local, n := eventLocal(all[len(all)-1]), len(all)
+	for n > kept && eventLocal(all[n-1]) == local {
+		n--
+	}
+	if n == kept && kept > 0 && eventLocal(all[0]) == local {
+		n = 0
+	}
+	for i := max(n, kept); i < len(all); i++ {
+		all[i] = append([]byte(nil), all[i]...)
+	}
+	if s.partial = all; n > 0 {
+		s.partial = slices.Clone(all[n:])
+	}
+	return all[:n]
+}
+
 // eventLocal returns the local mod revision of an encoded mvccpb.Event.
 func eventLocal(ev []byte) int64 {
 	it := codec.Fields{Msg: ev}
@@ -236,38 +282,6 @@ func eventLocal(ev []byte) int64 {
 		}
 	}
 	return 0
-}
-
-// hold keeps events until the ring has room for them.
-func (s *shardState) hold(events [][]byte) {
-	var msg []byte
-	for _, e := range events {
-		msg = codec.AppendBytes(msg, 11, e)
-	}
-	s.held = append([][]byte{msg}, s.held...)
-	if !s.holding && s.handle != nil {
-		s.holding = true
-		s.holdUntil = s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)
-		s.handle.Hold(true)
-		s.c.at(s.holdUntil, s.resumeStream)
-	}
-}
-
-// resumeStream goes on with what was held, when a frontier rose.
-func (s *shardState) resumeStream() {
-	for len(s.held) > 0 {
-		msg := s.held[0]
-		s.held = s.held[1:]
-		n := len(s.held)
-		s.take(msg)
-		if len(s.held) > n {
-			return // no room yet
-		}
-	}
-	if s.holding && s.handle != nil {
-		s.holding = false
-		s.handle.Hold(false)
-	}
 }
 
 // group takes all events of one local revision. It returns false when the ring has no room for them.
@@ -303,7 +317,8 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		s.c.leases.streamMoved(s)
 		return true
 	}
-	if !c.ringRoom(rec.Last) && !(s.jumpTo(rec.First) && c.ringRoom(rec.Last)) && !(s.holding && c.cfg.Now() >= s.holdUntil) {
+	if at := (point{first: rec.First, last: rec.Last}); !s.roomFor(at) && !(s.jumpTo(rec.First) && s.roomFor(at)) {
+		s.waits = at
 		// There is no room for it, but it says that nothing below its first revision will come. Without
 		// this the shard would wait for the frontier that it holds back itself.
 		if l := c.clock.Log(); (rec.Kind != KindRebuild || s.overtaken()) && l.Clock(s.idx) < rec.First-1 {
@@ -319,62 +334,6 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	s.pos, s.furthest = local, max(s.furthest, local)
 	s.recorded(local, &rec)
 	s.c.leases.streamMoved(s)
-	return true
-}
-
-// ringRoom says whether revision rev may be put into the ring now: a quarter of the ring stays
-// free for readers. A shard whose stream is down holds nobody up.
-func (c *Core) ringRoom(rev int64) bool {
-	least := int64(-1)
-	for i, s := range c.shards {
-		if f := c.frontier.Get(i); s.handle != nil && (least < 0 || f < least) {
-			least = f
-		}
-	}
-	return c.ring.Distance(least, rev) <= c.ring.Size()*3/4
-}
-
-// overtaken says that another shard's stream is past a rebuild that this one has come to: there is no jump then.
-func (s *shardState) overtaken() bool {
-	for _, o := range s.c.shards {
-		if o.ahead == 0 && s.c.ring.Distance(s.rec.last, o.rec.last) >= revclock.Margin/4 {
-			return true
-		}
-	}
-	return false
-}
-
-// jumpTo is told that the shard's next record begins at revision first, for which the ring has no room. When that
-// is so on every shard a rebuild of the coordinator lies between, and the ring leaves out what nobody was
-// given: the jump takes no slots, so it laps no reader. It returns whether the ring has jumped.
-func (s *shardState) jumpTo(first int64) bool {
-	c := s.c
-	s.ahead = first
-	from, to := int64(0), first-1
-	for i, o := range c.shards {
-		if o.ahead == 0 {
-			return false // its stream has not come there, or is past it
-		}
-		from, to = max(from, o.rec.last, c.frontier.Get(i), c.clock.Log().Clock(i)), min(to, o.ahead-1)
-	}
-	if to-from < revclock.Margin/4 {
-		return false
-	}
-	c.ring.Jump(from, to)
-	c.log.Info("a rebuild of the coordinator has left out revisions", "from", from+1, "to", to)
-	for _, o := range c.shards {
-		o.ahead = 0
-	}
-	// Readers pass it as one step: nothing of it can come any more.
-	for i := range c.shards {
-		c.clock.Log().SetClock(i, to)
-	}
-	c.stale, c.frontierRose = true, true
-	for _, o := range c.shards {
-		if o != s {
-			c.after(0, o.resumeStream)
-		}
-	}
 	return true
 }
 
@@ -441,6 +400,7 @@ func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
 func (s *shardState) recorded(local int64, rec *Record) {
 	c := s.c
 	s.rec = point{rec.First, rec.Last, local}
+	s.reopens, s.stall.times, s.late = 0, 0, false
 	if len(s.points) >= maxPoints {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)
 	}
@@ -538,26 +498,6 @@ func (s *shardState) watchOpenRanges() {
 		s.openTimer = due
 		c.at(due, func() { c.stale = true })
 	}
-}
-
-// streamStall is how long the stream may lack what a reply has shown to be there.
-const streamStall = 2 * time.Second
-
-// expectOnStream is told that the shard has reached a local revision. A stream that does not show it in
-// time is opened again, on another node if there is one.
-func (s *shardState) expectOnStream(local int64) {
-	if s.stallTimer || s.pos >= local {
-		return
-	}
-	s.stallTimer = true
-	gen := s.gen
-	s.c.after(streamStall, func() {
-		s.stallTimer = false
-		if s.gen == gen && s.pos < local && !s.holding && s.handle != nil {
-			s.c.log.Warn("the watch stream of a member cluster lags behind its answers; opening it again", "shard", s.name)
-			s.reopen()
-		}
-	})
 }
 
 // compactedUnder handles that the member compacted what the stream was to read: somebody else did, or

@@ -62,6 +62,7 @@ type recorder struct {
 	t       testing.TB
 	got     []*etcdserverpb.WatchResponse
 	ended   []int64
+	failed  []string
 	blocked bool
 	onSend  func()
 }
@@ -79,6 +80,8 @@ func (r *recorder) Send(msg []byte) {
 
 func (r *recorder) Blocked() bool    { return r.blocked }
 func (r *recorder) Ended(w *Watcher) { r.ended = append(r.ended, w.ID) }
+
+func (r *recorder) Failed(reason string) { r.failed = append(r.failed, reason) }
 
 // take returns the responses as short lines and forgets them.
 func (r *recorder) take() []string {

@@ -48,6 +48,8 @@ type reader struct {
 	watchers []*Watcher
 	chunk    HistoryChunk
 	arrived  bool // chunk is to be handed out
+	begun    bool // and was, to all but the first unserved of watchers
+	unserved int
 	paused   bool // what is left of chunk waits for the only watcher's sink
 	closed   bool // and src with it; the next Pump takes it off the list
 	onChunk  func(HistoryChunk)
@@ -85,8 +87,12 @@ func (h *Hub) surface(w *Watcher) {
 
 // readPast hands out what the readers have brought, and gives readers to those who wait for one.
 func (h *Hub) readPast() (more bool) {
-	for _, r := range h.readers {
-		if r.arrived && !r.closed && !(r.paused && r.waits()) {
+	h.revs, h.work = 0, 0
+	// Each Pump begins with another reader, so that one with many watchers cannot keep the others waiting.
+	h.firstReader++
+	for i := range h.readers {
+		r := h.readers[(h.firstReader+i)%len(h.readers)]
+		if r.arrived && !r.closed && !(r.paused && r.waits()) && !h.exhausted() {
 			h.takeChunk(r)
 		}
 	}
@@ -147,15 +153,21 @@ func (h *Hub) assign() {
 // readerFor returns the reader that serves w: the nearest behind it, or a new one.
 func (h *Hub) readerFor(w *Watcher) *reader {
 	var best *reader
+	none := true // of the group
 	for _, r := range h.readers {
-		if r.group == w.group && r.pos <= w.pos && (best == nil || r.pos > best.pos) {
+		if r.group != w.group || r.closed {
+			continue
+		}
+		none = false
+		if r.pos <= w.pos && (best == nil || r.pos > best.pos) {
 			best = r
 		}
 	}
 	if best != nil && w.pos-best.pos <= shareSpan {
 		return best
 	}
-	if len(h.readers) >= h.maxReaders && (best != nil || !h.evict()) {
+	// A group without a reader gets one in any case: the others' may all wait for a shard that is dead.
+	if len(h.readers) >= h.maxReaders && !none && (best != nil || !h.evict()) {
 		return best
 	}
 	r := &reader{group: w.group, pos: w.pos, src: h.history.OpenHistory(w.group.set, w.pos+1)}
@@ -180,25 +192,35 @@ func (h *Hub) evict() bool {
 	return false
 }
 
-// takeChunk hands a chunk to the watchers of a reader.
+// takeChunk hands a chunk to the watchers of a reader, or to some of them: when the Pump has done enough, the
+// next one goes on.
 func (h *Hub) takeChunk(r *reader) {
 	c := r.chunk
-	if c.Compact == 0 && c.Err == "" && c.UpTo > r.group.cursor {
+	past := c.Compact == 0 && c.Err == ""
+	if past && c.UpTo > r.group.cursor {
 		return // the group's own scan comes there first: then who is done can join it
 	}
-	r.chunk, r.arrived, r.paused = HistoryChunk{}, false, false
-	if c.Compact == 0 && c.Err == "" {
-		r.pos = c.UpTo
+	r.paused = false
+	if !r.begun {
+		r.begun, r.unserved = true, len(r.watchers)
+		if past {
+			r.pos = c.UpTo
+		}
 	}
 	tail, front := h.ring.Tail(), h.frontier.Get(r.group.set)
 	// Half of what the ring holds should be left when they go on there, or they fall out of it again.
 	done := r.pos >= tail && (r.pos >= front || r.pos-tail >= (front-tail)/2)
-	// Backwards: a watcher that leaves is replaced by one that was served already.
-	for i := len(r.watchers) - 1; i >= 0; i-- {
-		if i >= len(r.watchers) {
+	// Backwards: a watcher that leaves is replaced by one that was served already. Who comes meanwhile is behind
+	// the chunk, and stands behind those who wait for it.
+	for r.unserved > 0 {
+		if past && h.exhausted() {
+			return
+		}
+		r.unserved--
+		if r.unserved >= len(r.watchers) {
 			continue // others were removed meanwhile
 		}
-		w := r.watchers[i]
+		w := r.watchers[r.unserved]
 		if w.closed {
 			continue
 		}
@@ -216,7 +238,7 @@ func (h *Hub) takeChunk(r *reader) {
 				continue
 			}
 			if !all && r.waits() {
-				r.chunk, r.arrived, r.paused = c, true, true
+				r.begun, r.paused = false, true
 				return
 			}
 		}
@@ -224,6 +246,7 @@ func (h *Hub) takeChunk(r *reader) {
 		h.lag(w, w.pos)
 		h.enqueue(w.stream) // does nothing while the sink is blocked
 	}
+	r.chunk, r.arrived, r.begun = HistoryChunk{}, false, false
 	if !r.closed && len(r.watchers) > 0 {
 		r.src.Next(historyChunk, r.onChunk)
 	}
@@ -249,6 +272,7 @@ func (h *Hub) deliverPast(w *Watcher, entries []*Entry, upTo int64) (all bool) {
 	events, last := 0, int64(0)
 	for ; i < len(entries); i++ {
 		e := entries[i]
+		h.revs++
 		size := len(buf)
 		prevKV := w.PrevKV && h.hasPrev(e.Rev)
 		for k := range e.Events {

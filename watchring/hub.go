@@ -27,7 +27,8 @@ type HubConfig struct {
 	// History serves watchers that need what the ring does not hold any more. Without one they are canceled
 	// as compacted.
 	History HistorySource
-	// MaxReaders is how many reads of the past there are at a time. Watchers beyond share one of them, or wait.
+	// MaxReaders is how many reads of the past there are at a time. Watchers beyond share one of them, or wait;
+	// but each group (of a shard, or of all) may have one in any case.
 	MaxReaders int
 }
 
@@ -66,7 +67,9 @@ type Hub struct {
 	history    HistorySource
 	maxReaders int
 	readers    []*reader
-	divers     []*Watcher // wait for a reader
+	// firstReader is the reader that the last Pump began with, modulo their number.
+	firstReader int
+	divers      []*Watcher // wait for a reader
 
 	// While the Hub is at work, removed watchers stay where they are (but for the laggards' lists) and are
 	// taken out at the end. They are not put into another list meanwhile.

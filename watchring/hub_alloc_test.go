@@ -15,6 +15,7 @@ type discard struct{ messages, bytes int }
 func (d *discard) Send(msg []byte) { d.messages++; d.bytes += len(msg) }
 func (d *discard) Blocked() bool   { return false }
 func (d *discard) Ended(*Watcher)  {}
+func (d *discard) Failed(string)   {}
 
 func TestHubAllocs(t *testing.T) {
 	ring, front := NewRing(1<<12, 1<<30, 0), NewFrontier(2, 0)

@@ -427,6 +427,8 @@ func (mw *modelWatcher) promised(w *world, rev int64) {
 
 func (s *modelStream) Blocked() bool { return s.blocked }
 
+func (s *modelStream) Failed(reason string) { s.w.fail("a stream failed: %s", reason) }
+
 func (s *modelStream) Ended(x *Watcher) {
 	if s.watchers[x.ID] != nil {
 		s.w.fail("watch %d ended without a cancel", x.ID)

@@ -323,12 +323,12 @@ func (h *Hub) cancelCompacted(w *Watcher, compact int64) {
 	}
 }
 
-// cancelFailed ends a watcher whose past cannot be read.
+// cancelFailed ends a watcher whose past cannot be read, and its RPC with it: clients take a cancel without a
+// compact revision for a graceful end, and would miss what follows.
 func (h *Hub) cancelFailed(w *Watcher, reason string) {
 	s := w.stream
 	h.Remove(w)
-	h.sendControl(s, &Response{Header: codec.Header{Revision: w.pos}, WatchID: w.ID, Canceled: true, CancelReason: reason})
 	if !s.closed {
-		s.sink.Ended(w)
+		s.sink.Failed(reason)
 	}
 }

@@ -210,7 +210,7 @@ func (r *Ring) Publish(e *Entry) {
 }
 
 // Trim drops entries from the tail on while the ring holds more bytes than its limit, never beyond
-// upTo (the frontier of the slowest reader that must not lose anything, or the global frontier).
+// upTo. Readers that still need what goes are lapped; entries that come for it later are dropped.
 func (r *Ring) Trim(upTo int64) {
 	for r.bytes.Load() > r.limit {
 		t := r.tail.Load()

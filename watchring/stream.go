@@ -10,6 +10,9 @@ type Sink interface {
 	Blocked() bool
 	// Ended reports that the Hub has canceled w, after the response that says so.
 	Ended(w *Watcher)
+	// Failed reports that a watch of the Stream cannot be served any more, and why. Its Watcher was removed, nothing
+	// was sent: the owner is to end the RPC, so that the client comes back with all its watches.
+	Failed(reason string)
 }
 
 // Watcher is one watch. The caller fills in the exported fields, which then must not change.

@@ -80,7 +80,7 @@ func (p *pair) step(ctx context.Context) error {
 	for side := range 2 {
 		resps[side], errs[side] = send(ctx, p.side[side], reqs[side])
 	}
-	if r, ok := reqs[1].(*pb.RangeRequest); ok && r.Serializable && errs[1] == nil && r.Revision <= 0 {
+	if r, ok := reqs[1].(*pb.RangeRequest); ok && r.Serializable && errs[1] == nil {
 		// A serializable answer may be old; wait until it is not.
 		for deadline := time.Now().Add(callTimeout); header(resps[1]).Revision < p.last[1]; {
 			if resps[1], errs[1] = send(ctx, p.side[1], reqs[1]); errs[1] != nil {

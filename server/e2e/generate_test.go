@@ -188,8 +188,11 @@ func (g *generator) compact() *pb.CompactionRequest {
 	return &pb.CompactionRequest{Revision: rev, Physical: g.chance(30)}
 }
 
-// txn makes a Txn whose keys lie on one shard.
+// txn makes a Txn whose keys lie on one shard, but for ranges behind all writes now and then.
 func (g *generator) txn(depth int) *pb.TxnRequest {
+	if depth == 0 && g.chance(12) {
+		return g.wideTxn()
+	}
 	return g.txnOn(g.groups[g.r.IntN(len(g.groups))], depth)
 }
 
@@ -213,6 +216,35 @@ func (g *generator) txnOn(keys []string, depth int) *pb.TxnRequest {
 		return ops
 	}
 	r.Success, r.Failure = branch(), branch()
+	return r
+}
+
+// wideTxn makes what a mutex of clientv3/concurrency sends: writes on one shard, then ranges over all.
+func (g *generator) wideTxn() *pb.TxnRequest {
+	keys := g.groups[g.r.IntN(len(g.groups))]
+	key := func() []byte { return []byte(keys[g.r.IntN(len(keys))]) }
+	r := &pb.TxnRequest{}
+	for range g.r.IntN(3) {
+		r.Compare = append(r.Compare, g.compare(key()))
+	}
+	branch := func() (ops []*pb.RequestOp) {
+		for range g.r.IntN(3) {
+			op := g.op(keys, key(), 2)
+			if q := op.GetRequestRange(); q != nil {
+				q.Revision = 0
+			}
+			ops = append(ops, op)
+		}
+		for range g.r.IntN(3) {
+			q := g.rangeRequest()
+			q.Revision = 0
+			ops = append(ops, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: q}})
+		}
+		return ops
+	}
+	r.Success, r.Failure = branch(), branch()
+	put := &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: &pb.PutRequest{Key: key(), Value: g.value()}}}
+	r.Success = append([]*pb.RequestOp{put}, r.Success...) // one that writes nothing has to stay on one shard
 	return r
 }
 

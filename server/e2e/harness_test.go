@@ -180,6 +180,7 @@ type rpc struct {
 	w    pb.WatchClient
 	m    pb.MaintenanceClient
 	c    pb.ClusterClient
+	l    pb.LeaseClient
 }
 
 func dial(t testing.TB, url string) *rpc {
@@ -191,7 +192,7 @@ func dial(t testing.TB, url string) *rpc {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	return &rpc{conn, pb.NewKVClient(conn), pb.NewWatchClient(conn), pb.NewMaintenanceClient(conn), pb.NewClusterClient(conn)}
+	return &rpc{conn, pb.NewKVClient(conn), pb.NewWatchClient(conn), pb.NewMaintenanceClient(conn), pb.NewClusterClient(conn), pb.NewLeaseClient(conn)}
 }
 
 // client returns a clientv3 for the URLs.

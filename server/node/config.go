@@ -35,6 +35,15 @@ type Config struct {
 	ShardMaxTxnOps       int
 	ShardMaxRequestBytes int
 
+	// What clients may do; see the options of the same names. MaxClientMemory 0: no limit, as
+	// GRPCKeepaliveInterval 0 means no pings.
+	MaxRequestBytes       int
+	MaxConcurrentStreams  int
+	MaxClientMemory       int64
+	GRPCKeepaliveMinTime  time.Duration
+	GRPCKeepaliveInterval time.Duration
+	GRPCKeepaliveTimeout  time.Duration
+
 	// Name of this proxy in Cluster.MemberList; default: the host's.
 	Name string
 	// Version of Spindle, for /version.

@@ -48,6 +48,10 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_read_batches_total`, o.Core.ReadBatches)
 	counter(`spindle_batched_reads_total`, o.Core.BatchedReads)
 	counter(`spindle_reads_repeated_total`, o.Core.Rereads)
+	counter(`spindle_gets_from_ring_total`, o.Core.RecentReads)
+	counter(`spindle_large_lists_waited_total`, o.Core.LargeWaited)
+	counter(`spindle_large_lists_refused_total`, o.Core.LargeRefused)
+	gauge(`spindle_client_memory_bytes`, o.Memory)
 	counter(`spindle_unrecorded_events_total`, o.Core.Unrecorded)
 	counter(`spindle_foreign_writes_total`, o.Core.Foreign)
 

@@ -20,6 +20,7 @@ import (
 	"spindle/codec"
 	"spindle/revclock"
 	"spindle/server"
+	"spindle/server/recipes"
 	"spindle/shard"
 	"spindle/watchring"
 )
@@ -41,6 +42,7 @@ type Node struct {
 	log     *slog.Logger
 	engine  *server.Engine
 	metrics *server.Metrics
+	recipes *recipes.Service
 	begun   time.Time
 
 	status  atomic.Pointer[status]
@@ -77,7 +79,9 @@ func Start(cfg Config) (*Node, error) {
 	if cfg.Name == "" {
 		cfg.Name, _ = os.Hostname()
 	}
+	memory := shard.NewMemory(cfg.MaxClientMemory)
 	pcfg := poolConfig(&cfg)
+	pcfg.Memory = memory
 	if err := pcfg.Validate(); err != nil {
 		return nil, err
 	}
@@ -98,6 +102,11 @@ func Start(cfg Config) (*Node, error) {
 		Now:        n.now,
 		Log:        cfg.Log,
 
+		Codec:             codecConfig(&cfg),
+		Memory:            memory,
+		KeepaliveInterval: cfg.GRPCKeepaliveInterval,
+		KeepaliveTimeout:  cfg.GRPCKeepaliveTimeout,
+
 		BeforeClose: n.unwire,
 		OnPanic:     n.panicked,
 	})
@@ -105,6 +114,7 @@ func Start(cfg Config) (*Node, error) {
 		_ = n.metrics.Close()
 		return nil, err
 	}
+	n.recipes = recipes.Serve(n.engine, cfg.Log)
 	if len(n.cfg.AdvertiseClientURLs) == 0 {
 		n.cfg.AdvertiseClientURLs = advertised(n.engine.Addrs(), n.engine.URLs())
 	}
@@ -114,6 +124,28 @@ func Start(cfg Config) (*Node, error) {
 	loop.Post(func() { n.wire(loop, pcfg) })
 	go n.attend()
 	return n, nil
+}
+
+// grpcOverhead is what etcd adds to --max-request-bytes for the largest message that gRPC takes
+// (server/config/config.go).
+const grpcOverhead = 512 << 10
+
+// defaultPingMinTime is grpc-go's, which holds in etcd when --grpc-keepalive-min-time is 0.
+const defaultPingMinTime = 5 * time.Minute
+
+// codecConfig bounds a client's connection.
+func codecConfig(cfg *Config) codec.ConnConfig {
+	c := codec.ConnConfig{PingMinTime: cfg.GRPCKeepaliveMinTime}
+	if c.PingMinTime <= 0 {
+		c.PingMinTime = defaultPingMinTime
+	}
+	if cfg.MaxConcurrentStreams > 0 {
+		c.MaxConcurrentStreams = uint32(cfg.MaxConcurrentStreams)
+	}
+	if cfg.MaxRequestBytes > 0 {
+		c.MaxMessageBytes = cfg.MaxRequestBytes + grpcOverhead
+	}
+	return c
 }
 
 func poolConfig(cfg *Config) shard.PoolConfig {
@@ -149,6 +181,8 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 		RingBytes:             n.cfg.RingBytes,
 		ReorderWindow:         n.cfg.ReorderWindow,
 		ShardTimeout:          n.cfg.ShardTimeout,
+		Memory:                pcfg.Memory,
+		Limits:                shard.Limits{MaxRequestBytes: n.cfg.MaxRequestBytes},
 		MemberMaxTxnOps:       n.cfg.ShardMaxTxnOps,
 		MemberMaxRequestBytes: n.cfg.ShardMaxRequestBytes,
 		MemberName:            n.cfg.Name,
@@ -326,8 +360,10 @@ func advertised(addrs []net.Addr, urls []string) []string {
 func (n *Node) Close() {
 	n.once.Do(func() {
 		close(n.quit)
+		n.status.Store(&status{reason: "stopping"})
 		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
 		defer cancel()
+		n.recipes.Close() // its clients are the engine's
 		// The engine takes no further work and answers what it can, calls unwire, and ends its loops.
 		if err := n.engine.Stop(ctx); err != nil {
 			n.log.Error("the event loops did not stop in time", "err", err)

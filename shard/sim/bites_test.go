@@ -26,6 +26,7 @@ func TestItBites(t *testing.T) {
 		{"guard dropped", func(c *Config) { c.Sabotage = shard.Sabotage{DropGuard: true} }},
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
+		{"a Get from the ring ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{RecentIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
 		{"an answered compaction does not hold on every proxy", func(c *Config) {
 			c.Sabotage = shard.Sabotage{CompactionUnread: true}
@@ -40,9 +41,7 @@ func TestItBites(t *testing.T) {
 			c.Sabotage, c.Leases, c.Shards = shard.Sabotage{KeepCopies: true}, true, 3
 		}},
 		{"guards on leases lost", func(c *Config) {
-			// A proxy whose stream lags believes in the lease that had the ID before.
-			c.Leases, c.Shards, c.Proxies, c.Keys, c.Clients, c.Ops, c.Pad = true, 2, 2, 4, 4, 80, 0
-			c.Faults, c.Think, c.Chaos, c.Events = Faults{}, 5*time.Millisecond, 20*time.Millisecond, ChaosEvents{Lag: true, StreamHole: true}
+			oneLease(c)
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
 					for _, o := range q.Success {

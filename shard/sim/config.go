@@ -30,6 +30,8 @@ type Config struct {
 	Dead bool
 	// RingSize is the proxies' ring.
 	RingSize int
+	// RingBytes is what its entries may weigh, 0 for the default.
+	RingBytes int64
 	// HistoryBytes is what a read of the past keeps of one shard.
 	HistoryBytes int
 	// MaxTxnOps and MaxRequestBytes are the members' limits; Pad is what values are padded with, at most.
@@ -42,6 +44,8 @@ type Config struct {
 
 	// Leases lets clients grant, keep, revoke and use leases.
 	Leases bool
+	// OneLease lets them do so all the time, with one ID.
+	OneLease bool
 	// Ranges gives the proxies a range map; without it keys are hashed.
 	Ranges bool
 	// AutoCompact is what the proxies compact by themselves.
@@ -90,6 +94,9 @@ func ConfigOf(seed uint64) Config {
 	}
 	if r.IntN(2) == 0 {
 		c.RingSize = 32
+	}
+	if seed%3 == 0 {
+		c.RingBytes = 1 + rand.New(rand.NewPCG(seed, 0x41b6)).Int64N(8000)
 	}
 	if r.IntN(2) == 0 {
 		c.HistoryBytes = 1 + r.IntN(3000)

@@ -49,7 +49,7 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	if r.compacted > 1 && r.net.now-r.compactedAt < int64(200*time.Millisecond) && g.IntN(4) == 0 {
 		return c.past(key, max(1, r.compacted-1-int64(g.IntN(3))), put(key), g)
 	}
-	if r.Leases && g.IntN(6) == 0 {
+	if r.Leases && (g.IntN(6) == 0 || r.OneLease && g.IntN(2) == 0) {
 		return c.leaseOp(g)
 	}
 	switch k := g.IntN(103); {

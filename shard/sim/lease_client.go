@@ -20,7 +20,10 @@ func (c *client) leaseOp(g *rand.Rand) (shard.OpKind, proto.Message) {
 	switch g.IntN(8) {
 	case 0, 1:
 		q := &pb.LeaseGrantRequest{TTL: int64(1 + g.IntN(4))}
-		if g.IntN(2) == 0 {
+		switch {
+		case c.p.r.OneLease:
+			q.ID = 100
+		case g.IntN(2) == 0:
 			q.ID = int64(100 + g.IntN(4))
 		}
 		return shard.OpLeaseGrant, q
@@ -45,7 +48,7 @@ func (c *client) someID(g *rand.Rand) int64 {
 
 // someLease is the lease of a put, mostly none. Keys that expire by themselves keep their own.
 func (c *client) someLease(g *rand.Rand) int64 {
-	if !c.p.r.Leases || g.IntN(3) > 0 {
+	if !c.p.r.Leases || g.IntN(3) > 0 && !c.p.r.OneLease {
 		return 0
 	}
 	return c.someID(g)

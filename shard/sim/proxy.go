@@ -65,7 +65,7 @@ func (p *proxy) boot(d time.Duration) {
 		}
 		p.core = shard.NewCore(shard.CoreConfig{
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
-			RingSize: r.RingSize, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
+			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
 			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes,
 		}, p.host)

@@ -299,6 +299,7 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.ReadBatches += b.ReadBatches
 	a.BatchedReads += b.BatchedReads
 	a.Rereads += b.Rereads
+	a.RecentReads += b.RecentReads
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
 	a.Rebuilds += b.Rebuilds

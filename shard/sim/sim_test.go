@@ -124,7 +124,7 @@ func TestCalm(t *testing.T) {
 	dense := 0
 	for seed := uint64(1); seed <= 60; seed++ {
 		cfg := ConfigOf(seed)
-		cfg.Faults, cfg.Chaos, cfg.RingSize = Faults{}, 0, 1<<12
+		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
 		stats, err := Go(cfg)
 		if err != nil {
 			report(t, cfg, err)
@@ -158,7 +158,8 @@ func TestDeadShard(t *testing.T) {
 	ok := 0
 	for seed := uint64(1); seed <= 30; seed++ {
 		cfg := ConfigOf(seed)
-		cfg.Faults, cfg.Chaos, cfg.RingSize = Faults{}, 0, 1<<12
+		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
+		cfg.Leases = false // they need their homes
 		cfg.Dead, cfg.Shards, cfg.Clients, cfg.Keys, cfg.Think = true, 2+int(seed)%3, max(cfg.Clients, 2), 12, time.Millisecond
 		stats, err := Go(cfg)
 		if err != nil {
@@ -172,6 +173,30 @@ func TestDeadShard(t *testing.T) {
 		ok += stats.OK
 	}
 	t.Logf("%d operations were answered, the slowest of the living after %v", ok, slowest)
+}
+
+// oneLease makes a run in which one lease ends and comes again all the time, and a proxy whose stream lags believes
+// in the one before.
+func oneLease(c *Config) {
+	c.Leases, c.OneLease, c.Shards, c.Proxies, c.Keys, c.Clients, c.Ops, c.Pad = true, true, 2, 2, 4, 4, 150, 0
+	c.Faults, c.Think, c.Chaos, c.Events = Faults{}, 5*time.Millisecond, 20*time.Millisecond, ChaosEvents{Lag: true, StreamHole: true}
+}
+
+// TestOneLease runs such seeds.
+func TestOneLease(t *testing.T) {
+	var sum Stats
+	for seed := uint64(1); seed <= 60 && !t.Failed(); seed++ {
+		cfg := ConfigOf(seed)
+		oneLease(&cfg)
+		stats, err := Go(cfg)
+		if err != nil {
+			report(t, cfg, err)
+		}
+		sum.Leased += stats.Leased
+		sum.Ended += stats.Ended
+		sum.Core = addStats(sum.Core, stats.Core)
+	}
+	t.Logf("%d puts with the lease, %d deletes by its end: %+v", sum.Leased, sum.Ended, sum.Core)
 }
 
 // TestDeterminism runs seeds twice and compares the traces.

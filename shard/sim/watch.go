@@ -22,6 +22,7 @@ type watcher struct {
 	next            int64 // first revision not delivered
 	synced          bool  // as etcd: a synced watcher is no longer touched by compactions
 	prevKV          bool
+	fragment        bool
 	noPut, noDelete bool
 }
 
@@ -67,7 +68,7 @@ func (s *Stream) Request(req []byte) [][]byte {
 }
 
 func (s *Stream) create(c *pb.WatchCreateRequest) *pb.WatchResponse {
-	w := &watcher{key: c.Key, end: c.RangeEnd, start: c.StartRevision, next: c.StartRevision, prevKV: c.PrevKv}
+	w := &watcher{key: c.Key, end: c.RangeEnd, start: c.StartRevision, next: c.StartRevision, prevKV: c.PrevKv, fragment: c.Fragment}
 	if len(w.key) == 0 {
 		w.key = []byte{0}
 	}
@@ -125,7 +126,8 @@ func (s *Stream) Pending() bool {
 }
 
 // Pull delivers what every watcher has not had: each revision in a message of its own, as to a synced
-// watcher, or (combine) all in one, as to one that lags. All events of one revision stay together.
+// watcher, or (combine) all in one, as to one that lags. All events of one revision stay together, unless the
+// watcher takes fragments: then a message that combines is cut anywhere, as etcd cuts large ones.
 func (s *Stream) Pull(combine bool) [][]byte {
 	var out [][]byte
 	live := s.watchers[:0]
@@ -147,6 +149,9 @@ func (s *Stream) pull(w *watcher, combine bool) [][]byte {
 	var events []*mvccpb.Event
 	var last int64
 	send := func(rev int64) {
+		for n := 1 + int(rev%4); combine && w.fragment && len(events) > n; events = events[n:] {
+			out = append(out, encode(&pb.WatchResponse{Header: e.header(rev), WatchId: w.id, Events: events[:n], Fragment: true}))
+		}
 		if len(events) > 0 {
 			out = append(out, encode(&pb.WatchResponse{Header: e.header(rev), WatchId: w.id, Events: events}))
 			events = nil

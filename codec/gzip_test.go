@@ -1,0 +1,129 @@
+package codec
+
+import (
+	"bytes"
+	"compress/gzip"
+	"io"
+	"math/rand/v2"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/gzip"
+)
+
+// oddCompressor is one that only the client has.
+type oddCompressor struct{}
+
+func (oddCompressor) Name() string                                 { return "odd" }
+func (oddCompressor) Compress(w io.Writer) (io.WriteCloser, error) { return nopCloser{w}, nil }
+func (oddCompressor) Decompress(r io.Reader) (io.Reader, error)    { return r, nil }
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+func init() { encoding.RegisterCompressor(oddCompressor{}) }
+
+func zip(p []byte) []byte {
+	var b bytes.Buffer
+	w := gzip.NewWriter(&b)
+	_, _ = w.Write(p)
+	_ = w.Close()
+	return b.Bytes()
+}
+
+func TestServerTakesGzip(t *testing.T) {
+	cc := dialEcho(t, ConnConfig{})
+	ctx := testContext(t)
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for _, n := range []int{0, 1, 1000, 100_000, 300_000} {
+		msg := make([]byte, n)
+		for i := range msg {
+			msg[i] = byte(rnd.IntN(4))
+		}
+		got, err := unary(ctx, cc, "/t/Unary", msg, grpc.UseCompressor("gzip"))
+		if err != nil || !bytes.Equal(got, msg) {
+			t.Errorf("%d bytes: %d came back, %v", n, len(got), err)
+		}
+	}
+}
+
+func TestInflateBounds(t *testing.T) {
+	const limit = 100_000
+	for n, want := range map[int]Code{0: OK, limit - 1: OK, limit: OK, limit + 1: ResourceExhausted, 1000 * limit: ResourceExhausted} {
+		b, st := inflate(zip(make([]byte, n)), limit)
+		if st.Code != want || st.Code == OK && len(b.b) != n {
+			t.Errorf("%d bytes: %v", n, st)
+		}
+	}
+	good := zip(make([]byte, 1000))
+	for name, p := range map[string][]byte{"empty": nil, "no gzip": []byte("hello world, this is no gzip"), "cut": good[:len(good)-9],
+		"wrong sum": append(bytes.Clone(good[:len(good)-8]), make([]byte, 8)...)} {
+		if _, st := inflate(p, limit); st.Code != Internal {
+			t.Errorf("%s: %v", name, st)
+		}
+	}
+}
+
+// A stream of bombs costs its budget in a second, and no more; the next second gives another.
+func TestAttackZipBombs(t *testing.T) {
+	hits := map[Limit]int{}
+	r := newRawServer(t, ConnConfig{OnLimit: func(l Limit) { hits[l]++ }})
+	bomb := zip(make([]byte, 16<<20))
+	bomb = append([]byte{1, byte(len(bomb) >> 24), byte(len(bomb) >> 16), byte(len(bomb) >> 8), byte(len(bomb))}, bomb...)
+	send := func() {
+		r.id += 2
+		block := encodeBlock(r.enc, &r.buf, ":method", "POST", ":scheme", "http", ":path", "/t/Unary", ":authority", "a",
+			"content-type", "application/grpc", "te", "trailers", "grpc-encoding", "gzip")
+		r.feed(appendHeaders(nil, r.id, false, block))
+		for p := bomb; len(p) > 0; {
+			n := min(len(p), maxFrameSize)
+			r.feed(append(appendFrameHeader(nil, n, frameData, 0, r.id), p[:n]...))
+			p = p[n:]
+		}
+		r.flush()
+	}
+	r.id = 0xffffffff
+	const most = maxInflateBytes / defaultMaxMessageBytes
+	for range most + 10 {
+		send()
+	}
+	if hits[LimitMessage] != most || hits[LimitInflate] != 10 || r.c.Streams() != 0 {
+		t.Errorf("%d were inflated, %d not, %d streams left", hits[LimitMessage], hits[LimitInflate], r.c.Streams())
+	}
+	r.c.Tick()
+	if send(); hits[LimitMessage] != most+1 {
+		t.Error("no budget after a second")
+	}
+}
+
+// What is taken over is sent like what is copied, and freed.
+func TestSendOwned(t *testing.T) {
+	var s *Stream
+	r := newRawServer(t, ConnConfig{})
+	r.e.onReq = func(x *Stream) { s = x }
+	r.feed(r.headers("/t/Hang", false))
+	r.flush()
+	msg := bytes.Repeat([]byte("0123456789"), 100_000)
+	r.c.SendOwned(s, msg)
+	r.c.Finish(s, Status{})
+	var got []byte
+	for range 1000 {
+		out := r.flush()
+		for len(out) > 0 {
+			h := parseFrameHeader(out)
+			if h.typ == frameData {
+				got = append(got, out[frameHeaderLen:frameHeaderLen+int(h.length)]...)
+			}
+			out = out[frameHeaderLen+int(h.length):]
+		}
+		if r.c.Streams() == 0 {
+			break
+		}
+		r.feed(appendWindowUpdate(appendWindowUpdate(nil, 0, 50_000), r.id, 50_000))
+	}
+	if len(got) != prefixLen+len(msg) || !bytes.Equal(got[prefixLen:], msg) || r.c.Queued() != 0 {
+		t.Errorf("%d bytes came, %d are queued", len(got), r.c.Queued())
+	}
+}

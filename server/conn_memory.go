@@ -1,0 +1,76 @@
+package server
+
+// What one client's connection counts in the process's Memory (shard.Memory), and what follows from it.
+const (
+	// chargeStep is how far the count may be off for one connection: small requests touch nothing that the loops
+	// share.
+	chargeStep = 16 << 10
+	// smallShare is what a connection may hold and still be served when memory is short.
+	smallShare = 256 << 10
+	// ownedAnswer is the size from which on an answer is handed to the codec instead of copied.
+	ownedAnswer = 256 << 10
+)
+
+// held is what the client makes this process hold: answers that wait, messages received in part, requests with
+// the core.
+func (c *clientConn) held() int {
+	if c.closed {
+		return c.opsBytes
+	}
+	return c.h2.Queued() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
+}
+
+// charge brings the count up to date.
+func (c *clientConn) charge() {
+	n := c.held()
+	if d := n - c.charged; d >= chargeStep || d <= -chargeStep || n == 0 && d != 0 {
+		c.charged = n
+		c.eng.cfg.Memory.Add(int64(d))
+	}
+}
+
+// full says that a request of size bytes is refused, and why.
+func (c *clientConn) full(size int) (limit, bool) {
+	switch {
+	case c.ops >= maxOpsPerConn:
+		return limitRequests, true
+	case c.ops >= opsWhenBusy && c.eng.working() >= busyOps, c.ops > 0 && c.eng.working() >= maxOps:
+		return limitAllRequests, true
+	case c.opsBytes+size > maxOpBytesPerConn:
+		return limitRequestBytes, true
+	case c.h2.Queued() > maxWaitingReplies:
+		return limitReplies, true
+	case c.charged > smallShare && c.eng.cfg.Memory.Pressed():
+		return limitMemory, true
+	}
+	return 0, false
+}
+
+// working is how many ops the core has.
+func (e *Engine) working() (n int64) {
+	for _, l := range e.loops {
+		n += l.working.Load()
+	}
+	return n
+}
+
+// stuck says that the client holds much, and nothing of it was taken for a second.
+func (c *clientConn) stuck() bool {
+	return c.charged > smallShare && c.lastHeld > 0 && c.charged >= c.lastHeld
+}
+
+// alive sees to the server's keepalive, as grpc-go does it: a PING after a silence, the end when nothing follows.
+func (c *clientConn) alive(now int64) bool {
+	interval, timeout := int64(c.eng.cfg.KeepaliveInterval), int64(c.eng.cfg.KeepaliveTimeout)
+	switch {
+	case interval <= 0 || timeout <= 0:
+	case c.pinged != 0 && now-c.pinged >= timeout:
+		c.drop(limitKeepalive, "no answer to a keepalive PING")
+		return false
+	case c.pinged == 0 && now-c.received >= interval:
+		c.pinged = now
+		c.h2.Ping()
+		c.touch()
+	}
+	return true
+}

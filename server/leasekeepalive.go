@@ -1,0 +1,242 @@
+package server
+
+import (
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// leaseKeepAlivePath is the :path of etcd's LeaseKeepAlive RPC.
+const leaseKeepAlivePath = "/etcdserverpb.Lease/LeaseKeepAlive"
+
+// Limits of LeaseKeepAlive streams.
+const (
+	// maxKeepAlivesInFlight is how many messages of one stream may be with the core. Further ones wait on the
+	// stream, which is not read meanwhile; at most one stream window of them is on its way.
+	maxKeepAlivesInFlight = 256
+	// maxKeepAlivesWaiting is how many messages may wait on all streams of one connection together. A client
+	// that sends keep-alives for all its leases at once, 70,000 to a window, stays below; the stream of one
+	// that goes beyond ends with etcd's "too many requests".
+	maxKeepAlivesWaiting = 1 << 18
+	// maxKeepAliveQueued is how many bytes of answers may wait for the client before no further message is
+	// handed to the core; those that are with it come on top.
+	maxKeepAliveQueued = 64 << 10
+)
+
+// keepAliveStream is one LeaseKeepAlive RPC: every message is an Op of its own, and answers go out as they
+// come. A lease whose home does not answer gets none, as with an etcd that is slow, and does not end the stream
+// for the others. But when the client has named no other lease on it, the error ends the stream: there is
+// nobody else to spare, and clientv3's KeepAliveOnce waits for exactly that.
+//
+// It lives on its client's loop; what is said of keepAliveOp.coreDone is the exception.
+type keepAliveStream struct {
+	rpc  *RPC
+	over bool
+	held bool // the client's window is withheld
+
+	// IDs that wait, from head on.
+	waiting []int64
+	head    int
+	// flying are the Ops that the core has, free those of before, to be used again.
+	flying   map[*keepAliveOp]struct{}
+	free     []*keepAliveOp
+	halfDone bool // the client will send no more
+
+	lease int64 // the first ID seen
+	seen  bool
+	many  bool // there was another one
+}
+
+// keepAliveOp is one message on its way through the core. Its functions are made once, so that the next
+// messages cost no memory.
+type keepAliveOp struct {
+	s        *keepAliveStream
+	op       *shard.Op
+	coreDone bool   // the core's loop only: Done was called
+	submit   func() // on the core's loop
+	cancel   func() // on the core's loop
+	answered func() // on the stream's loop
+}
+
+var _ StreamHandler = (*keepAliveStream)(nil)
+
+func newKeepAliveStream(*Loop) StreamHandler {
+	return &keepAliveStream{flying: make(map[*keepAliveOp]struct{})}
+}
+
+// Open implements StreamHandler.
+func (s *keepAliveStream) Open(rpc *RPC) { s.rpc = rpc }
+
+// Message implements StreamHandler.
+func (s *keepAliveStream) Message(msg []byte) {
+	if s.over {
+		return
+	}
+	var id int64
+	it := codec.Fields{Msg: msg}
+	for it.Next() {
+		if it.Field.Num == 1 {
+			id = int64(it.Field.Val)
+		}
+	}
+	if it.Bad {
+		s.finish(statusBadMessage)
+		return
+	}
+	switch {
+	case !s.seen:
+		s.seen, s.lease = true, id
+	case id != s.lease:
+		s.many = true
+	}
+	if s.rpc.conn.keepAlives >= maxKeepAlivesWaiting {
+		metricRefused.Inc()
+		s.finish(codec.ErrTooManyRequests)
+		return
+	}
+	if s.head > 0 && s.head >= len(s.waiting)/2 {
+		s.waiting, s.head = s.waiting[:copy(s.waiting, s.waiting[s.head:])], 0
+	}
+	s.waiting = append(s.waiting, id)
+	s.rpc.conn.keepAlives++
+	s.pump()
+}
+
+// HalfClose implements StreamHandler.
+func (s *keepAliveStream) HalfClose() {
+	s.halfDone = true
+	s.pump()
+}
+
+// Drained implements StreamHandler.
+func (s *keepAliveStream) Drained() { s.pump() }
+
+// Cancel implements StreamHandler.
+func (s *keepAliveStream) Cancel() { s.close() }
+
+// pump hands to the core what may go, then sees to the client's window and to the end.
+func (s *keepAliveStream) pump() {
+	for !s.over && s.head < len(s.waiting) && len(s.flying) < maxKeepAlivesInFlight && s.rpc.Queued() <= maxKeepAliveQueued {
+		c := s.rpc.conn
+		if c.ops >= maxOpsPerConn { // by other streams of this client
+			metricRefused.Inc()
+			s.finish(codec.ErrTooManyRequests)
+			return
+		}
+		id := s.waiting[s.head]
+		if s.head++; s.head == len(s.waiting) {
+			s.waiting, s.head = s.waiting[:0], 0
+			if cap(s.waiting) > maxKeepAlivesInFlight {
+				s.waiting = nil
+			}
+		}
+		c.keepAlives--
+		c.ops++
+		k := s.take()
+		k.op.Msg = codec.AppendInt(k.op.Msg[:0], 1, id)
+		s.flying[k] = struct{}{}
+		s.rpc.loop.atHome(k.submit)
+	}
+	if s.over {
+		return
+	}
+	if hold := s.head < len(s.waiting); hold != s.held {
+		s.held = hold
+		s.rpc.Hold(hold)
+	}
+	if s.halfDone && !s.held && len(s.flying) == 0 {
+		s.finish(codec.Status{})
+	}
+}
+
+// take returns a keepAliveOp with an Op.
+func (s *keepAliveStream) take() *keepAliveOp {
+	var k *keepAliveOp
+	if n := len(s.free); n > 0 {
+		k = s.free[n-1]
+		s.free = s.free[:n-1]
+	} else {
+		k = &keepAliveOp{s: s}
+		home := s.rpc.loop.eng.loops[0]
+		k.submit = func() {
+			k.coreDone = false
+			home.submit(k.op)
+		}
+		k.cancel = func() {
+			if !k.coreDone {
+				home.cancel(k.op)
+			}
+		}
+		k.answered = func() { s.answered(k) }
+	}
+	k.op = shard.AcquireOp()
+	k.op.Kind = shard.OpLeaseKeepAlive
+	k.op.Done = keepAliveDone
+	k.op.User = k
+	return k
+}
+
+// keepAliveDone is the Done of all these Ops. It may run within submit, so the answer always goes by the
+// mailbox: pump is not to be entered twice.
+func keepAliveDone(op *shard.Op) {
+	k := op.User.(*keepAliveOp)
+	k.coreDone = true
+	k.s.rpc.loop.Post(k.answered)
+}
+
+// answered takes the core's answer.
+func (s *keepAliveStream) answered(k *keepAliveOp) {
+	op := k.op
+	k.op = nil
+	delete(s.flying, k)
+	c := s.rpc.conn
+	c.ops--
+	switch st := op.Status; {
+	case s.over:
+		c.h2.AddWork(-1)
+	case st.Code == codec.OK:
+		s.rpc.Send(op.Resp)
+		s.free = append(s.free, k)
+	case !s.many:
+		s.finish(st)
+	default:
+		metricKeepAlivesLost.Inc()
+		s.free = append(s.free, k)
+	}
+	shard.ReleaseOp(op)
+	if !s.over {
+		s.pump()
+	}
+}
+
+func (s *keepAliveStream) finish(st codec.Status) {
+	if !s.over {
+		s.close()
+		s.rpc.Finish(st)
+	}
+}
+
+// close lets go of everything. What the core has is canceled; until the core says so it takes places of the
+// connection.
+func (s *keepAliveStream) close() {
+	if s.over {
+		return
+	}
+	s.over = true
+	c := s.rpc.conn
+	c.keepAlives -= len(s.waiting) - s.head
+	s.waiting, s.head, s.free = nil, 0, nil
+	c.h2.AddWork(len(s.flying))
+	for k := range s.flying {
+		// Behind submit in that mailbox, and before any other use of k: it is not used again.
+		s.rpc.loop.atHome(k.cancel)
+	}
+}
+
+// atHome runs f on the core's loop, behind what was handed to it before: at once where that is this loop.
+func (l *Loop) atHome(f func()) {
+	if home := l.eng.loops[0]; home != l {
+		home.Post(f)
+	} else {
+		f()
+	}
+}

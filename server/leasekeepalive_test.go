@@ -1,0 +1,339 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"spindle/codec"
+	"spindle/shard"
+)
+
+// Leases of the fakeCore. Keep-alives of [leaseHeld, leaseHeld+100000) wait like Ranges of "hold", those from leaseDeaf
+// on like Ranges of "deaf"; leaseGone has expired; the home of leaseDark does not answer.
+const (
+	leaseGone = 404
+	leaseDark = 503
+	leaseHeld = 100_000
+	leaseDeaf = 200_000
+)
+
+// lease answers op, or reports that it is held.
+func (f *fakeCore) lease(op *shard.Op) (held bool) {
+	var m proto.Message
+	switch op.Kind {
+	case shard.OpLeaseGrant:
+		var req pb.LeaseGrantRequest
+		_ = proto.Unmarshal(op.Msg, &req)
+		m = &pb.LeaseGrantResponse{ID: req.ID + 1, TTL: req.TTL}
+	case shard.OpLeaseRevoke:
+		op.Status = codec.ErrLeaseNotFound
+		return false
+	case shard.OpLeaseTimeToLive:
+		var req pb.LeaseTimeToLiveRequest
+		_ = proto.Unmarshal(op.Msg, &req)
+		m = &pb.LeaseTimeToLiveResponse{ID: req.ID, TTL: -1}
+	case shard.OpLeaseLeases:
+		m = &pb.LeaseLeasesResponse{Leases: []*pb.LeaseStatus{{ID: 7}}}
+	case shard.OpLeaseKeepAlive:
+		var req pb.LeaseKeepAliveRequest
+		if err := proto.Unmarshal(op.Msg, &req); err != nil {
+			f.t.Error(err)
+		}
+		key := strconv.FormatInt(req.ID, 10)
+		if req.ID >= leaseHeld {
+			if key = "hold" + key; req.ID >= leaseDeaf {
+				key = "deaf" + key[len("hold"):]
+			}
+			f.held[op] = key
+			f.heldC <- key
+			return true
+		}
+		f.keepAlive(op, "hold"+key)
+		return false
+	default:
+		f.t.Errorf("the fake core knows no op %d", op.Kind)
+		return false
+	}
+	op.Resp = f.marshal(op.Resp, m)
+	return false
+}
+
+func (f *fakeCore) keepAlive(op *shard.Op, key string) {
+	id, _ := strconv.ParseInt(key[len("hold"):], 10, 64)
+	resp := &pb.LeaseKeepAliveResponse{ID: id, TTL: 10}
+	switch id {
+	case leaseDark:
+		op.Status = codec.ErrTimeout
+		return
+	case leaseGone:
+		resp.TTL = 0
+	}
+	op.Resp = f.marshal(op.Resp, resp)
+}
+
+func TestLeaseUnary(t *testing.T) {
+	s := startServer(t, Config{})
+	c, ctx := pb.NewLeaseClient(s.dial(t)), testContext(t)
+	if r, err := c.LeaseGrant(ctx, &pb.LeaseGrantRequest{ID: 5, TTL: 9}); err != nil || r.ID != 6 || r.TTL != 9 {
+		t.Errorf("LeaseGrant: %v, %v", r, err)
+	}
+	if _, err := c.LeaseRevoke(ctx, &pb.LeaseRevokeRequest{ID: 5}); status.Code(err) != codes.NotFound {
+		t.Errorf("LeaseRevoke: %v", err)
+	}
+	if r, err := c.LeaseTimeToLive(ctx, &pb.LeaseTimeToLiveRequest{ID: 5}); err != nil || r.ID != 5 || r.TTL != -1 {
+		t.Errorf("LeaseTimeToLive: %v, %v", r, err)
+	}
+	if r, err := c.LeaseLeases(ctx, &pb.LeaseLeasesRequest{}); err != nil || len(r.Leases) != 1 {
+		t.Errorf("LeaseLeases: %v, %v", r, err)
+	}
+}
+
+type keepAliveClient = grpc.BidiStreamingClient[pb.LeaseKeepAliveRequest, pb.LeaseKeepAliveResponse]
+
+func openKeepAlive(t testing.TB, ctx context.Context, s *testServer) keepAliveClient {
+	t.Helper()
+	st, err := pb.NewLeaseClient(s.dial(t)).LeaseKeepAlive(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st
+}
+
+func sendKeepAlive(t testing.TB, st keepAliveClient, ids ...int64) {
+	t.Helper()
+	for _, id := range ids {
+		if err := st.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// One stream for many leases: a lease that is gone has TTL 0, one whose home is dark gets no answer and does
+// not disturb the others, and a half-close is answered when everything else was.
+func TestKeepAliveManyLeases(t *testing.T) {
+	forLoops(t, func(t *testing.T, loops int) {
+		s := startServer(t, Config{Loops: loops})
+		st := openKeepAlive(t, testContext(t), s)
+		sendKeepAlive(t, st, 1, leaseDark, 2, leaseGone, leaseHeld, leaseDark, 3)
+		if err := st.CloseSend(); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for range 4 {
+			r, err := st.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, fmt.Sprint(r.ID, " ", r.TTL))
+		}
+		slices.Sort(got)
+		if want := []string{"1 10", "2 10", "3 10", "404 0"}; !slices.Equal(got, want) {
+			t.Errorf("got %q, expected %q", got, want)
+		}
+		receive(t, "the held one", s.core.heldC)
+		s.core.release(s.Loops()[0])
+		if r, err := st.Recv(); err != nil || r.ID != leaseHeld {
+			t.Fatalf("the last answer: %v, %v", r, err)
+		}
+		if _, err := st.Recv(); !errors.Is(err, io.EOF) {
+			t.Errorf("end: %v", err)
+		}
+	})
+}
+
+// A stream that carries one lease alone ends with that lease's error, which is what clientv3's
+// KeepAliveOnce waits for.
+func TestKeepAliveOneLease(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	st := openKeepAlive(t, testContext(t), s)
+	sendKeepAlive(t, st, leaseDark, leaseDark)
+	if _, err := st.Recv(); status.Code(err) != codes.Unavailable || status.Convert(err).Message() != codec.ErrTimeout.Msg {
+		t.Errorf("one dark lease: %v", err)
+	}
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{s.addr()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if r, err := c.KeepAliveOnce(testContext(t), 5); err != nil || r.TTL != 10 {
+		t.Errorf("KeepAliveOnce: %v, %v", r, err)
+	}
+	if _, err := c.KeepAliveOnce(testContext(t), leaseGone); err == nil || err.Error() != codec.ErrLeaseNotFound.Msg {
+		t.Errorf("KeepAliveOnce of a lease that is gone: %v", err)
+	}
+}
+
+// More messages than the core gets at a time: they wait, the client's window is withheld, all are answered.
+func TestKeepAliveInFlight(t *testing.T) {
+	forLoops(t, func(t *testing.T, loops int) {
+		const n = 5 * maxKeepAlivesInFlight
+		s := startServer(t, Config{Loops: loops})
+		st := openKeepAlive(t, testContext(t), s)
+		for i := range int64(n) {
+			sendKeepAlive(t, st, leaseHeld+i)
+		}
+		seen := make(map[int64]bool)
+		for round := range n / maxKeepAlivesInFlight {
+			for range maxKeepAlivesInFlight {
+				receive(t, "a keep-alive at the core", s.core.heldC)
+			}
+			for _, l := range s.Loops() {
+				onLoop(l, func() {
+					for c := range l.conns {
+						if c.ops > maxKeepAlivesInFlight {
+							t.Errorf("round %d: the core has %d", round, c.ops)
+						}
+					}
+				})
+			}
+			s.core.release(s.Loops()[0])
+			for range maxKeepAlivesInFlight {
+				r, err := st.Recv()
+				if err != nil || seen[r.ID] {
+					t.Fatalf("answer %d: %v, %v", len(seen), r, err)
+				}
+				seen[r.ID] = true
+			}
+		}
+		if len(s.core.heldC) > 0 {
+			t.Errorf("the core got more than was sent")
+		}
+		eventually(t, "nothing is counted any more", func() (none bool) {
+			none = true
+			for _, l := range s.Loops() {
+				onLoop(l, func() {
+					for c := range l.conns {
+						none = none && c.ops == 0 && c.keepAlives == 0
+					}
+				})
+			}
+			return none
+		})
+	})
+}
+
+// A client that waits too much of the server gets etcd's answer.
+func TestKeepAliveWaitingBound(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	l := s.Loops()[0]
+	st := openKeepAlive(t, testContext(t), s)
+	sendKeepAlive(t, st, leaseHeld)
+	receive(t, "the first", s.core.heldC)
+	onLoop(l, func() {
+		for c := range l.conns {
+			c.keepAlives += maxKeepAlivesWaiting
+		}
+	})
+	sendKeepAlive(t, st, leaseHeld)
+	if _, err := st.Recv(); status.Code(err) != codes.ResourceExhausted || status.Convert(err).Message() != codec.ErrTooManyRequests.Msg {
+		t.Errorf("got %v", err)
+	}
+	receive(t, "the cancel of the first", s.core.cancelC)
+}
+
+// Streams that end with keep-alives under way: the core is told of each, and whatever it says later
+// goes to nobody.
+func TestKeepAliveCancel(t *testing.T) {
+	forLoops(t, func(t *testing.T, loops int) {
+		s := startServer(t, Config{Loops: loops})
+		for i := range int64(3 * loops) {
+			ctx, cancel := context.WithCancel(testContext(t))
+			st := openKeepAlive(t, ctx, s)
+			sendKeepAlive(t, st, leaseHeld+i, leaseDeaf+i)
+			for range 2 {
+				receive(t, "a keep-alive at the core", s.core.heldC)
+			}
+			cancel()
+			for range 2 {
+				receive(t, "core.Cancel", s.core.cancelC)
+			}
+		}
+		works := func() (n int) {
+			for _, l := range s.Loops() {
+				onLoop(l, func() {
+					for c := range l.conns {
+						n += c.ops
+					}
+				})
+			}
+			return n
+		}
+		eventually(t, "only what is deaf counts", func() bool { return works() == 3*loops })
+		s.core.release(s.Loops()[0])
+		eventually(t, "nothing counts", func() bool { return works() == 0 })
+	})
+}
+
+func TestKeepAliveBadMessage(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	desc := &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}
+	st, err := s.dial(t).NewStream(testContext(t), desc, leaseKeepAlivePath, grpc.ForceCodec(rawBytes{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = st.SendMsg([]byte{0xff})
+	var got []byte
+	if err := st.RecvMsg(&got); status.Code(err) != codes.Internal {
+		t.Errorf("got %v", err)
+	}
+}
+
+// Answers, cancels and new messages at the same time: nothing is lost, and no Op is used twice.
+func TestKeepAliveRaces(t *testing.T) {
+	s := startServer(t, Config{Loops: 3})
+	home := s.Loops()[0]
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-s.core.heldC:
+				s.core.release(home)
+			case <-s.core.cancelC:
+			}
+		}
+	}()
+	ends := make(chan error, 12)
+	for i := range int64(12) {
+		st := openKeepAlive(t, testContext(t), s)
+		go func() {
+			ends <- func() error {
+				for k := range int64(200) {
+					id := leaseHeld + i*1000 + k
+					if err := st.Send(&pb.LeaseKeepAliveRequest{ID: id}); err != nil {
+						return err
+					}
+					if i%2 == 0 {
+						if r, err := st.Recv(); err != nil || r.ID != id {
+							return fmt.Errorf("%v, %w", r, err)
+						}
+					}
+				}
+				return st.CloseSend()
+			}()
+		}()
+	}
+	for range 12 {
+		if err := receive(t, "the end of a client", ends); err != nil {
+			t.Error(err)
+		}
+	}
+	close(stop)
+	<-stopped
+	s.core.release(home)
+}
