@@ -147,6 +147,17 @@ func (k *connecting) missing() (names []string) {
 	return names
 }
 
+// lacks says that a shard has been asked for something and has not answered.
+func (k *connecting) lacks(s *shardState) bool {
+	switch {
+	case k.phase == phaseLook:
+		return !k.looks[s.idx].answered && k.looks[s.idx].err != ""
+	case k.phase == phaseFence && s.idx < len(k.now.fences):
+		return !k.now.fences[s.idx].done && k.now.fences[s.idx].err != ""
+	}
+	return false
+}
+
 func memberAnd(s *shardState, err string) string {
 	if err == "" {
 		return "member cluster " + s.name

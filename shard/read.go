@@ -438,7 +438,7 @@ func anyLease(parts [][]byte) bool {
 func (s *shardState) mayHaveChanged(ivs []Interval, from, upTo int64) bool {
 	c := s.c
 	seen := min(s.rec.last, upTo)
-	if seen-from > 1024 {
+	if seen-from > 1024 || c.connecting != nil { // the log has forgotten ranges of the epoch that is over
 		return true
 	}
 	for r := from + 1; r <= seen; r++ {
