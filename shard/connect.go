@@ -286,7 +286,7 @@ func (k *connecting) judge() {
 	k.phase = phaseBelieve
 	epoch := first.Epoch
 	if k.trust != (revclock.ID{}) {
-		epoch = k.trust
+		epoch, clocks, c.knownN = k.trust, nil, 0
 	}
 	c.clock.Start(revclock.StartArgs{Epoch: epoch, Clocks: clocks, N: c.knownN, Cluster: first.Coordinator})
 	k.tell()

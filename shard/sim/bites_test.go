@@ -51,7 +51,12 @@ func TestItBites(t *testing.T) {
 			})
 		}},
 		{"a rebuild skips a shard", func(c *Config) { loses(c); c.Sabotage.RebuildSkipsShard = true }},
-		{"a rebuild fences first", func(c *Config) { loses(c); c.Sabotage.RebuildFencesFirst = true }},
+		{"a rebuild fences first", func(c *Config) {
+			// It takes a rebuild that comes to a coordinator which was rebuilt and lost again meanwhile.
+			loses(c)
+			c.Faults, c.Shards, c.Proxies, c.Base, c.Jitter, c.Far = Faults{SlowRequest: 0.3}, 1, 2, 100*time.Microsecond, 0, 0
+			c.Sabotage.RebuildFencesFirst = true
+		}},
 		{"a rebuild does not fence", func(c *Config) { loses(c); c.Sabotage.RebuildNoFence = true }},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {

@@ -23,6 +23,7 @@ func (r *Run) check() error {
 		return err
 	}
 	r.stats.Facts = len(h.values)
+	r.forced = r.forcedRevision()
 	if h.wait > 0 {
 		return fmt.Errorf("%d changes without a record still wait for one at the end", h.wait)
 	}

@@ -164,12 +164,37 @@ func (r *Run) forceCompact(c *Cluster) {
 		return
 	}
 	c.compact = at
+	r.forcedAt = append(r.forcedAt, forcedAt{c, at})
 	if rec, err := parseRecord(clock.KV.Value); err == nil {
 		// What has no record yet will have one of the next revisions.
 		r.forced = max(r.forced, rec.last+maxBatch)
 	}
 	r.stats.Compactions++
 	r.net.tracef("%s: somebody compacts it at L%d", c, at)
+}
+
+// forcedAt is a compaction by somebody else.
+type forcedAt struct {
+	c     *Cluster
+	local int64
+}
+
+// forcedRevision returns up to where such compactions reach: to the next record, which may lie far ahead if the
+// coordinator was rebuilt between.
+func (r *Run) forcedRevision() int64 {
+	rev := r.forced
+	for _, f := range r.forcedAt {
+		for _, ch := range f.c.Log() {
+			if ch.Main <= f.local || string(ch.KV.Key) != keyClock || ch.Delete {
+				continue
+			}
+			if rec, err := parseRecord(ch.KV.Value); err == nil {
+				rev = max(rev, rec.last)
+			}
+			break
+		}
+	}
+	return rev
 }
 
 // maxBatch is more than the revisions between two records of a run.

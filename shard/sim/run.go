@@ -32,13 +32,14 @@ const (
 // Run is one run.
 type Run struct {
 	Config
-	net     *Net
-	proxies []*proxy
-	chaos   bool // faults are on
-	issued  int  // operations begun
-	open    int  // operations under way
-	ops     []*op
-	forced  int64 // somebody else compacted a member up to this revision, 0 if nobody did
+	net      *Net
+	proxies  []*proxy
+	chaos    bool // faults are on
+	issued   int  // operations begun
+	open     int  // operations under way
+	ops      []*op
+	forcedAt []forcedAt
+	forced   int64 // somebody else compacted a member up to this revision, 0 if nobody did
 	// compacted is the largest revision that a client was told is compacted.
 	compacted   int64
 	compactedAt int64 // virtual time when it was told so
