@@ -376,7 +376,7 @@ func (b *bootstrap) compareClocks() {
 	c := b.c
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen {
+		if b.clocks[i] >= seen || s.lossy {
 			continue
 		}
 		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
@@ -392,8 +392,12 @@ func (b *bootstrap) compareClocks() {
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
+			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
+				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
+				b.clocks[i], s.rec, s.lossy = rec.Last, point{rec.First, rec.Last, kv.ModRevision}, true
+				b.compareClocks()
 			case rec.Last < seen:
-				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from a backup, or is not the one it was; restore its newest state", s.name, rec.Last, seen))
+				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from an older backup, or is not the one it was; restore its newest state, or start with --accept-data-loss=%s to go on without what is lost", s.name, rec.Last, seen, c.cfg.Names[s.cluster]))
 			default:
 				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
 				b.compareClocks()
@@ -477,6 +481,12 @@ func (b *bootstrap) streamMoved(s *shardState) {
 		return
 	}
 	c.state, c.reason, c.boot = stateReady, "", nil
+	for _, s := range c.shards {
+		if s.lossy { // its clock comes to where it has been
+			s.wantFence = true
+			s.touch()
+		}
+	}
 	c.armCompactionLags()
 	c.startAutoCompact()
 	c.startLeases()

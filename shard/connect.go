@@ -221,7 +221,19 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 		return
 	}
 	if err := l.read(resp); err != nil {
-		c.fail(err)
+		if c.state == stateStarting {
+			c.fail(err)
+			return
+		}
+		// Nothing can be rebuilt without it, and the others still serve what they may.
+		l.err = err.Error()
+		k.tell()
+		turn := l.turn
+		c.after(c.jitter(refusedAgain), func() {
+			if k.live(turn) {
+				l.send()
+			}
+		})
 		return
 	}
 	l.answered, l.err = true, ""
@@ -244,6 +256,9 @@ func (l *look) read(resp []byte) error {
 	clock, _ := firstKV(t.resps[1])
 	if l.rec, ok = ParseRecord(slices.Clone(clock.Value)); !ok {
 		return fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", l.s.name)
+	}
+	if c.state == stateReady && l.rec.Last < l.s.rec.last {
+		return fmt.Errorf("member cluster %s has been at revision %d and is at %d: it was restored from an older backup", l.s.name, l.s.rec.last, l.rec.Last)
 	}
 	l.local = clock.ModRevision
 	kv, found := firstKV(t.resps[2])

@@ -67,6 +67,9 @@ type CoreConfig struct {
 	// etcd has another cluster ID. It must be empty.
 	ReplaceCoordinator bool
 
+	// AcceptDataLoss names member clusters that may be behind what was seen of them.
+	AcceptDataLoss []string
+
 	// Sabotage plants bugs for the simulation to find. Never set outside of tests.
 	Sabotage Sabotage
 }

@@ -42,6 +42,8 @@ type ShardObservation struct {
 	Rejections, Pending int
 	// Revokes is the number of copies of ended leases that wait to be revoked.
 	Revokes int
+	// Refused is why nothing is sent to the shard, "" if it is not refused.
+	Refused string
 	// Missing is set while the coordinator cannot be rebuilt because the shard does not answer.
 	Missing bool
 	// Streaming is false while the shard's watch stream is down, Held is true while the ring is full.
@@ -69,6 +71,7 @@ func (c *Core) Observe() Observation {
 			Revokes:   len(s.lease.queue),
 			Streaming: s.handle != nil, Held: s.holding,
 		}
+		so.Refused = s.banned
 		so.Missing = o.Connecting && c.connecting.lacks(s)
 		if open := l.Open(i); len(open) > 0 {
 			so.Open, so.Oldest, so.OldestAge = len(open), open[0].First, now-open[0].Seen

@@ -139,7 +139,7 @@ func (s *shardState) flushWrites() {
 		return
 	}
 	c := s.c
-	if c.connecting != nil {
+	if s.failRefused() || s.unsure || c.connecting != nil {
 		return
 	}
 	if l, ok := c.tr.(liveness); ok && !l.Connected(s.cluster) {

@@ -149,6 +149,9 @@ func (s *shardState) lookup(w *write) {
 // flushReads sends the reads that wait, as many as one Txn takes.
 func (s *shardState) flushReads() {
 	c := s.c
+	if s.failRefused() {
+		return
+	}
 	for len(s.reads) > 0 && s.readsMayGo() {
 		b := c.acquireRead(s)
 		ops, needNow := 0, false

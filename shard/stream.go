@@ -44,7 +44,10 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
-	offline     bool // without a connection when last looked at; a timer looks again
+	unsure      bool   // its stream has ended, and it was not looked at since: nothing is written
+	lossy       bool   // it was behind at the start, and the operator accepts that
+	banned      string // why it is not the shard that it was
+	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
 	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too
 
@@ -105,6 +108,7 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
+	s.unsure = false
 	s.clearPending()
 	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
@@ -152,9 +156,10 @@ func (s *shardState) reopen() {
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
+	s.unsure = true
 	s.c.after(s.c.jitter(d), func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
-			s.openStream()
+			s.verify(gen, false)
 		}
 	})
 }

@@ -187,6 +187,7 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 		MemberMaxRequestBytes: n.cfg.ShardMaxRequestBytes,
 		MemberName:            n.cfg.Name,
 		ClientURLs:            n.cfg.AdvertiseClientURLs,
+		AcceptDataLoss:        n.cfg.AcceptDataLoss,
 		ReplaceCoordinator:    n.cfg.ReplaceCoordinator,
 	}, n.pool)
 	n.engine.SetCore(n.core)
