@@ -435,6 +435,21 @@ func TestLost(t *testing.T) {
 		q := s.startProc()
 		has(t, s.runUntilLost(q), "lost its data")
 	})
+	t.Run("wiped while the log was caught up", func(t *testing.T) {
+		// The watch then waits for a revision that is far away (shard/sim, TestRebuild seed 151).
+		s, p := quiet(t)
+		p.request(0)
+		p.turn()
+		s.run(time.Second, false)
+		q := s.startProc()
+		for q.c.state != stateCatching && s.w.step(s.w.now+int64(time.Second)) {
+		}
+		if q.c.state != stateCatching {
+			t.Fatal("it does not catch up")
+		}
+		s.w.wipe()
+		has(t, s.runUntilLost(q), "lost its data")
+	})
 	t.Run("rebuilt, seen by the watch", func(t *testing.T) {
 		s, p := quiet(t)
 		s.w.put([]byte("e"), AppendEpoch(nil, ID{9}))

@@ -277,3 +277,35 @@ func TestRebuild(t *testing.T) {
 		t.Error("nothing was rebuilt")
 	}
 }
+
+// TestFirstStartHazard loses the coordinator while proxies start for the first time, before any clock has left 0: what
+// was handed out by then must not be handed out again.
+func TestFirstStartHazard(t *testing.T) {
+	rebuilt := uint64(0)
+	for seed := uint64(1); seed <= 40; seed++ {
+		cfg := ConfigOf(seed)
+		cfg.Proxies, cfg.Shards, cfg.Ops = max(cfg.Proxies, 2), max(cfg.Shards, 2), min(cfg.Ops, 100)
+		cfg.Faults = Faults{SlowRequest: 0.1} // batches that are on their way when the coordinator is lost
+		r := newRun(cfg)
+		for range 3 {
+			r.net.After(r.net.Between(20*time.Millisecond, 150*time.Millisecond), func() {
+				r.net.tracef("coord: loses its data")
+				r.net.Coord.Wipe(r.net.Coord.ClusterID)
+			})
+		}
+		r.stats.Wipes = 3
+		err := r.drive()
+		if err == nil {
+			err = r.check()
+		}
+		if err != nil {
+			t.Errorf("seed %d: %v", seed, clip(err.Error()))
+		}
+		for _, p := range r.proxies {
+			if p.core != nil {
+				rebuilt += p.core.Stats().Rebuilds
+			}
+		}
+	}
+	t.Logf("%d times a coordinator got an epoch", rebuilt)
+}
