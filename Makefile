@@ -4,7 +4,7 @@ GO ?= go
 BIN := .tmp/bin
 
 # Packages whose tests are worth their time under the race detector. server/e2e scales itself down there.
-RACE := ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
+RACE := ./bench/... ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 
 # How long each fuzz target runs, and how many seeds `make sim` takes.
 FUZZTIME ?= 30s
@@ -36,9 +36,9 @@ build: ## Build ./spindle
 
 .PHONY: test
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
-	$(GO) test -timeout 8m ./...
+	$(GO) test -timeout 25m ./...
 	.ci/etcdctl.sh
-	$(GO) test -race -short -timeout 8m $(RACE)
+	$(GO) test -race -short -timeout 25m $(RACE)
 
 .PHONY: race
 race: ## All tests under the race detector
@@ -46,7 +46,7 @@ race: ## All tests under the race detector
 
 .PHONY: e2e
 e2e: ## Only the black-box tests, with their numbers
-	$(GO) test -count 1 -v -timeout 8m ./server/e2e
+	$(GO) test -count 1 -v -timeout 25m ./server/e2e
 
 .PHONY: etcdctl
 etcdctl: ## The real etcdctl against a running Spindle
@@ -86,7 +86,11 @@ fuzz: ## Every fuzz target for FUZZTIME=30s; a crash, a hang or more than FUZZME
 	done
 
 .PHONY: bench
-bench: ## Micro-benchmarks of the packages (the load tester is not built yet)
+bench: ## The load tester: compare etcd, etcd grpc-proxy and Spindle on this machine (ARGS='--help')
+	$(GO) run ./bench compare $(ARGS)
+
+.PHONY: microbench
+microbench: ## Micro-benchmarks of the packages
 	$(GO) test -run '^$$' -bench . -benchmem ./codec/... ./revclock/... ./server ./shard ./watchring/...
 
 .PHONY: lint

@@ -34,7 +34,7 @@ const (
 	idleClients = "SPINDLE_TLS_IDLE_CLIENTS"
 )
 
-// TestIdleTLSMemory opens 2,000 connections with mutual TLS and a watch each, from another process, and looks at what
+// TestIdleTLSMemory opens 5,000 connections with mutual TLS and a watch each, from another process, and looks at what
 // the proxy's process (its members included) grows by.
 func TestIdleTLSMemory(t *testing.T) {
 	if os.Getenv(idleClients) != "" {
@@ -46,7 +46,7 @@ func TestIdleTLSMemory(t *testing.T) {
 	if testing.Short() {
 		t.Skip("thousands of connections")
 	}
-	const n = 2000
+	const n = 5000
 	ca := tlstest.NewCA(t, "ca")
 	node := startReady(t, secureConfig(t, ca, ca.Issue("member"), slog.New(slog.NewTextHandler(io.Discard, nil))))
 	cli := ca.Issue("client")

@@ -1,0 +1,263 @@
+// Package client is the load tester's connection to an etcd endpoint: gRPC over HTTP/2 on codec, a goroutine a
+// connection, nothing allocated for each request, so that the generator takes little of the machine that it measures.
+package client
+
+import (
+	"crypto/tls"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"spindle/codec"
+)
+
+// Sink hears what a call or stream brings. It is called on the connection's goroutine, with the connection locked: it
+// may start further calls on it, and must not block.
+type Sink interface {
+	// Message reports a message; msg is valid during the call only.
+	Message(msg []byte)
+	// End is called exactly once.
+	End(st codec.Status)
+}
+
+const (
+	// dialTimeout bounds connecting, the TLS handshake and the wait for the server's SETTINGS.
+	dialTimeout = 10 * time.Second
+	// The windows are large enough that the server never waits for them.
+	streamWindow = 8 << 20
+	connWindow   = 64 << 20
+	// maxMessage bounds an answer: kube-apiserver takes 2 GiB.
+	maxMessage = 1 << 30
+	// The buffer for reading begins small, so that thousands of idle connections fit, and doubles while reads fill it.
+	minReadBuffer = 4 << 10
+	maxReadBuffer = 256 << 10
+	tickInterval  = time.Second
+)
+
+// Conn is one HTTP/2 connection. Its methods may be called on any goroutine; those that say "locked" only from
+// within a Sink, or between Lock and Unlock.
+type Conn struct {
+	mu     sync.Mutex
+	nc     net.Conn
+	h2     *codec.Conn
+	err    error
+	closed bool
+	free   []*call
+	greet  chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
+	gone   chan struct{} // closed when nothing is called any more
+}
+
+// call is a request under way, or an open stream.
+type call struct {
+	stream *codec.Stream // nil when it has ended
+	sink   Sink
+	kept   bool // a Stream points here: it is not used again
+}
+
+// Dial connects to address (host:port); with TLS if cfg is not nil.
+func Dial(address string, cfg *tls.Config) (*Conn, error) {
+	nc, err := net.DialTimeout("tcp", address, dialTimeout)
+	if err != nil {
+		return nil, err
+	}
+	if cfg != nil {
+		cfg = cfg.Clone()
+		cfg.NextProtos = []string{"h2"}
+		if cfg.ServerName == "" {
+			cfg.ServerName, _, _ = net.SplitHostPort(address)
+		}
+		t := tls.Client(nc, cfg)
+		_ = t.SetDeadline(time.Now().Add(dialTimeout))
+		if err := t.Handshake(); err != nil {
+			_ = nc.Close()
+			return nil, fmt.Errorf("TLS handshake with %s: %w", address, err)
+		}
+		_ = t.SetDeadline(time.Time{})
+		nc = t
+	}
+	c := &Conn{nc: nc, greet: make(chan struct{}), gone: make(chan struct{})}
+	c.h2 = codec.NewClientConn(codec.ConnConfig{
+		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage,
+	}, address, (*events)(c))
+	c.Lock()
+	c.Unlock() // writes the preface
+	go c.read()
+	timeout := time.AfterFunc(dialTimeout, func() { _ = nc.Close() })
+	<-c.greet // before it the server's limit of streams is not known
+	timeout.Stop()
+	if err := c.Err(); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("no HTTP/2 from %s: %w", address, err)
+	}
+	return c, nil
+}
+
+// Err says why the connection is gone, nil while it is not.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Lock takes the connection; what is started until Unlock travels in one write.
+func (c *Conn) Lock() { c.mu.Lock() }
+
+// Unlock writes what was started, and lets go.
+func (c *Conn) Unlock() {
+	c.flush()
+	c.mu.Unlock()
+}
+
+func (c *Conn) flush() {
+	for !c.closed {
+		out := c.h2.Output()
+		if len(out) == 0 {
+			return
+		}
+		if _, err := c.nc.Write(out); err != nil {
+			c.fail(err)
+			return
+		}
+		c.h2.Flushed()
+	}
+}
+
+func (c *Conn) fail(err error) {
+	if c.err == nil {
+		c.err = err
+	}
+	if !c.closed {
+		c.closed = true
+		_ = c.nc.Close()
+	}
+}
+
+func (c *Conn) read() {
+	defer close(c.gone)
+	buf := make([]byte, minReadBuffer)
+	greeted, tick := false, time.Now()
+	for {
+		n, err := c.nc.Read(buf)
+		c.mu.Lock()
+		if n > 0 && !c.closed {
+			if ferr := c.h2.Feed(buf[:n]); ferr != nil && err == nil {
+				err = ferr
+			}
+			if now := time.Now(); now.Sub(tick) >= tickInterval {
+				tick = now
+				c.h2.Tick()
+			}
+			c.flush()
+		}
+		end := err != nil || c.closed
+		if end {
+			c.fail(err)
+			c.h2.Close()
+		}
+		if !greeted && (end || c.h2.Greeted()) {
+			greeted = true
+			close(c.greet)
+		}
+		c.mu.Unlock()
+		if end {
+			return
+		}
+		if n == len(buf) && n < maxReadBuffer {
+			buf = make([]byte, 2*n)
+		}
+	}
+}
+
+// Call starts a request of one message, locked. msg is read before it returns. It returns false, and sink hears nothing, if
+// the connection takes no more streams.
+func (c *Conn) Call(path string, msg []byte, sink Sink) bool {
+	k := c.open(path, msg, sink)
+	if k != nil {
+		c.h2.CloseSend(k.stream)
+	}
+	return k != nil
+}
+
+// Stream is an open stream.
+type Stream struct {
+	c *Conn
+	k *call
+}
+
+// Stream opens a stream and sends msg, locked. It returns nil if the connection takes no more streams.
+func (c *Conn) Stream(path string, msg []byte, sink Sink) *Stream {
+	k := c.open(path, msg, sink)
+	if k == nil {
+		return nil
+	}
+	k.kept = true
+	return &Stream{c, k}
+}
+
+// Send sends one more message, locked.
+func (s *Stream) Send(msg []byte) {
+	if s.k.stream != nil {
+		s.c.h2.Send(s.k.stream, msg)
+	}
+}
+
+// CloseSend says that no more messages follow, locked.
+func (s *Stream) CloseSend() {
+	if s.k.stream != nil {
+		s.c.h2.CloseSend(s.k.stream)
+	}
+}
+
+func (c *Conn) open(path string, msg []byte, sink Sink) *call {
+	if c.closed {
+		return nil
+	}
+	s := c.h2.Open(path, false, 0)
+	if s == nil {
+		return nil
+	}
+	var k *call
+	if n := len(c.free); n > 0 {
+		k, c.free = c.free[n-1], c.free[:n-1]
+	} else {
+		k = new(call)
+	}
+	*k = call{stream: s, sink: sink}
+	s.User = k
+	c.h2.Send(s, msg)
+	return k
+}
+
+// Close ends the connection. Open calls end with Unavailable before it returns. Not locked, and not from within a
+// Sink.
+func (c *Conn) Close() {
+	_ = c.nc.Close() // a write that blocks holds the lock
+	c.mu.Lock()
+	c.fail(net.ErrClosed)
+	c.mu.Unlock()
+	<-c.gone
+}
+
+// events is the Conn as codec sees it.
+type events Conn
+
+// OnMessage implements codec.ClientEvents.
+func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(*call).sink.Message(msg) }
+
+// OnEnd implements codec.ClientEvents.
+func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) {
+	k := s.User.(*call)
+	sink := k.sink
+	k.stream, k.sink = nil, nil
+	if !k.kept {
+		e.free = append(e.free, k)
+	}
+	sink.End(st)
+}
+
+// OnGoAway implements codec.ClientEvents.
+func (e *events) OnGoAway() {}
+
+// OnPong implements codec.ClientEvents.
+func (e *events) OnPong() {}

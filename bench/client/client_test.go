@@ -1,0 +1,190 @@
+package client
+
+import (
+	"net"
+	"sync"
+	"testing"
+	"time"
+
+	"spindle/codec"
+)
+
+// echo is a gRPC server that sends every message back. A request to /bye closes the connection.
+type echo struct {
+	conn *codec.Conn
+	msg  []byte
+	bye  bool
+}
+
+func (e *echo) OnRequest(s *codec.Stream)             { e.bye = s.Path == "/bye" }
+func (e *echo) OnMessage(s *codec.Stream, msg []byte) { e.conn.Send(s, msg) }
+func (e *echo) OnHalfClose(s *codec.Stream)           { e.conn.Finish(s, codec.Status{}) }
+func (e *echo) OnCancel(*codec.Stream)                {}
+func (e *echo) OnDrained(*codec.Stream)               {}
+
+func serveEcho(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	t.Cleanup(func() { l.Close(); wg.Wait() })
+	wg.Go(func() {
+		for {
+			nc, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer nc.Close()
+				e := new(echo)
+				e.conn = codec.NewServerConn(codec.ConnConfig{}, e)
+				buf := make([]byte, 64<<10)
+				for {
+					for out := e.conn.Output(); len(out) > 0; out = e.conn.Output() {
+						if _, err := nc.Write(out); err != nil {
+							return
+						}
+						e.conn.Flushed()
+					}
+					n, err := nc.Read(buf)
+					if err != nil || e.conn.Feed(buf[:n]) != nil || e.bye {
+						return
+					}
+				}
+			})
+		}
+	})
+	return l.Addr().String()
+}
+
+// once is a call that is waited for.
+type once struct {
+	msg  []byte
+	st   codec.Status
+	over chan struct{}
+}
+
+func (o *once) Message(m []byte)    { o.msg = append(o.msg[:0], m...) }
+func (o *once) End(st codec.Status) { o.st = st; o.over <- struct{}{} }
+
+func await(t *testing.T, o *once) {
+	t.Helper()
+	select {
+	case <-o.over:
+	case <-time.After(10 * time.Second):
+		t.Fatal("the call does not end")
+	}
+}
+
+func TestCall(t *testing.T) {
+	c, err := Dial(serveEcho(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	o := &once{over: make(chan struct{}, 1)}
+	msg := []byte("hello")
+	call := func() {
+		c.Lock()
+		ok := c.Call("/etcdserverpb.KV/Range", msg, o)
+		c.Unlock()
+		if !ok {
+			t.Fatal("no call")
+		}
+		<-o.over // await would allocate
+		if o.st.Code != codec.OK || string(o.msg) != "hello" {
+			t.Fatal(o.st, string(o.msg))
+		}
+	}
+	for range 300 { // more than the streams that are allowed before the SETTINGS
+		call()
+	}
+	if raceEnabled {
+		return // the race detector makes sync.Pool forget
+	}
+	if n := testing.AllocsPerRun(1000, call); n >= 1 {
+		t.Errorf("%v allocations for a request, both sides together", n)
+	}
+}
+
+func TestStream(t *testing.T) {
+	c, err := Dial(serveEcho(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	o := &once{over: make(chan struct{}, 1)}
+	c.Lock()
+	s := c.Stream("/x/y", []byte("one"), o)
+	s.Send([]byte("two"))
+	s.CloseSend()
+	c.Unlock()
+	await(t, o)
+	if o.st.Code != codec.OK || string(o.msg) != "two" {
+		t.Error(o.st, string(o.msg))
+	}
+	c.Lock()
+	s.Send([]byte("three")) // of a stream that has ended: nothing happens
+	s.CloseSend()
+	c.Unlock()
+}
+
+// When the connection goes, every call ends, and no further one begins.
+func TestLost(t *testing.T) {
+	c, err := Dial(serveEcho(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := &once{over: make(chan struct{}, 1)}
+	c.Lock()
+	c.Stream("/bye", nil, o)
+	c.Unlock()
+	await(t, o)
+	if o.st.Code != codec.Unavailable || c.Err() == nil {
+		t.Error(o.st, c.Err())
+	}
+	c.Lock()
+	if c.Call("/x/y", nil, o) {
+		t.Error("a call on a connection that is gone")
+	}
+	c.Unlock()
+	c.Close()
+	c.Close()
+
+	if c, err = Dial(serveEcho(t), nil); err != nil {
+		t.Fatal(err)
+	}
+	c.Lock()
+	c.Stream("/x/y", nil, o)
+	c.Unlock()
+	c.Close()
+	select {
+	case <-o.over:
+	default:
+		t.Error("Close returned before the end of a call")
+	}
+}
+
+// A server that is none is an error.
+func TestDialErrors(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		nc, err := l.Accept()
+		if err == nil {
+			nc.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n"))
+			nc.Close()
+		}
+	}()
+	if _, err := Dial(l.Addr().String(), nil); err == nil {
+		t.Error("no error where no HTTP/2 is spoken")
+	}
+	l.Close()
+	if _, err := Dial(l.Addr().String(), nil); err == nil {
+		t.Error("no error where nobody listens")
+	}
+}

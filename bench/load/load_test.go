@@ -1,0 +1,307 @@
+package load
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"spindle/server/node"
+	"spindle/shard/embedded"
+)
+
+const readyTimeout = 60 * time.Second
+
+// startEtcd starts an ordinary etcd, with its default limits.
+func startEtcd(t testing.TB) string {
+	t.Helper()
+	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true, DefaultLimits: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	return m.Shards[0]
+}
+
+// startSpindle starts a proxy over two shards.
+func startSpindle(t testing.TB) string {
+	t.Helper()
+	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "members"), Shards: 2, NoFsync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	cfg := node.Config{
+		ListenClientURLs: []string{"http://127.0.0.1:0"}, Coordinator: []string{m.Coordinator}, ShardTimeout: readyTimeout,
+		ShardMaxTxnOps: embedded.MaxTxnOps, ShardMaxRequestBytes: embedded.MaxRequestBytes,
+	}
+	for i, u := range m.Shards {
+		cfg.Shards = append(cfg.Shards, node.Shard{Name: m.Names[i], URLs: []string{u}})
+	}
+	n, err := node.Start(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(n.Close)
+	select {
+	case <-n.Ready():
+	case err := <-n.Failed():
+		t.Fatal(err)
+	case <-time.After(readyTimeout):
+		t.Fatal("the proxy is not ready")
+	}
+	return n.ClientURLs()[0]
+}
+
+// small is a load that ends soon.
+func small(endpoint string, mix string) Spec {
+	s := Default()
+	var err error
+	if s.Mix, err = ParseMix(mix); err != nil {
+		panic(err)
+	}
+	s.Endpoints, s.Clients, s.Connections = []string{endpoint}, 16, 3
+	s.Warmup, s.Duration = 50*time.Millisecond, 300*time.Millisecond
+	s.Keys, s.PageSize, s.Seed = 100, 30, rand.Uint64()
+	return s
+}
+
+// try runs s, longer and longer on a machine that is too busy to answer anything in the time.
+func try(t *testing.T, s Spec) *Result {
+	t.Helper()
+	for {
+		res, err := Run(t.Context(), s, io.Discard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if res.Total.Count > 0 || s.Duration > readyTimeout/4 {
+			return res
+		}
+		s.Duration *= 2
+	}
+}
+
+// check fails if anything of res is not as it should be on a server that works.
+func check(t *testing.T, res *Result) {
+	t.Helper()
+	if res.Total.Count == 0 {
+		t.Error("nothing was answered")
+	}
+	if res.Total.Errors != 0 || res.Total.Conflicts != 0 || res.Unfinished != 0 {
+		t.Errorf("%d errors %v, %d conflicts, %d unfinished", res.Total.Errors, res.Texts, res.Total.Conflicts, res.Unfinished)
+	}
+	for _, w := range res.Watches {
+		if w.Events == 0 || w.Missing != 0 || w.Backwards != 0 {
+			t.Errorf("watch of %s: %d events, %d missing, %d backwards", w.Name, w.Events, w.Missing, w.Backwards)
+		}
+		if w.FromSend.Count == 0 || w.FromAck.Count == 0 || w.FromAck.P50 > w.FromSend.P50 {
+			t.Errorf("watch of %s: lags %+v %+v", w.Name, w.FromAck, w.FromSend)
+		}
+	}
+}
+
+// Every work is done, without an error, by a real etcd and by Spindle, and the watches see all of it.
+func TestWorks(t *testing.T) {
+	for name, start := range map[string]func(testing.TB) string{"etcd": startEtcd, "spindle": startSpindle} {
+		t.Run(name, func(t *testing.T) {
+			endpoint := start(t)
+			for _, w := range works {
+				if w == Idle || w == Event && name == "spindle" { // Spindle has no leases yet
+					continue
+				}
+				t.Run(string(w), func(t *testing.T) {
+					s := small(endpoint, string(w))
+					s.Prefix = "/" + string(w) + "/"
+					writes := s.Mix.has(Create, Update, Pod)
+					s.WatchAll = writes || s.Mix.has(Heartbeat, Event)
+					if writes {
+						s.Watchers, s.WatchConnections = 5, 2
+					}
+					res := try(t, s)
+					check(t, res)
+					found := false
+					for _, op := range res.Ops {
+						found = found || op.Kind == string(w) || w == Pod && op.Kind == "delete"
+					}
+					if !found {
+						t.Errorf("no %s in %+v", w, res.Ops)
+					}
+				})
+			}
+			t.Run("mix", func(t *testing.T) {
+				s := small(endpoint, "create=2,get=5,update=3,heartbeat=4,page=1,list=1,stream=1,pod=6")
+				s.Rate = 400
+				check(t, try(t, s))
+			})
+		})
+	}
+}
+
+// What stands in etcd afterwards is what was counted, in the shape that was promised.
+func TestContents(t *testing.T) {
+	endpoint := startEtcd(t)
+	s := small(endpoint, "event")
+	s.Warmup, s.ValueSize = 0, 100
+	res := try(t, s)
+	check(t, res)
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), readyTimeout)
+	defer cancel()
+	all, err := c.Get(ctx, "/registry/events/", clientv3.WithPrefix())
+	if err != nil {
+		t.Fatal(err)
+	}
+	counted := uint64(0)
+	for _, op := range res.Ops {
+		if op.Kind == "event" {
+			counted = op.Count
+		}
+	}
+	// A few were written just before and after the measured time.
+	if n := uint64(len(all.Kvs)); n < counted || n > 2*counted+10*uint64(s.Clients) {
+		t.Errorf("%d events were counted, %d are there", counted, n)
+	}
+	leases := map[int64]int{}
+	for _, kv := range all.Kvs {
+		leases[kv.Lease]++
+		if kv.Version != 1 || len(kv.Value) != s.ValueSize || !strings.HasPrefix(string(kv.Key), "/registry/events/ns-") {
+			t.Fatalf("%q: version %d, %d bytes", kv.Key, kv.Version, len(kv.Value))
+		}
+		if _, ok := sentAt(kv.Value); !ok {
+			t.Fatalf("%q has no stamp", kv.Key)
+		}
+	}
+	if leases[0] != 0 || len(leases) != s.Clients {
+		t.Errorf("%d clients, %d events without a lease, %d leases", s.Clients, leases[0], len(leases))
+	}
+}
+
+// An open loop sends as many requests as were asked for, whatever the server's speed.
+func TestOpenLoop(t *testing.T) {
+	s := small(startEtcd(t), "get")
+	s.Rate, s.Duration, s.Warmup = 500, time.Second, 100*time.Millisecond
+	res := try(t, s)
+	check(t, res)
+	due := s.Rate * res.Seconds
+	if got := float64(res.Total.Count) + float64(res.NeverSent); got < due*0.8 || got > due*1.2 {
+		t.Errorf("%.0f requests in %.2f s at %.0f/s, %d never sent", got, res.Seconds, s.Rate, res.NeverSent)
+	}
+}
+
+// Requests that wait for a free client are late by as much.
+func TestOpenLoopCountsWaiting(t *testing.T) {
+	r := &run{weights: 1}
+	g := &group{run: r, first: 1000, period: 250}
+	r.stopped.Store(true) // nothing is sent
+	a := &worker{g: g}
+	g.idle = []*worker{a}
+	if g.pump(999); g.sent != 0 {
+		t.Error("sent before it was due")
+	}
+	if g.pump(1600); g.sent != 1 || len(g.idle) != 0 {
+		t.Error("one client sends one request")
+	}
+	if a.start != 1000 {
+		t.Errorf("it counts from %d, and was due at 1000", a.start)
+	}
+	if due := g.due(); due != 1250 {
+		t.Errorf("the next one is due at %d", due)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	s := small("http://127.0.0.1:1", "create")
+	if _, err := Run(t.Context(), s, io.Discard); err == nil {
+		t.Error("no error without a server")
+	}
+	for _, mix := range []string{"", "creat", "create=0", "create=x", "idle,get"} {
+		if m, err := ParseMix(mix); err == nil {
+			t.Errorf("%q is %v", mix, m)
+		}
+	}
+	for i, change := range []func(*Spec){
+		func(s *Spec) { s.Clients = 0 }, func(s *Spec) { s.ValueSize = 3 }, func(s *Spec) { s.Duration = 0 },
+		func(s *Spec) { s.Prefix = "x" }, func(s *Spec) { s.Rate = -1 }, func(s *Spec) { s.Watchers = -1 },
+	} {
+		s := small("http://x", "create")
+		change(&s)
+		if s.Validate() == nil {
+			t.Errorf("spec %d passes", i)
+		}
+	}
+}
+
+// A server that goes away ends the load with an error.
+func TestServerLost(t *testing.T) {
+	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := small(m.Shards[0], "get")
+	s.Duration = time.Minute
+	lines := &firstLine{seen: make(chan struct{})}
+	go func() {
+		<-lines.seen
+		m.Close()
+	}()
+	begin := time.Now()
+	if _, err := Run(t.Context(), s, lines); err == nil || time.Since(begin) > readyTimeout/2 {
+		t.Errorf("%v after %v", err, time.Since(begin))
+	}
+	m.Close()
+}
+
+// firstLine closes seen when a second of the load is over.
+type firstLine struct {
+	seen chan struct{}
+	done bool
+}
+
+func (f *firstLine) Write(p []byte) (int, error) {
+	if !f.done && strings.Contains(string(p), "p99") {
+		f.done = true
+		close(f.seen)
+	}
+	return len(p), nil
+}
+
+func TestKeys(t *testing.T) {
+	k := keys{prefix: "/registry/", tag: "t"}
+	for got, want := range map[string]string{
+		string(k.pod(nil, 7)):                      "/registry/pods/ns-07/pod-00000007",
+		string(k.pod(nil, 123456789)):              "/registry/pods/ns-09/pod-123456789",
+		string(k.node([]byte("xx"), 42)):           "/registry/leases/kube-node-lease/node-00000042",
+		string(k.fresh(nil, "events", 3, 1000021)): "/registry/events/ns-01/new-t-00003-01000021",
+	} {
+		if got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	for i := range int64(2000) {
+		n := rand.Int64N(1 << 40)
+		if got, want := string(appendPadded(nil, n>>(i%40), 8)), fmt.Sprintf("%08d", n>>(i%40)); got != want {
+			t.Fatal(got, want)
+		}
+	}
+}
+
+func TestParseStat(t *testing.T) {
+	line := "12 (a ) b (c) S 1 2 3 4 5 6 7 8 9 10 1234 66 0 0 20 0"
+	if cpu, err := parseStat([]byte(line)); err != nil || cpu != 13 {
+		t.Error(cpu, err)
+	}
+	if _, err := parseStat([]byte("12 (x) S 1")); err == nil {
+		t.Error("no error")
+	}
+}

@@ -1,0 +1,197 @@
+// Package load drives an etcd endpoint with the requests of Kubernetes and measures what comes back.
+//
+// Many logical clients share few connections. A client has one request under way; its next one is chosen by
+// the weights of the mix. In a closed loop it goes out when the last one is answered; in an open loop requests are
+// due at fixed times, and latency counts from then, also while no client was free to send it. Nothing is
+// allocated for a request. Every load ends by itself.
+package load
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Work is a kind of work that a mix is made of.
+type Work string
+
+// The kinds of work.
+const (
+	Create    Work = "create"    // new objects
+	Update    Work = "update"    // compare-and-swap of objects that exist
+	Get       Work = "get"       // linearizable read of one object
+	List      Work = "list"      // consistent list of all pods, one Range
+	Page      Work = "page"      // the same, in pages at one revision
+	Stream    Work = "stream"    // the same, one RangeStream
+	Heartbeat Work = "heartbeat" // compare-and-swap of a node's Lease object
+	Event     Work = "event"     // new objects with an etcd lease, a thousand on each
+	Pod       Work = "pod"       // a pod's life: create, four status updates, delete
+	Idle      Work = "idle"      // nothing: watches only
+)
+
+var works = []Work{Create, Update, Get, List, Page, Stream, Heartbeat, Event, Pod, Idle}
+
+// Share is one part of a mix.
+type Share struct {
+	Work   Work
+	Weight int
+}
+
+// Mix says which work is done, and how often in relation to the others.
+type Mix []Share
+
+// ParseMix reads "create", or "get=8,update=3,create=1".
+func ParseMix(s string) (Mix, error) {
+	var m Mix
+	for part := range strings.SplitSeq(s, ",") {
+		name, weight, has := strings.Cut(strings.TrimSpace(part), "=")
+		sh := Share{Work(name), 1}
+		if has {
+			n, err := strconv.Atoi(weight)
+			if err != nil || n < 1 || n > 1<<20 {
+				return nil, fmt.Errorf("%q: the weight of %s must be a number from 1 to %d", s, name, 1<<20)
+			}
+			sh.Weight = n
+		}
+		known := false
+		for _, w := range works {
+			known = known || w == sh.Work
+		}
+		if !known {
+			return nil, fmt.Errorf("%q: there is no work %q; there is %v", s, name, works)
+		}
+		m = append(m, sh)
+	}
+	if len(m) > 1 && m.has(Idle) {
+		return nil, fmt.Errorf("%q: idle stands alone", s)
+	}
+	return m, nil
+}
+
+func (m Mix) String() string {
+	if len(m) == 1 {
+		return string(m[0].Work)
+	}
+	var parts []string
+	for _, s := range m {
+		parts = append(parts, fmt.Sprintf("%s=%d", s.Work, s.Weight))
+	}
+	return strings.Join(parts, ",")
+}
+
+func (m Mix) has(ws ...Work) bool {
+	for _, s := range m {
+		for _, w := range ws {
+			if s.Work == w {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// MarshalText and UnmarshalText are the form of ParseMix.
+func (m Mix) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (m *Mix) UnmarshalText(b []byte) (err error) {
+	*m, err = ParseMix(string(b))
+	return err
+}
+
+// Spec is one load.
+type Spec struct {
+	Endpoints   []string // URLs; connections go to them in turn
+	Mix         Mix
+	Clients     int           // logical clients
+	Connections int           // that they share
+	Rate        float64       // requests per second, all clients together; 0: closed loop
+	Warmup      time.Duration // not measured
+	Duration    time.Duration // measured
+	ValueSize   int           // bytes
+	Keys        int           // objects that exist before the load begins (raised to Clients where each needs one)
+	KeysExist   bool          // they are there, of an earlier load: not looked for again (reads only)
+	PageSize    int           // keys in a page
+	Prefix      string        // of all keys, ends with a slash
+	Seed        uint64        // of the choices
+
+	// WatchAll adds one watch of everything with prev_kv on a connection of its own, as an apiserver has.
+	WatchAll bool
+	// Watchers watch all pods, each with a stream of its own, on WatchConnections connections.
+	Watchers         int
+	WatchConnections int
+
+	// Processes are measured besides.
+	Processes []Process
+
+	TLS *tls.Config `json:"-"`
+}
+
+// Process is a server whose CPU and memory are reported.
+type Process struct {
+	Name string
+	PID  int
+}
+
+const (
+	maxClients     = 1 << 16
+	maxConnections = 1 << 14
+	maxValueSize   = 1 << 20
+	maxKeys        = 1 << 26
+	maxDuration    = 24 * time.Hour
+)
+
+// Default is a small load of creates.
+func Default() Spec {
+	return Spec{
+		Endpoints: []string{"http://127.0.0.1:2379"}, Mix: Mix{{Create, 1}}, Clients: 256, Connections: 8,
+		Warmup: 2 * time.Second, Duration: 10 * time.Second, ValueSize: 512, Keys: 10000, PageSize: 500,
+		Prefix: "/registry/", Seed: 1, WatchConnections: 8,
+	}
+}
+
+func between(name string, v, lo, hi int) error {
+	if v < lo || v > hi {
+		return fmt.Errorf("%s %d: give a number from %d to %d", name, v, lo, hi)
+	}
+	return nil
+}
+
+// Validate says what is wrong with s, and fills what follows from the rest.
+func (s *Spec) Validate() error {
+	if len(s.Endpoints) == 0 || len(s.Mix) == 0 {
+		return errors.New("a load needs an endpoint and a workload")
+	}
+	s.Connections = min(s.Connections, s.Clients)
+	s.WatchConnections = min(s.WatchConnections, max(s.Watchers, 1))
+	if s.Mix.has(Update, Heartbeat) {
+		s.Keys = max(s.Keys, s.Clients)
+	}
+	err := errors.Join(
+		between("--clients", s.Clients, 1, maxClients),
+		between("--connections", s.Connections, 1, maxConnections),
+		between("--value-size", s.ValueSize, stampSize, maxValueSize),
+		between("--keys", s.Keys, 1, maxKeys),
+		between("--page", s.PageSize, 1, maxKeys),
+		between("--watchers", s.Watchers, 0, maxClients),
+		between("--watch-connections", s.WatchConnections, 1, maxConnections))
+	if err != nil {
+		return err
+	}
+	if s.KeysExist && s.Mix.has(Update, Heartbeat) {
+		return errors.New("updates must know the revisions of the objects: they cannot take them for granted")
+	}
+	if s.Rate < 0 || s.Rate > 1e8 {
+		return fmt.Errorf("--rate %g: requests per second, 0 for a closed loop", s.Rate)
+	}
+	if s.Duration <= 0 || s.Duration > maxDuration || s.Warmup < 0 || s.Warmup > maxDuration {
+		return fmt.Errorf("--duration %v and --warmup %v must be positive, and at most %v", s.Duration, s.Warmup, maxDuration)
+	}
+	if !strings.HasSuffix(s.Prefix, "/") {
+		return fmt.Errorf("--prefix %q must end with a slash", s.Prefix)
+	}
+	return nil
+}

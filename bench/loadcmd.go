@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"spindle/bench/load"
+	"spindle/bench/report"
+)
+
+// loadFlags defines the flags that describe a load; they fill spec.
+func loadFlags(f *flag.FlagSet, spec *load.Spec) {
+	f.Func("workload", "`MIX` of create, update, get, list, page, stream, heartbeat, event, pod, or idle; weights as in get=8,update=3,create=1 (default create)",
+		func(v string) (err error) { spec.Mix, err = load.ParseMix(v); return err })
+	f.IntVar(&spec.Clients, "clients", spec.Clients, "logical clients, each with one request under way")
+	f.IntVar(&spec.Connections, "connections", spec.Connections, "connections that they share")
+	f.Float64Var(&spec.Rate, "rate", spec.Rate, "open loop: requests per second; latency counts from when each was due. 0: closed loop")
+	f.DurationVar(&spec.Duration, "duration", spec.Duration, "how long is measured")
+	f.DurationVar(&spec.Warmup, "warmup", spec.Warmup, "how long before that")
+	f.IntVar(&spec.ValueSize, "value-size", spec.ValueSize, "`bytes` of a value")
+	f.IntVar(&spec.Keys, "keys", spec.Keys, "objects that are made before the load, for what needs some")
+	f.IntVar(&spec.PageSize, "page", spec.PageSize, "keys in a page of a paged list")
+	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys")
+	f.Uint64Var(&spec.Seed, "seed", spec.Seed, "seed of the random choices")
+	f.BoolVar(&spec.WatchAll, "watch-all", spec.WatchAll, "one watch of everything with prev_kv besides, as an apiserver has")
+	f.IntVar(&spec.Watchers, "watchers", spec.Watchers, "watches of all pods besides, each with a stream of its own")
+	f.IntVar(&spec.WatchConnections, "watch-connections", spec.WatchConnections, "connections that these share")
+}
+
+func loadCommand(ctx context.Context, args []string) error {
+	spec := load.Default()
+	f := flag.NewFlagSet("bench", flag.ContinueOnError)
+	f.Usage = func() { fmt.Fprint(f.Output(), usage, "\n"); f.PrintDefaults() }
+	loadFlags(f, &spec)
+	f.Func("endpoints", "comma separated `URLs` (default http://127.0.0.1:2379)", func(v string) error {
+		spec.Endpoints = strings.Split(v, ",")
+		return nil
+	})
+	f.Func("pid", "`NAME=PID` of a server on this machine whose CPU and memory are reported; may be given several times", func(v string) error {
+		name, pid, _ := strings.Cut(v, "=")
+		n, err := strconv.Atoi(pid)
+		spec.Processes = append(spec.Processes, load.Process{Name: name, PID: n})
+		return err
+	})
+	cacert := f.String("cacert", "", "`file` with the CA of the servers")
+	cert := f.String("cert", "", "`file` with the client's certificate")
+	key := f.String("key", "", "`file` with its key")
+	out := outputFlags(f)
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("%q is not a flag, see --help", f.Arg(0))
+	}
+	var err error
+	if spec.TLS, err = clientTLS(*cacert, *cert, *key); err != nil {
+		return err
+	}
+	res, err := load.Run(ctx, spec, os.Stderr)
+	if err != nil {
+		return err
+	}
+	if err := report.Table(os.Stdout, res); err != nil {
+		return err
+	}
+	return out.write(&report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Target: spec.Mix.String(), Result: res}}})
+}
+
+// clientTLS reads the files; all names may be empty.
+func clientTLS(cacert, cert, key string) (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if cacert != "" {
+		pem, err := os.ReadFile(cacert)
+		if err != nil {
+			return nil, fmt.Errorf("--cacert: %w", err)
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("--cacert: %s holds no certificate", cacert)
+		}
+	}
+	if (cert == "") != (key == "") {
+		return nil, fmt.Errorf("--cert and --key belong together")
+	}
+	if cert != "" {
+		c, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("--cert, --key: %w", err)
+		}
+		cfg.Certificates = []tls.Certificate{c}
+	}
+	return cfg, nil
+}
+
+// outputs are the files that a report is written to.
+type outputs struct{ json, html *string }
+
+func outputFlags(f *flag.FlagSet) outputs {
+	return outputs{
+		json: f.String("json", "", "write the results to `FILE`"),
+		html: f.String("html", "", "write a report with charts to `FILE`"),
+	}
+}
+
+func (o outputs) write(doc *report.Doc) error {
+	doc.Machine, doc.Command = report.ThisMachine(), strings.Join(os.Args, " ")
+	if *o.json != "" {
+		b, err := json.MarshalIndent(doc, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(*o.json, append(b, '\n'), 0o644); err != nil {
+			return err
+		}
+	}
+	if *o.html == "" {
+		return nil
+	}
+	file, err := os.Create(*o.html)
+	if err != nil {
+		return err
+	}
+	if err := report.HTML(file, doc); err != nil {
+		_ = file.Close()
+		return err
+	}
+	return file.Close()
+}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"spindle/bench/report"
+	"spindle/shard/embedded"
+)
+
+// silent lets the commands print into nowhere.
+func silent(t *testing.T) {
+	t.Helper()
+	null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, errs := os.Stdout, os.Stderr
+	os.Stdout, os.Stderr = null, null
+	t.Cleanup(func() {
+		os.Stdout, os.Stderr = out, errs
+		null.Close()
+	})
+}
+
+// A load from the command line writes its files.
+func TestLoadCommand(t *testing.T) {
+	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	silent(t)
+	dir := t.TempDir()
+	jsonFile, htmlFile := filepath.Join(dir, "r.json"), filepath.Join(dir, "r.html")
+	err = loadCommand(t.Context(), []string{"--endpoints", m.Shards[0], "--workload", "get=3,update", "--clients", "4", "--connections", "2", "--keys", "10",
+		"--duration", "200ms", "--warmup", "0s", "--json", jsonFile, "--html", htmlFile, "--pid", "self=1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(jsonFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var doc report.Doc
+	if err := json.Unmarshal(b, &doc); err != nil {
+		t.Fatal(err)
+	}
+	r := doc.Runs[0].Result
+	if r.Total.Count == 0 || len(r.Ops) != 2 || r.Spec.Mix.String() != "get=3,update=1" || r.Spec.Clients != 4 || doc.Machine.CPUs == 0 {
+		t.Errorf("%+v", doc)
+	}
+	page, err := os.ReadFile(htmlFile)
+	if err != nil || !strings.Contains(string(page), "<svg") {
+		t.Errorf("%v %.200s", err, page)
+	}
+}
+
+func TestFlags(t *testing.T) {
+	silent(t)
+	for want, args := range map[string][]string{
+		"--cacert":      {"--cacert", "/does/not/exist"},
+		"belong":        {"--cert", "x"},
+		"no work":       {"--workload", "nonsense"},
+		"not a flag":    {"serve"},
+		"endpoint":      {"--endpoints", "127.0.0.1:2379"},
+		"--connections": {"--connections", "0"},
+	} {
+		if err := loadCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("bench %v: %v", args, err)
+		}
+	}
+	for want, args := range map[string][]string{
+		"no target": {"--targets", "nobody"},
+		"--suite":   {"--suite", "all"},
+		"there are": {"--suite", "issue", "--scenarios", "speed"},
+		"--rounds":  {"--rounds", "0"},
+		"--dir":     {"--dir", "/does/not/exist"},
+	} {
+		if err := compareCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("bench compare %v: %v", args, err)
+		}
+	}
+	for _, command := range []func() error{
+		func() error { return loadCommand(t.Context(), []string{"--help"}) },
+		func() error { return compareCommand(t.Context(), []string{"--help"}) },
+	} {
+		if err := command(); !errors.Is(err, flag.ErrHelp) {
+			t.Error(err)
+		}
+	}
+}

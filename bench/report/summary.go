@@ -1,0 +1,178 @@
+package report
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"spindle/bench/load"
+)
+
+// Median returns the median of values (of an even number, the mean of the two in the middle), and the smallest and the
+// largest. values must not be empty.
+func Median(values []float64) (mid, lo, hi float64) {
+	v := slices.Sorted(slices.Values(values))
+	n := len(v)
+	return (v[(n-1)/2] + v[n/2]) / 2, v[0], v[n-1]
+}
+
+// Line is one run in one line.
+func Line(target string, r *load.Result) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%-12s", target)
+	if r.Total.Count > 0 || len(r.Watches) == 0 {
+		fmt.Fprintf(&b, " %9s/s  p50 %-8v p99 %-8v", count(r.Total.PerSecond), load.Round(r.Total.P50), load.Round(r.Total.P99))
+	}
+	for _, w := range r.Watches {
+		fmt.Fprintf(&b, "  %d watchers %.0f events/s", w.Watchers, w.PerSecond)
+		if w.FromAck.Count > 0 {
+			fmt.Fprintf(&b, " lag p99 %v", load.Round(w.FromAck.P99))
+		}
+	}
+	fmt.Fprintf(&b, "  CPU/request %v:", load.Round(r.ServersPerOp()))
+	for _, p := range r.Processes {
+		fmt.Fprintf(&b, " %s %v", p.Name, load.Round(p.CPUPerOp))
+	}
+	fmt.Fprintf(&b, " (generator %v)", load.Round(r.Generator.CPUPerOp))
+	if r.Total.Errors > 0 {
+		fmt.Fprintf(&b, "  ERRORS %d %v", r.Total.Errors, r.Texts)
+	}
+	if n := r.NeverSent + int64(r.Unfinished); n > 0 {
+		fmt.Fprintf(&b, "  %d not sent or not answered", n)
+	}
+	for _, w := range r.Watches {
+		if w.Missing > 0 {
+			fmt.Fprintf(&b, "  %d events late", w.Missing)
+		}
+		if w.Backwards > 0 {
+			fmt.Fprintf(&b, "  WRONG: %d events out of order", w.Backwards)
+		}
+	}
+	return b.String()
+}
+
+// group is all rounds of one target in one scenario.
+type group struct {
+	scenario, target string
+	results          []*load.Result
+}
+
+// groups keeps the order of the first appearance.
+func groups(runs []Run) (all []*group) {
+	for _, r := range runs {
+		i := slices.IndexFunc(all, func(g *group) bool { return g.scenario == r.Scenario && g.target == r.Target })
+		if i < 0 {
+			i = len(all)
+			all = append(all, &group{scenario: r.Scenario, target: r.Target})
+		}
+		all[i].results = append(all[i].results, r.Result)
+	}
+	return all
+}
+
+// median of one number of all rounds.
+func (g *group) median(f func(*load.Result) float64) (mid, lo, hi float64) {
+	values := make([]float64, len(g.results))
+	for i, r := range g.results {
+		values[i] = f(r)
+	}
+	return Median(values)
+}
+
+func (g *group) time(f func(*load.Result) time.Duration) string {
+	mid, _, _ := g.median(func(r *load.Result) float64 { return float64(f(r)) })
+	return load.Round(time.Duration(mid)).String()
+}
+
+// processes returns the names of the servers, in the order in which they were started, with all shards as one.
+func (g *group) processes() (names []string) {
+	for _, p := range g.results[0].Processes {
+		if n := family(p.Name); !slices.Contains(names, n) {
+			names = append(names, n)
+		}
+	}
+	return names
+}
+
+func family(name string) string {
+	if strings.HasPrefix(name, "shard-") {
+		return "shards"
+	}
+	return name
+}
+
+// cpu is the CPU time for a request of all processes of one name.
+func cpu(r *load.Result, name string) (sum time.Duration) {
+	for _, p := range r.Processes {
+		if family(p.Name) == name {
+			sum += p.CPUPerOp
+		}
+	}
+	return sum
+}
+
+// Summary writes the medians of all rounds, a line for each target, and the checks. The lag is from the acknowledgement of a
+// write to the delivery of its event, and from its sending; memory is the most that all servers had together.
+func Summary(w io.Writer, runs []Run, checks []Check) {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	last := ""
+	for _, g := range groups(runs) {
+		if g.scenario != last || last == "" {
+			last = g.scenario
+			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tp50\tp99\tevents/s\tlag p99\tafter sending\tmemory\tCPU/request\tof which\n", g.scenario)
+		}
+		mid, lo, hi := g.median(func(r *load.Result) float64 { return r.Total.PerSecond })
+		events, lag, sent := "-", "-", "-"
+		if n := len(g.results[0].Watches); n > 0 {
+			v, _, _ := g.median(func(r *load.Result) float64 { return r.Watches[n-1].PerSecond })
+			events = fmt.Sprintf("%.0f", v)
+			lag = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromAck.P99 })
+			sent = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromSend.P99 })
+		}
+		memory, _, _ := g.median(func(r *load.Result) (sum float64) {
+			for _, p := range r.Processes {
+				sum += float64(max(p.Peak, p.RSS))
+			}
+			return sum
+		})
+		var parts []string
+		for _, name := range g.processes() {
+			parts = append(parts, name+" "+g.time(func(r *load.Result) time.Duration { return cpu(r, name) }))
+		}
+		fmt.Fprintf(t, "%s\t%s\t(%s, %s)\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, count(mid), count(lo), count(hi),
+			g.time(func(r *load.Result) time.Duration { return r.Total.P50 }), g.time(func(r *load.Result) time.Duration { return r.Total.P99 }),
+			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
+	}
+	t.Flush()
+	if len(checks) == 0 {
+		return
+	}
+	fmt.Fprintln(t, "\nscenario\twhat\tto reach\tmeasured\t")
+	for _, c := range checks {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", c.Scenario, c.What, c.Want, c.Got, c.Verdict())
+	}
+	t.Flush()
+}
+
+// count shows a number for people: small ones with more digits.
+func count(v float64) string {
+	if v > 0 && v < 100 {
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.0f", v)
+}
+
+// Verdict is the check in a word, or why there is none.
+func (c *Check) Verdict() string {
+	switch {
+	case c.Skipped != "":
+		first, _, _ := strings.Cut(c.Skipped, "\n")
+		return "not measured: " + first
+	case c.OK:
+		return "reached"
+	}
+	return "MISSED"
+}
