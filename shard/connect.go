@@ -246,7 +246,7 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 func (l *look) read(resp []byte) error {
 	c := l.k.c
 	t, ok := parseTxnReply(resp, nil)
-	if !ok || len(t.resps) != 3 {
+	if !ok || len(t.resps) < 3 {
 		return fmt.Errorf("member cluster %s does not speak etcd's protocol", l.s.name)
 	}
 	id, _ := firstKV(t.resps[0])
