@@ -30,6 +30,10 @@ type Config struct {
 	// Shards are the member clusters. Without any, Spindle runs on embedded members.
 	Shards      []ShardConfig
 	Coordinator []string
+	// AcceptDataLoss names member clusters that may be behind what was seen of them.
+	AcceptDataLoss []string
+	// ReplaceCoordinator lets an empty coordinator take the place of the one that the partition map names.
+	ReplaceCoordinator bool
 
 	// Partitioner is hash, range, or empty for what the members have recorded; Ranges are from the file.
 	Partitioner string

@@ -23,6 +23,8 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		AdvertiseClientURLs: cfg.AdvertiseClientURLs,
 		ListenMetricsURLs:   cfg.ListenMetricsURLs,
 		Coordinator:         cfg.Coordinator,
+		AcceptDataLoss:      cfg.AcceptDataLoss,
+		ReplaceCoordinator:  cfg.ReplaceCoordinator,
 		ShardMaxTxnOps:      cfg.ShardMaxTxnOps, ShardMaxRequestBytes: cfg.ShardMaxRequestBytes,
 		Version: version,
 

@@ -31,8 +31,8 @@ type Config struct {
 type StartArgs struct {
 	// Epoch is the one that every shard's map names.
 	Epoch ID
-	// Fresh says that the clock of every shard is 0: the coordinator may be empty, and is filled then.
-	Fresh bool
+	// N is the largest N that is known to have been handed out: a coordinator that has less has lost data.
+	N int64
 	// Clocks has the largest clock seen of each shard. It must have been read before the call of Start:
 	// in the other order, a busy system looks like a coordinator that has lost data.
 	Clocks []int64

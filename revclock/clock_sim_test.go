@@ -60,10 +60,17 @@ type simNow struct {
 }
 
 func newSim(t *testing.T, seed uint64, shards int) *sim {
-	return &sim{
+	s := &sim{
 		t: t, seed: seed, w: newWorld(seed), epoch: ID{0xe0, 1}, shards: make([]simShard, shards), byRev: map[int64]int64{},
 		owner: map[int64]string{}, highs: make([]int64, shards), snaps: map[int64]string{}, highest: 1,
 	}
+	s.w.apply(codec.MethodTxn, createTxn(s.epoch, shards))
+	return s
+}
+
+// createTxn is the request that fills an empty coordinator.
+func createTxn(epoch ID, shards int) []byte {
+	return (&Found{Rev: 1}).AppendReplaceTxn(nil, epoch, &Snapshot{N: 1, Shards: make([]SnapshotShard, shards)})
 }
 
 func (s *sim) fatalf(format string, args ...any) {
@@ -81,10 +88,9 @@ func (s *sim) startProc() *proc {
 		Proxy: p.id, Shards: n, Now: func() int64 { return s.w.now }, SnapshotEvery: 20,
 		Rand: rand.New(rand.NewPCG(s.seed, uint64(s.nextID))), CallTimeout: time.Second,
 	}, p.l, p)
-	args := StartArgs{Epoch: s.epoch, Fresh: true, Cluster: 77}
+	args := StartArgs{Epoch: s.epoch, Cluster: 77}
 	for i := range s.shards {
 		args.Clocks = append(args.Clocks, s.shards[i].clock)
-		args.Fresh = args.Fresh && s.shards[i].clock == 0
 		p.c.Log().SetClock(i, s.shards[i].clock)
 	}
 	s.procs = append(s.procs, p)
@@ -427,6 +433,21 @@ func TestLost(t *testing.T) {
 		s.kill(p)
 		s.shards[0].clock = 2
 		q := s.startProc()
+		has(t, s.runUntilLost(q), "lost its data")
+	})
+	t.Run("wiped while the log was caught up", func(t *testing.T) {
+		// The watch then waits for a revision that is far away (shard/sim, TestRebuild seed 151).
+		s, p := quiet(t)
+		p.request(0)
+		p.turn()
+		s.run(time.Second, false)
+		q := s.startProc()
+		for q.c.state != stateCatching && s.w.step(s.w.now+int64(time.Second)) {
+		}
+		if q.c.state != stateCatching {
+			t.Fatal("it does not catch up")
+		}
+		s.w.wipe()
 		has(t, s.runUntilLost(q), "lost its data")
 	})
 	t.Run("rebuilt, seen by the watch", func(t *testing.T) {

@@ -2,7 +2,6 @@ package revclock
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 
 	"spindle/codec"
@@ -16,18 +15,6 @@ type readState struct {
 
 	holes   int   // times that history did not reach back to the snapshot
 	holeRev int64 // ... of this revision
-}
-
-// What an operator is told. Rebuilding a coordinator comes with a later version.
-var (
-	errLostData = errors.New("the coordinator has lost its data, and rebuilding it is not built into this version of Spindle: restore the coordinator's cluster, all member clusters are intact")
-	errRegress  = errors.New("the coordinator went back to an older state, which a restored backup does: it must keep all it acknowledged or lose all; stop every proxy and restore its newest state")
-	errDeleted  = errors.New("somebody deleted a key on the coordinator: nobody but Spindle may write there; close it to everyone else")
-	errHole     = errors.New("the coordinator's history was compacted beyond its snapshot: switch off auto-compaction on the coordinator")
-)
-
-func errOtherEpoch(have, want []byte) error {
-	return fmt.Errorf("the coordinator has epoch %x and the member clusters' maps have %x: it belongs to another system, or was rebuilt meanwhile; restart this proxy, and check the coordinator's address if that does not help", have, want)
 }
 
 func (c *Clock) sendRead(now int64) {
@@ -54,14 +41,10 @@ func (c *Clock) readDone(_ uint64, resp []byte, st codec.Status, _ bool) {
 	}
 	c.lastErr = ""
 	if c.args.Cluster != 0 && r.cluster != c.args.Cluster {
-		c.lose(fmt.Errorf("the coordinator has cluster ID %x and the partition map names %x: check the coordinator's address", r.cluster, c.args.Cluster))
+		c.lose(ErrOtherCluster(r.cluster, c.args.Cluster))
 		return
 	}
 	e, s, t := &r.ops[0], &r.ops[1], &r.ops[2]
-	if !e.found && !s.found && !t.found && c.args.Fresh && !c.started {
-		c.create(r.rev)
-		return
-	}
 	if !e.found || !s.found {
 		c.lose(errLostData)
 		return
@@ -112,9 +95,13 @@ func (c *Clock) load(e, s, t *replyOp) {
 // caughtUp decides whether what was folded is to be believed.
 func (c *Clock) caughtUp() bool {
 	c.read.holes = 0
+	if !c.started && c.log.n < c.args.N {
+		c.lose(&lossError{fmt.Errorf("the coordinator is behind: it has handed out revisions up to %d, and has handed out %d before; %w", c.log.n, c.args.N, errLostData), lossData})
+		return false
+	}
 	for i, clock := range c.args.Clocks {
 		if !c.started && clock > c.log.n {
-			c.lose(fmt.Errorf("the coordinator is behind: it has handed out revisions up to %d, but member cluster %d is at %d; %w", c.log.n, i, clock, errLostData))
+			c.lose(&lossError{fmt.Errorf("the coordinator is behind: it has handed out revisions up to %d, but member cluster %d is at %d; %w", c.log.n, i, clock, errLostData), lossData})
 			return false
 		}
 	}
@@ -127,25 +114,6 @@ func (c *Clock) caughtUp() bool {
 		return c.gen == gen
 	}
 	return true
-}
-
-// create fills an empty coordinator. rev is its revision at which it was seen to be empty. Of several
-// proxies that do so at once one wins; they all read again.
-func (c *Clock) create(rev int64) {
-	s := Snapshot{Rev: rev, N: 1, Shards: make([]SnapshotShard, c.cfg.Shards)}
-	c.val = AppendSnapshot(c.val[:0], &s)
-	c.buf = appendCreateTxn(c.buf[:0], c.epoch, c.val)
-	c.read.busy = true
-	c.call(codec.MethodTxn, c.buf, 0, (*Clock).createDone)
-}
-
-func (c *Clock) createDone(_ uint64, _ []byte, st codec.Status, _ bool) {
-	c.read.busy = false
-	if st.Code != codec.OK {
-		c.failed(&c.read.retry, "creating the coordinator's keys", st)
-		return
-	}
-	c.succeeded(&c.read.retry)
 }
 
 // reload starts the fold again from the newest snapshot, because the watch cannot go on where it was.

@@ -196,4 +196,8 @@ func (c *Clock) checkStall(now int64) {
 		c.closeWatch()
 		c.lastErr = "watching the coordinator: the watch has stalled"
 	}
+	if c.state == stateCatching {
+		// What it waits for may be gone: the coordinator was wiped after it was read.
+		c.reload()
+	}
 }

@@ -45,7 +45,7 @@ type Events interface {
 	// Started reports that Start has succeeded and the Log is folded up to the present.
 	Started()
 	// Lost reports that the coordinator is not the one believed in (wrong epoch, lost data, behind the
-	// shards' clocks): err is one clear sentence for an operator that says what to do. The Clock does
-	// nothing more until Start is called again.
+	// shards' clocks): err is one clear sentence for an operator; Rebuildable and Foreign say what can be done.
+	// The Clock does nothing more until Start is called again.
 	Lost(err error)
 }

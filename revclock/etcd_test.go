@@ -136,6 +136,18 @@ func (p *etcdProxy) NowDone(ticket uint64, n int64, _ []int64) {
 	p.done, p.n = ticket, n
 }
 
+// fill gives an empty coordinator its first epoch, {5}.
+func fill(t *testing.T, conn *grpc.ClientConn, shards int) {
+	t.Helper()
+	in, out := createTxn(ID{5}, shards), new([]byte)
+	if err := conn.Invoke(context.Background(), codec.MethodPath(codec.MethodTxn), &in, out, grpc.ForceCodec(rawCodec{}), grpc.WaitForReady(true)); err != nil {
+		t.Fatal(err)
+	}
+	if replaced, ok := ParseReplaced(*out); !replaced || !ok {
+		t.Fatal("the coordinator was not empty")
+	}
+}
+
 func TestClockOnEtcd(t *testing.T) {
 	if testing.Short() {
 		t.Skip("runs an etcd")
@@ -179,15 +191,16 @@ func TestClockOnEtcd(t *testing.T) {
 			}
 		}
 	}
-	start := func(id byte, fresh bool, clocks ...int64) *etcdProxy {
+	fill(t, conn, 2)
+	start := func(id byte, clocks ...int64) *etcdProxy {
 		p := &etcdProxy{t: t}
 		p.c = New(Config{Proxy: ID{id}, Shards: 2, Now: func() int64 { return time.Now().UnixNano() },
 			Rand: rand.New(rand.NewPCG(1, uint64(id))), SnapshotEvery: 40}, tr, p)
-		p.c.Start(StartArgs{Epoch: ID{5}, Fresh: fresh, Clocks: clocks})
+		p.c.Start(StartArgs{Epoch: ID{5}, Clocks: clocks})
 		all = append(all, p)
 		return p
 	}
-	a, b := start(1, true, 0, 0), start(2, true, 0, 0)
+	a, b := start(1, 0, 0), start(2, 0, 0)
 	until("start", func() bool { return a.started && b.started })
 
 	const each = 150
@@ -225,7 +238,7 @@ func TestClockOnEtcd(t *testing.T) {
 	}
 
 	// One that starts now begins at a snapshot, behind which history is compacted.
-	c := start(3, false, last, 0)
+	c := start(3, last, 0)
 	until("third start", func() bool { return c.started })
 	ticket = a.c.Now()
 	until("now", func() bool { return a.done >= ticket })

@@ -37,10 +37,11 @@ func TestCoordinatorHistoryStaysSmall(t *testing.T) {
 	deadline := time.NewTimer(3 * time.Minute)
 	defer deadline.Stop()
 	var all []*etcdProxy
+	fill(t, conn, 3)
 	for id := byte(1); id <= 2; id++ {
 		p := &etcdProxy{t: t}
 		p.c = New(Config{Proxy: ID{id}, Shards: 3, Now: func() int64 { return time.Now().UnixNano() }, Rand: rand.New(rand.NewPCG(1, uint64(id)))}, tr, p)
-		p.c.Start(StartArgs{Epoch: ID{5}, Fresh: true, Clocks: make([]int64, 3)})
+		p.c.Start(StartArgs{Epoch: ID{5}, Clocks: make([]int64, 3)})
 		all = append(all, p)
 	}
 	asked := make([]int, len(all))

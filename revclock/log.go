@@ -39,10 +39,7 @@ type logShard struct {
 // Beyond, the older half becomes one Merged range.
 const maxOpen = 4096
 
-var (
-	errBehind   = errors.New("the coordinator is behind the member clusters: a tick names a revision as written that it never handed out")
-	errOverflow = errors.New("the coordinator has handed out all revisions there are")
-)
+var errOverflow = errors.New("the coordinator has handed out all revisions there are")
 
 // NewLog makes the Log of a fresh system: N is 1, like the revision of an empty etcd, and nothing was
 // handed out. self is the proxy that uses it.
@@ -69,7 +66,7 @@ func (l *Log) Load(snapshot []byte, now int64) error {
 		return err
 	}
 	if len(s.Shards) != len(l.shards) {
-		return fmt.Errorf("the coordinator's snapshot has %d member clusters and the partition map %d: it belongs to another system", len(s.Shards), len(l.shards))
+		return &lossError{fmt.Errorf("the coordinator's snapshot has %d member clusters and the partition map %d: it belongs to another system; see whether --coordinator is right", len(s.Shards), len(l.shards)), lossForeign}
 	}
 	for i := range l.shards {
 		sh, from := &l.shards[i], &s.Shards[i]

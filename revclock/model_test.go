@@ -306,6 +306,9 @@ func (w *world) txn(r *pb.TxnRequest) *pb.TxnResponse {
 		case pb.Compare_MOD:
 			u := c.TargetUnion.(*pb.Compare_ModRevision)
 			out.Succeeded = out.Succeeded && kv.GetModRevision() == u.ModRevision
+		case pb.Compare_CREATE:
+			u := c.TargetUnion.(*pb.Compare_CreateRevision)
+			out.Succeeded = out.Succeeded && kv.GetCreateRevision() == u.CreateRevision
 		case pb.Compare_VALUE:
 			u := c.TargetUnion.(*pb.Compare_Value)
 			out.Succeeded = out.Succeeded && kv != nil && bytes.Equal(kv.Value, u.Value)

@@ -13,8 +13,9 @@ const (
 	txnCompare, txnSuccess, txnFailure   = 1, 2, 3
 	opRange, opPut, opTxn                = 1, 2, 4
 	compareTarget, compareKey            = 2, 3
+	compareCreate                        = 5
 	compareMod, compareValue             = 6, 7
-	targetMod, targetValue               = 2, 3
+	targetCreate, targetMod, targetValue = 1, 2, 3
 	rangeKey, rangeKeysOnly              = 1, 8
 	watchCreate, watchKey, watchEnd      = 1, 1, 2
 	watchStart                           = 3
@@ -83,15 +84,6 @@ func appendStartTxn(dst []byte) []byte {
 func appendNowTxn(dst []byte) []byte {
 	dst = appendGet(dst, txnSuccess, KeyEpoch, false)
 	return appendGet(dst, txnSuccess, keyTick, true)
-}
-
-// appendCreateTxn appends the Txn of the very first start.
-func appendCreateTxn(dst, epoch, snapshot []byte) []byte {
-	dst = appendCompareMod(dst, KeyEpoch, 0)
-	dst = appendCompareMod(dst, keySnapshot, 0)
-	dst = appendCompareMod(dst, keyTick, 0)
-	dst = appendPut(dst, txnSuccess, KeyEpoch, epoch)
-	return appendPut(dst, txnSuccess, keySnapshot, snapshot)
 }
 
 // appendSnapshotTxn appends the Txn that replaces the snapshot that was written at revision mod.

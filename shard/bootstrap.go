@@ -18,8 +18,8 @@ import (
 //	         clock
 //	map      the copy on the shard with the lowest identity is created first and wins; the others are
 //	         copied from it; all must be the same bytes
-//	clock    the coordinator is read after the clocks (DESIGN section 3: the other order takes a busy
-//	         system for a lost one)
+//	connect  an epoch is looked for that the coordinator and all maps have; the very first one is made
+//	         (connect.go)
 //	streams  each shard's stream begins some way back, so that watchers which were connected to this
 //	         proxy before a restart find their place in the ring
 //
@@ -76,11 +76,8 @@ func (b *bootstrap) waitingFor() string {
 	switch {
 	case len(missing) > 0:
 		return "waiting for " + strings.Join(missing, ", ")
-	case !b.started:
-		if e := b.c.clock.LastError(); e != "" {
-			return "waiting for the coordinator: " + e
-		}
-		return "waiting for the coordinator"
+	case b.c.connecting != nil:
+		return b.c.connecting.waitingFor()
 	}
 	for _, s := range b.c.shards {
 		if !s.streaming {
@@ -244,10 +241,7 @@ func (b *bootstrap) fitMap() {
 		for i, p := range ps {
 			shards[i] = MapShard{Identity: p.identity, Name: strings.TrimPrefix(p.name, "member cluster ")}
 		}
-		var epoch revclock.ID
-		binary.BigEndian.PutUint64(epoch[:], c.cfg.Rand.Uint64())
-		binary.BigEndian.PutUint64(epoch[8:], c.cfg.Rand.Uint64())
-		m, err := c.cfg.Partition.newMap(epoch, b.coord.cluster, shards, b.indexIn(shards))
+		m, err := c.cfg.Partition.newMap(revclock.ID{}, b.coord.cluster, shards, b.indexIn(shards))
 		if err != nil {
 			c.fail(err)
 			return
@@ -266,10 +260,18 @@ func (b *bootstrap) fitMap() {
 	}
 	for _, p := range ps[1:] {
 		if p.mapBytes == nil {
-			b.createMap(p, first.mapBytes)
+			// Without an epoch: none can have been believed yet.
+			n := *m
+			n.Epoch = revclock.ID{}
+			b.createMap(p, AppendMap(nil, &n))
 			return
 		}
-		if !bytes.Equal(p.mapBytes, first.mapBytes) {
+		other, err := ParseMap(p.mapBytes)
+		if err != nil {
+			c.fail(fmt.Errorf("%s: %w", p.name, err))
+			return
+		}
+		if !other.SameShards(m) {
 			c.fail(fmt.Errorf("%s and %s hold different partition maps: they belong to different systems; see whether the --shard addresses are right", first.name, p.name))
 			return
 		}
@@ -288,9 +290,6 @@ func (b *bootstrap) checkMap(m *Map, ps []*probe) error {
 		if !slices.ContainsFunc(ps, func(p *probe) bool { return s.Identity == p.identity }) {
 			return fmt.Errorf("the partition map names a member cluster %q that the configuration does not have: add its --shard", s.Name)
 		}
-	}
-	if m.Coordinator != b.coord.cluster {
-		return fmt.Errorf("the partition map names the coordinator with cluster ID %x, and the configured one is %x: see whether --coordinator is right", m.Coordinator, b.coord.cluster)
 	}
 	return b.c.cfg.Partition.check(m, b.indexIn(m.Shards), func(i int) string {
 		for _, p := range ps {
@@ -336,7 +335,6 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 	c.m, c.part = m, NewPartition(m)
 	c.shards = make([]*shardState, len(m.Shards))
 	b.clocks = make([]int64, len(m.Shards))
-	fresh := true
 	compact := int64(-1)
 	for i, ms := range m.Shards {
 		p := ps[slices.IndexFunc(ps, func(p *probe) bool { return p.identity == ms.Identity })]
@@ -344,8 +342,6 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 			window:     int64(c.cfg.ReorderWindow),
 			compactRec: p.compact,
 			rec:        point{p.clock.First, p.clock.Last, p.clockAt}}
-		b.clocks[i] = p.clock.Last
-		fresh = fresh && p.clock.Last == 0
 		compact = max(compact, p.compact)
 	}
 	c.compacted, c.compactRec = compact, compact
@@ -354,20 +350,23 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
 		RaftTerm:  headerTerm,
 	}
-	c.clock.Start(revclock.StartArgs{Epoch: m.Epoch, Fresh: fresh, Clocks: b.clocks, Cluster: m.Coordinator})
+	c.connect("starting")
 }
 
 // headerTerm is the raft_term that headers carry: a fresh etcd's, and stable, for there is no raft here.
 const headerTerm = 2
 
-// clockStarted opens the streams. Watchers that lost this proxy come back to revisions a little way in
+// believed opens the streams. Watchers that lost this proxy come back to revisions a little way in
 // the past: the streams begin there.
-func (b *bootstrap) clockStarted() {
-	c := b.c
-	if c.state != stateStarting || b.started {
+func (b *bootstrap) believed(k *connecting) {
+	if b.c.state != stateStarting || b.started {
 		return
 	}
 	b.started = true
+	for i, s := range b.c.shards {
+		l := &k.looks[i]
+		b.clocks[i], s.rec = l.rec.Last, point{l.rec.First, l.rec.Last, l.local}
+	}
 	b.compareClocks()
 }
 
@@ -377,7 +376,7 @@ func (b *bootstrap) compareClocks() {
 	c := b.c
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen {
+		if b.clocks[i] >= seen || s.lossy {
 			continue
 		}
 		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
@@ -393,8 +392,12 @@ func (b *bootstrap) compareClocks() {
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
+			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
+				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
+				b.clocks[i], s.rec, s.lossy = rec.Last, point{rec.First, rec.Last, kv.ModRevision}, true
+				b.compareClocks()
 			case rec.Last < seen:
-				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from a backup, or is not the one it was; restore its newest state", s.name, rec.Last, seen))
+				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from an older backup, or is not the one it was; restore its newest state, or start with --accept-data-loss=%s to go on without what is lost", s.name, rec.Last, seen, c.cfg.Names[s.cluster]))
 			default:
 				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
 				b.compareClocks()
@@ -478,6 +481,12 @@ func (b *bootstrap) streamMoved(s *shardState) {
 		return
 	}
 	c.state, c.reason, c.boot = stateReady, "", nil
+	for _, s := range c.shards {
+		if s.lossy { // its clock comes to where it has been
+			s.wantFence = true
+			s.touch()
+		}
+	}
 	c.armCompactionLags()
 	c.startAutoCompact()
 	c.startLeases()

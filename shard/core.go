@@ -63,6 +63,13 @@ type CoreConfig struct {
 	// CreateEntries is the size of the cache of create revisions. For tests of many short-lived Cores.
 	CreateEntries int
 
+	// ReplaceCoordinator lets a coordinator take the place of the one that the partition map names, although its
+	// etcd has another cluster ID. It must be empty.
+	ReplaceCoordinator bool
+
+	// AcceptDataLoss names member clusters that may be behind what was seen of them.
+	AcceptDataLoss []string
+
 	// Sabotage plants bugs for the simulation to find. Never set outside of tests.
 	Sabotage Sabotage
 }
@@ -83,6 +90,9 @@ type Sabotage struct {
 	HistoryAhead bool
 	// CompactionUnread lets reads at a revision ignore the compaction record that they bring along.
 	CompactionUnread bool
+	// RebuildSkipsShard leaves a shard out of a rebuild. RebuildFencesFirst fences before the coordinator has the new
+	// epoch, and believes that then. RebuildNoFence does not fence, and believes what the coordinator names.
+	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
 	RecentIgnoresRanges bool
 }
@@ -103,6 +113,10 @@ type Core struct {
 	state  coreState
 	reason string // why not ready
 	boot   *bootstrap
+
+	connecting *connecting // nil while the coordinator is believed
+	knownN     int64       // the largest N that a believed coordinator has shown
+	maxClock   int64       // the largest clock that a stream has shown
 
 	hdr    codec.Header
 	m      *Map
@@ -165,6 +179,8 @@ type Stats struct {
 	Batches, BatchedWrites, Rejected, Fences, WrongCreates, Settled, LostReplies uint64
 	ReadBatches, BatchedReads, Rereads, RecentReads, LargeWaited, LargeRefused   uint64
 	Unrecorded, Foreign                                                          uint64
+	// Rebuilds of the coordinator that this proxy has brought to their end.
+	Rebuilds uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
 	// of reconciliation, and copies found by them that no marker named.
 	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64
@@ -242,6 +258,9 @@ func (c *Core) Start() {
 // Ready reports whether requests are served, and if not, why: a sentence for an operator.
 func (c *Core) Ready() (bool, string) {
 	if c.state == stateReady {
+		if c.connecting != nil {
+			return false, c.connecting.waitingFor()
+		}
 		return true, ""
 	}
 	if c.state == stateStarting && c.boot != nil {
@@ -501,6 +520,14 @@ func (c *Core) moveFrontiers() {
 	}
 	l := c.clock.Log()
 	for i, s := range c.shards {
+		if c.connecting != nil {
+			// The log may be of a coordinator that is not believed. What a stream has shown stays true.
+			if f := l.Clock(i); f > c.frontier.Get(i) {
+				c.frontier.Set(i, f)
+				c.frontierRose = true
+			}
+			continue
+		}
 		f := l.Frontier(i)
 		if c.cfg.Sabotage.FrontierIgnoresRanges {
 			f = l.N()
@@ -552,10 +579,19 @@ func (e *clockEvents) NowDone(ticket uint64, n int64, a []int64) {
 }
 
 func (e *clockEvents) Started() {
-	c := (*Core)(e)
-	if c.boot != nil {
-		c.boot.clockStarted()
+	if k := (*Core)(e).connecting; k != nil {
+		k.adopt()
 	}
 }
 
-func (e *clockEvents) Lost(err error) { (*Core)(e).fail(fmt.Errorf("coordinator: %w", err)) }
+func (e *clockEvents) Lost(err error) {
+	c := (*Core)(e)
+	switch {
+	case c.connecting != nil:
+		c.connecting.refused(err)
+	case revclock.Rebuildable(err) || revclock.Foreign(err):
+		c.connect(err.Error())
+	default:
+		c.fail(fmt.Errorf("coordinator: %w", err))
+	}
+}

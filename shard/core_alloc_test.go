@@ -33,9 +33,11 @@ func TestCoreGetsAllocateNothing(t *testing.T) {
 	}
 	c.Start()
 	tr.answer(&tr.coord, mustMarshal(t, &pb.RangeResponse{Header: head(3)}))
-	tr.answer(&tr.shard, mustMarshal(t, &pb.TxnResponse{Header: head(4), Responses: []*pb.ResponseOp{
-		rangeOf(kv(KeyID, AppendIdentity(nil, revclock.ID{5}), 2)), rangeOf(kv(KeyClock, record, 2)),
-		rangeOf(kv(KeyMap, AppendMap(nil, m), 3)), rangeOf()}}))
+	for range 2 { // the probe, and the look with which the epoch is believed
+		tr.answer(&tr.shard, mustMarshal(t, &pb.TxnResponse{Header: head(4), Responses: []*pb.ResponseOp{
+			rangeOf(kv(KeyID, AppendIdentity(nil, revclock.ID{5}), 2)), rangeOf(kv(KeyClock, record, 2)),
+			rangeOf(kv(KeyMap, AppendMap(nil, m), 3)), rangeOf()}}))
+	}
 	c.Flush()
 	epochKV := kv(revclock.KeyEpoch, revclock.AppendEpoch(nil, epoch), 2)
 	tr.answer(&tr.coord, mustMarshal(t, &pb.TxnResponse{Header: head(3), Succeeded: true, Responses: []*pb.ResponseOp{

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/revclock"
 	"spindle/watchring"
 )
 
@@ -44,11 +45,27 @@ type pastCall struct {
 }
 
 func (r *pastRig) Call(to codec.ClusterID, m codec.Method, req []byte, _ time.Duration, c codec.Completion) {
+	if m == codec.MethodTxn { // whether the shard is what it was, before a stream is opened again
+		c.Complete(r.same(r.c.shards[to]), codec.Status{}, true)
+		return
+	}
 	q := &etcdserverpb.RangeRequest{}
 	if m != codec.MethodRange || proto.Unmarshal(req, q) != nil {
 		r.t.Fatalf("an unexpected call of method %d", m)
 	}
 	r.calls = append(r.calls, pastCall{to, q, c})
+}
+
+// same is the answer of a shard that is what it was.
+func (r *pastRig) same(s *shardState) []byte {
+	kv := func(key string, value []byte, mod int64) *etcdserverpb.ResponseOp {
+		return rangeOf(&mvccpb.KeyValue{Key: []byte(key), Value: value, CreateRevision: 1, ModRevision: mod, Version: 1})
+	}
+	clock := kv(KeyClock, AppendRecord(nil, &Record{First: s.rec.first, Last: s.rec.last, Kind: KindFence}), s.rec.local)
+	return mustMarshal(r.t, &etcdserverpb.TxnResponse{
+		Header: &etcdserverpb.ResponseHeader{Revision: s.rec.local}, Succeeded: true,
+		Responses: []*etcdserverpb.ResponseOp{kv(KeyID, AppendIdentity(nil, r.c.m.Shards[s.idx].Identity), 1), clock, clock},
+	})
 }
 
 func (r *pastRig) Watch(to codec.ClusterID, req []byte, sink codec.WatchSink) codec.WatchHandle {
@@ -91,7 +108,9 @@ func newPastRig(t *testing.T, shards int) *pastRig {
 	}, r)
 	c := r.c
 	c.ring, c.frontier, c.state = watchring.NewRing(16, 1<<20, 0), watchring.NewFrontier(shards, 0), stateReady
+	c.m = &Map{}
 	for i := range shards {
+		c.m.Shards = append(c.m.Shards, MapShard{Identity: revclock.ID{byte(i + 1)}})
 		s := &shardState{c: c, idx: i, cluster: codec.ClusterID(i), name: fmt.Sprint(i)}
 		s.rec = point{local: 1}
 		s.points = []point{s.rec}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"spindle/codec"
+	"spindle/revclock"
 	"spindle/watchring"
 )
 
@@ -21,9 +22,10 @@ type fixedRead struct {
 	haveNow  bool
 	n        int64
 	a        []int64
-	h        int64 // header revision of the answer, once it is fixed
-	fixed    bool  // the second look: every shard at its local revision
-	latest   bool  // no revision was named: ErrCompacted means "ask again"
+	epoch    revclock.ID // of now
+	h        int64       // header revision of the answer, once it is fixed
+	fixed    bool        // the second look: every shard at its local revision
+	latest   bool        // no revision was named: ErrCompacted means "ask again"
 	over     bool
 	deadline int64
 }
@@ -181,7 +183,7 @@ func (r *fixedRead) nowDone(n int64, a []int64) {
 	if r.over {
 		return
 	}
-	r.n, r.a, r.haveNow = n, append(r.a[:0], a...), true
+	r.n, r.a, r.haveNow, r.epoch = n, append(r.a[:0], a...), true, r.c.m.Epoch
 	r.decide()
 }
 
@@ -211,7 +213,7 @@ func (r *fixedRead) decide() {
 		}
 		s := p.s
 		settled := p.reply.rev == clock.ModRevision || s.pos >= p.reply.rev && s.lastUnrecorded <= clock.ModRevision
-		if !settled || rec.Last < r.a[s.idx] || rec.Last > r.n {
+		if !settled || rec.Last < r.a[s.idx] || rec.Last > r.n || !s.sameEpoch(&rec, clock.ModRevision) || r.epoch != r.c.m.Epoch {
 			exact = false
 			break
 		}

@@ -41,6 +41,7 @@ const (
 // until 4096 are told. The range partitioner is 0x02, its table
 // uvarint n ‖ n × (uvarint len ‖ first key, uvarint index). The 0 is the length of an extension.
 type Map struct {
+	// Epoch is the coordinator's, zero as long as none was believed.
 	Epoch revclock.ID
 	// Coordinator is the cluster ID of the coordinator's etcd.
 	Coordinator uint64
@@ -230,6 +231,14 @@ func (m *Map) Validate() error {
 		return fmt.Errorf("the partition map names partitioner %d", m.Kind)
 	}
 	return nil
+}
+
+// SameShards says whether two maps have the same shards, and put the same keys on them: a rebuild of the coordinator
+// changes the rest.
+func (m *Map) SameShards(o *Map) bool {
+	n := *o
+	n.Epoch, n.Coordinator = m.Epoch, m.Coordinator
+	return m.Equal(&n)
 }
 
 // Equal says whether two maps are the same in every byte.

@@ -9,18 +9,20 @@ import (
 
 // Observation is what an operator may want to know of a Core at one moment.
 type Observation struct {
-	Ready    bool
-	Reason   string // why not ready
-	Revision int64  // N: the last revision handed out, as folded here
-	Frontier int64  // of all shards
-	Compact  int64
-	Memory   int64 // bytes that clients make the process hold, as Memory counts them
-	RingTail int64
-	RingSize int64 // bytes
-	Leases   int   // that this proxy knows
-	Core     Stats
-	Clock    revclock.Stats
-	Shards   []ShardObservation
+	Ready  bool
+	Reason string // why not ready
+	// Connecting is set while the coordinator is not believed: it is read anew, and rebuilt if it has lost its data.
+	Connecting bool
+	Revision   int64 // N: the last revision handed out, as folded here
+	Frontier   int64 // of all shards
+	Compact    int64
+	Memory     int64 // bytes that clients make the process hold, as Memory counts them
+	RingTail   int64
+	RingSize   int64 // bytes
+	Leases     int   // that this proxy knows
+	Core       Stats
+	Clock      revclock.Stats
+	Shards     []ShardObservation
 }
 
 // ShardObservation is the part of one shard.
@@ -40,6 +42,10 @@ type ShardObservation struct {
 	Rejections, Pending int
 	// Revokes is the number of copies of ended leases that wait to be revoked.
 	Revokes int
+	// Refused is why nothing is sent to the shard, "" if it is not refused.
+	Refused string
+	// Missing is set while the coordinator cannot be rebuilt because the shard does not answer.
+	Missing bool
 	// Streaming is false while the shard's watch stream is down, Held is true while the ring is full.
 	Streaming, Held bool
 }
@@ -55,6 +61,7 @@ func (c *Core) Observe() Observation {
 	}
 	o.Frontier, o.RingTail, o.RingSize = c.frontier.Get(watchring.All), c.ring.Tail(), c.ring.Bytes()
 	o.Leases = len(c.leases.table.entries)
+	o.Connecting = c.connecting != nil
 	now := c.cfg.Now()
 	for i, s := range c.shards {
 		a, _ := l.A(i)
@@ -64,6 +71,8 @@ func (c *Core) Observe() Observation {
 			Revokes:   len(s.lease.queue),
 			Streaming: s.handle != nil, Held: s.holding,
 		}
+		so.Refused = s.banned
+		so.Missing = o.Connecting && c.connecting.lacks(s)
 		if open := l.Open(i); len(open) > 0 {
 			so.Open, so.Oldest, so.OldestAge = len(open), open[0].First, now-open[0].Seen
 			so.Holder = hex.EncodeToString(open[0].Holder[:4])

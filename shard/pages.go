@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"spindle/codec"
+	"spindle/revclock"
 )
 
 // This file is the road of lists that are read page by page: RangeStream, lists with a limit over several
@@ -33,6 +34,7 @@ type pagedRead struct {
 	haveNow  bool
 	n        int64
 	a        []int64
+	epoch    revclock.ID // of now
 	out      []byte
 	sent     int64 // keys in out and in emitted chunks
 	emitted  bool
@@ -108,7 +110,7 @@ type pagedNow struct {
 
 func (w *pagedNow) nowDone(n int64, a []int64) {
 	if r := w.r; !r.over && r.gen == w.gen {
-		r.n, r.a, r.haveNow = n, append(r.a[:0], a...), true
+		r.n, r.a, r.haveNow, r.epoch = n, append(r.a[:0], a...), true, r.c.m.Epoch
 		r.decide()
 	}
 }
@@ -138,7 +140,7 @@ func (r *pagedRead) decide() {
 		}
 		s := p.s
 		settled := p.rev == kv.ModRevision || s.pos >= p.rev && s.lastUnrecorded <= kv.ModRevision
-		exact = exact && settled && rec.Last >= r.a[s.idx] && rec.Last <= r.n
+		exact = exact && settled && rec.Last >= r.a[s.idx] && rec.Last <= r.n && s.sameEpoch(&rec, kv.ModRevision) && r.epoch == r.c.m.Epoch
 	}
 	if exact {
 		for i := range r.parts {

@@ -139,12 +139,21 @@ func (s *shardState) flushWrites() {
 		return
 	}
 	c := s.c
+	if s.failRefused() || s.unsure || c.connecting != nil {
+		return
+	}
 	if l, ok := c.tr.(liveness); ok && !l.Connected(s.cluster) {
 		// A range that nobody can fill would only hold the watches of all shards back.
 		if !s.offline {
 			s.offline = true
 			c.after(c.jitter(2*retryDelay), func() { s.offline = false; s.touch() })
 		}
+		return
+	}
+	if n := c.clock.Log().N(); n-max(c.maxClock, s.rec.last) >= revclock.MaxLead && len(s.queue) > 0 {
+		// Half of a rebuild's margin is used up by ranges that nothing was written under: an empty batch brings
+		// the clock near before anything else may go.
+		s.closeBatch(nil)
 		return
 	}
 	into := s.spareWrites
@@ -162,6 +171,12 @@ func (s *shardState) flushWrites() {
 	if len(ws) == 0 && !s.wantFence {
 		return
 	}
+	s.closeBatch(ws)
+}
+
+// closeBatch makes a batch of ws, of nothing if there are none, and asks for its revisions.
+func (s *shardState) closeBatch(ws []*write) {
+	c := s.c
 	s.wantFence = false
 	s.batchID++
 	b := &batch{s: s, id: s.batchID, writes: ws, fence: len(ws) == 0,

@@ -49,9 +49,10 @@ type readBatch struct {
 	haveNow bool
 	got     bool
 	n, a    int64
-	resp    []byte // copy of the reply, when it came before now
-	rev     int64  // of the shard, 0 for the newest: a second look at a fixed state
-	h       int64  // what a second look answers with
+	epoch   revclock.ID // of now
+	resp    []byte      // copy of the reply, when it came before now
+	rev     int64       // of the shard, 0 for the newest: a second look at a fixed state
+	h       int64       // what a second look answers with
 	body    []byte
 }
 
@@ -148,6 +149,9 @@ func (s *shardState) lookup(w *write) {
 // flushReads sends the reads that wait, as many as one Txn takes.
 func (s *shardState) flushReads() {
 	c := s.c
+	if s.failRefused() {
+		return
+	}
 	for len(s.reads) > 0 && s.readsMayGo() {
 		b := c.acquireRead(s)
 		ops, needNow := 0, false
@@ -248,6 +252,7 @@ func (c *Core) releaseRead(b *readBatch) {
 // nowDone takes the now that belongs to b.
 func (b *readBatch) nowDone(n int64, a []int64) {
 	b.n, b.a, b.haveNow = n, a[b.s.idx], true
+	b.epoch = b.s.c.m.Epoch
 	if b.got {
 		b.s.evaluate(b, b.resp)
 	}
@@ -296,17 +301,11 @@ func (b *readBatch) Complete(resp []byte, st codec.Status, sent bool) {
 func (s *shardState) readFailed(b *readBatch, st codec.Status) {
 	c := s.c
 	final := definite(st) && st != codec.ErrCompacted && st != codec.ErrFutureRev
-	now := c.cfg.Now()
 	for _, it := range b.items {
-		switch {
-		case final:
+		if final {
 			it.fail(s, st)
-		case now >= it.deadline:
-			it.fail(s, codec.ErrTimeout)
-		case it.op != nil && it.op.canceled:
-			it.fail(s, statusCanceled)
-		default:
-			c.after(c.jitter(retryDelay), func() { s.read(it) })
+		} else {
+			s.readAgain(it)
 		}
 	}
 	if b.ticket && !b.haveNow {
@@ -337,11 +336,11 @@ func (s *shardState) evaluate(b *readBatch, resp []byte) {
 		}
 		return
 	}
-	if rec.Epoch != c.m.Epoch && rec.Last > 0 {
-		c.fail(fmt.Errorf("member cluster %s has a clock record of another epoch; restart to read the map anew", s.name))
-		for i := range b.items {
-			b.items[i].fail(s, codec.ErrStopped)
+	if !s.sameEpoch(&rec, clock.ModRevision) || b.ticket && b.epoch != c.m.Epoch {
+		for _, it := range b.items {
+			s.readAgain(it)
 		}
+		c.releaseRead(b)
 		return
 	}
 	read := point{rec.First, rec.Last, clock.ModRevision}
@@ -415,7 +414,7 @@ func anyLease(parts [][]byte) bool {
 func (s *shardState) mayHaveChanged(ivs []Interval, from, upTo int64) bool {
 	c := s.c
 	seen := min(s.rec.last, upTo)
-	if seen-from > 1024 {
+	if seen-from > 1024 || c.connecting != nil { // the log has forgotten ranges of the epoch that is over
 		return true
 	}
 	for r := from + 1; r <= seen; r++ {

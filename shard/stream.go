@@ -44,7 +44,10 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
-	offline     bool // without a connection when last looked at; a timer looks again
+	unsure      bool   // its stream has ended, and it was not looked at since: nothing is written
+	lossy       bool   // it was behind at the start, and the operator accepts that
+	banned      string // why it is not the shard that it was
+	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
 	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too
 
@@ -74,6 +77,7 @@ type shardState struct {
 	points         []point
 	partial        [][]byte // events of a local revision that the next fragment may go on with; copies
 	held           [][]byte // messages that wait for the ring to have room
+	ahead          int64    // first revision of the record that waits for room in the ring, 0 for none
 	holding        bool
 	holdUntil      int64 // ns; then those that stand in the way do not count any more
 	waits          point // the record that is held: its revisions
@@ -104,8 +108,9 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
+	s.unsure = false
 	s.clearPending()
-	s.held, s.holding = nil, false
+	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
 	s.foreign.rewind()
 	s.pos = start - 1
@@ -151,9 +156,10 @@ func (s *shardState) reopen() {
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
+	s.unsure = true
 	s.c.after(s.c.jitter(d), func() {
 		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
-			s.openStream()
+			s.verify(gen, false)
 		}
 	})
 }
@@ -316,16 +322,17 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		s.c.leases.streamMoved(s)
 		return true
 	}
-	if !s.roomFor(point{first: rec.First, last: rec.Last}) {
-		s.waits = point{first: rec.First, last: rec.Last}
+	if at := (point{first: rec.First, last: rec.Last}); !s.roomFor(at) && !(s.jumpTo(rec.First) && s.roomFor(at)) {
+		s.waits = at
 		// There is no room for it, but it says that nothing below its first revision will come. Without
 		// this the shard would wait for the frontier that it holds back itself.
-		if l := c.clock.Log(); l.Clock(s.idx) < rec.First-1 {
+		if l := c.clock.Log(); (rec.Kind != KindRebuild || s.overtaken()) && l.Clock(s.idx) < rec.First-1 {
 			l.SetClock(s.idx, rec.First-1)
 			c.stale = true
 		}
 		return false
 	}
+	s.ahead = 0
 	if !s.publish(&rec, events) {
 		return true
 	}
@@ -369,7 +376,7 @@ func (s *shardState) reservedChanged(kv, prev codec.KV, del bool) {
 		}
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {
-			s.c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
+			s.c.connect("the partition map on member cluster " + s.name + " has changed")
 		}
 	default:
 		if x, ok := ParseLeaseKey(kv.Key); ok && del {
@@ -410,6 +417,7 @@ func (s *shardState) recorded(local int64, rec *Record) {
 	}
 	s.from, s.torn = 0, false
 	c.clock.Log().Committed(s.idx, rec.First, rec.Last, rec.Proxy)
+	c.maxClock = max(c.maxClock, rec.Last)
 	c.stale = true
 	c.probeClock(rec.Last)
 	if rec.Proxy == c.cfg.Proxy {

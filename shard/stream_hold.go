@@ -79,7 +79,7 @@ func (s *shardState) roomFor(rec point) bool {
 // readers; and while its entries weigh more than twice its limit, which means that they cannot be dropped yet,
 // only the record that follows next is taken.
 func (c *Core) tooFar(rec point, frontier int64) bool {
-	return rec.last > frontier+c.ring.Size()*3/4 || rec.first > frontier+1 && c.ring.Bytes() > 2*c.cfg.RingBytes
+	return c.ring.Distance(frontier, rec.last) > c.ring.Size()*3/4 || rec.first > frontier+1 && c.ring.Bytes() > 2*c.cfg.RingBytes
 }
 
 // leastLive returns the smallest frontier of the shards that others wait for: those whose stream has brought

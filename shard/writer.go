@@ -52,6 +52,7 @@ type batch struct {
 	spare  bool
 	record Record
 	body   []byte
+	mapMod int64 // that its guard names
 	// unknown says that an earlier copy's outcome was not learned: a rejection proves nothing then.
 	unknown bool
 	// blind says that the stream skipped records while this batch was on its way: not seeing its record
@@ -110,7 +111,8 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	}
 	s.c.stats.Batches++
 	s.c.stats.BatchedWrites += uint64(live)
-	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: s.mapMod, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
+	b.mapMod = s.mapMod
+	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
 	s.body = nil
 	b.state = batchGranted
 	for _, w := range canceled {
@@ -268,12 +270,12 @@ func (s *shardState) rejected(b *batch, t txnReply) {
 		clock, _ = firstKV(t.resps[0])
 		pmap, _ = firstKV(t.resps[1])
 	}
-	if pmap.ModRevision != s.mapMod {
-		c.fail(fmt.Errorf("the partition map on member cluster %s was changed by another proxy; restart to read it anew", s.name))
-		return
-	}
 	rec, ok := ParseRecord(clock.Value)
-	if !ok || rec.Last < b.first {
+	remapped := pmap.ModRevision != b.mapMod
+	if pmap.ModRevision > s.mapMod {
+		c.connect("the partition map on member cluster " + s.name + " has changed")
+	}
+	if !ok || rec.Last < b.first && !remapped {
 		c.fail(fmt.Errorf("the clock record on member cluster %s is missing or not readable by this version", s.name))
 		return
 	}

@@ -101,6 +101,9 @@ func (r *Ring) revAt(place int64) int64 {
 	return place + (*js)[0].before()
 }
 
+// Distance returns how many slots lie between two revisions.
+func (r *Ring) Distance(from, to int64) int64 { return r.place(to) - r.place(from) }
+
 // Jump records that no revision above from, up to to, has or will have an event (the jump of a rebuild):
 // such revisions take no slots, so that readers and entries before the jump are not lapped by it. It must
 // happen before an entry above from is published, and before any frontier passes from. Jumps are made

@@ -27,6 +27,10 @@ type Config struct {
 	// Shards are the member clusters, one at least, Coordinator the endpoints of the coordinator.
 	Shards      []Shard
 	Coordinator []string
+	// AcceptDataLoss names shards that may be behind what was seen of them.
+	AcceptDataLoss []string
+	// ReplaceCoordinator lets an empty coordinator take the place of the one that the partition map names.
+	ReplaceCoordinator bool
 	// Partition is what the configuration says about where keys lie; Member is a place in Shards.
 	Partition shard.PartitionSpec
 	// AutoCompact compacts without being asked; the zero value does not.

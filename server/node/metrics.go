@@ -32,6 +32,8 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 		return 0
 	}
 	gauge(`spindle_ready`, flag(o.Ready))
+	gauge(`spindle_coordinator_believed`, flag(!o.Connecting))
+	counter(`spindle_coordinator_rebuilds_total`, o.Core.Rebuilds)
 	gauge(`spindle_revision`, o.Revision)
 	gauge(`spindle_frontier_revision`, o.Frontier)
 	gauge(`spindle_compact_revision`, o.Compact)
@@ -71,6 +73,8 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	for i := range o.Shards {
 		s := &o.Shards[i]
 		of := func(name string) string { return fmt.Sprintf("%s{shard=%q}", name, s.Name) }
+		gauge(of(`spindle_shard_refused`), flag(s.Refused != ""))
+		gauge(of(`spindle_shard_rebuild_waits`), flag(s.Missing))
 		gauge(of(`spindle_shard_clock_revision`), s.Clock)
 		gauge(of(`spindle_shard_clock_lag`), max(s.Handed-s.Clock, 0))
 		gauge(of(`spindle_shard_frontier_revision`), s.Frontier)

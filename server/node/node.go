@@ -187,6 +187,8 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 		MemberMaxRequestBytes: n.cfg.ShardMaxRequestBytes,
 		MemberName:            n.cfg.Name,
 		ClientURLs:            n.cfg.AdvertiseClientURLs,
+		AcceptDataLoss:        n.cfg.AcceptDataLoss,
+		ReplaceCoordinator:    n.cfg.ReplaceCoordinator,
 	}, n.pool)
 	n.engine.SetCore(n.core)
 	n.stopDrive = loop.Drive(n.core)
@@ -253,6 +255,8 @@ func (n *Node) turnEnd() {
 		n.engine.SetReady(true)
 		n.status.Store(&status{ready: true})
 		close(n.ready)
+	case ok && !n.status.Load().ready:
+		n.status.Store(&status{ready: true}) // the coordinator is believed again
 	case ok:
 	case n.core.Failed() != "":
 		n.giveUp(errors.New(why))

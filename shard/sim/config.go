@@ -64,6 +64,9 @@ type ChaosEvents struct {
 	Reset, Down, Hole, Pause, Lag, StreamHole, Crash, Expire bool
 	// Compact lets somebody else compact a member.
 	Compact bool
+	// Wipe lets the coordinator lose its data, Stall lets proxies stand still, Mistake leads them to another
+	// system's coordinator.
+	Wipe, Stall, Mistake bool
 	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
 	// key before a foreign put may be gone with a compaction.
 	Foreign bool
@@ -139,6 +142,10 @@ func ConfigOf(seed uint64) Config {
 		c.Events.Foreign, c.Events.Compact, c.AutoCompact = true, false, shard.AutoCompact{}
 	}
 	c.Leases = r.IntN(3) == 0
+	if c.Chaos > 0 {
+		on := func() bool { return r.IntN(3) == 0 }
+		c.Events.Wipe, c.Events.Stall, c.Events.Mistake = on(), on(), on()
+	}
 	return c
 }
 

@@ -16,6 +16,9 @@ type Host struct {
 	net   *Net
 	links map[codec.ClusterID]*Link
 	dead  bool
+
+	stalled bool     // the process stands still
+	waiting []func() // what happens to it meanwhile
 }
 
 // NewHost makes a host whose links take base plus up to jitter one way.
@@ -68,10 +71,11 @@ type Link struct {
 	// StreamHole swallows the streams' messages alone until it ends.
 	StreamHole bool
 
-	host    *Host
-	cluster *Cluster
-	calls   []*call
-	streams []*stream
+	host     *Host
+	cluster  *Cluster
+	mistaken func() // leads a link that was led astray back, nil for none
+	calls    []*call
+	streams  []*stream
 }
 
 func (l *Link) delay() time.Duration { return l.Base + l.net().Between(0, l.Jitter) }
@@ -117,6 +121,10 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 	w.seq++
 	c.id = w.seq
 	if h.dead {
+		return
+	}
+	if h.stalled {
+		h.waiting = append(h.waiting, func() { h.Call(to, m, c.req, timeout, done) })
 		return
 	}
 	l.calls = append(l.calls, c)
@@ -229,17 +237,19 @@ func (c *call) complete(d time.Duration, resp []byte, st codec.Status, sent bool
 				break
 			}
 		}
-		if c.l.host.dead {
-			return
-		}
-		if w := c.l.net(); w.Trace != nil && st.Code != codec.OK {
-			w.tracef("%s: #%d completes: %v %q sent=%v", c.l.host.Name, c.id, st.Code, st.Msg, sent)
-		} else if w.Trace != nil {
-			w.tracef("%s: #%d completes", c.l.host.Name, c.id)
-		}
-		done.Complete(resp, st, sent)
-		poison(resp)
-		c.l.host.Turn()
+		c.l.host.do(func() {
+			if c.l.host.dead {
+				return
+			}
+			if w := c.l.net(); w.Trace != nil && st.Code != codec.OK {
+				w.tracef("%s: #%d completes: %v %q sent=%v", c.l.host.Name, c.id, st.Code, st.Msg, sent)
+			} else if w.Trace != nil {
+				w.tracef("%s: #%d completes", c.l.host.Name, c.id)
+			}
+			done.Complete(resp, st, sent)
+			poison(resp)
+			c.l.host.Turn()
+		})
 	})
 }
 
@@ -356,13 +366,15 @@ func (s *stream) fail(st codec.Status) {
 	// The handle may be closed before the end is reported.
 	s.sink = sink
 	s.l.net().After(s.l.net().Between(0, time.Millisecond), func() {
-		if s.sink == nil || s.l.host.dead {
-			return
-		}
-		s.sink = nil
-		s.l.net().tracef("%s: stream of %s ends: %s", s.l.host.Name, s.l.cluster, st.Msg)
-		sink.OnEnd(st)
-		s.l.host.Turn()
+		s.l.host.do(func() {
+			if s.sink == nil || s.l.host.dead {
+				return
+			}
+			s.sink = nil
+			s.l.net().tracef("%s: stream of %s ends: %s", s.l.host.Name, s.l.cluster, st.Msg)
+			sink.OnEnd(st)
+			s.l.host.Turn()
+		})
 	})
 }
 
@@ -392,15 +404,17 @@ func (s *stream) deliver(m []byte) {
 	w := s.l.net()
 	s.in = max(s.in, w.now+int64(s.l.delay()))
 	w.at(s.in, func() {
-		if s.sink == nil || s.l.host.dead || !s.isOpen() {
-			return
-		}
-		if w.Trace != nil {
-			w.tracef("%s: stream of %s: %s", s.l.host.Name, s.l.cluster, describeWatchResponse(m))
-		}
-		s.sink.OnMessage(m)
-		poison(m)
-		s.l.host.Turn()
+		s.l.host.do(func() {
+			if s.sink == nil || s.l.host.dead || !s.isOpen() {
+				return
+			}
+			if w.Trace != nil {
+				w.tracef("%s: stream of %s: %s", s.l.host.Name, s.l.cluster, describeWatchResponse(m))
+			}
+			s.sink.OnMessage(m)
+			poison(m)
+			s.l.host.Turn()
+		})
 	})
 }
 

@@ -95,6 +95,9 @@ func (r *Run) mischief() {
 			}
 		}},
 		{ev.Foreign && r.part != nil, r.foreign},
+		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
+		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
+		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes, func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
 		r.forceCompact(w.Members[id])
@@ -170,6 +173,24 @@ func (r *Run) forceCompact(c *Cluster) {
 	r.net.tracef("%s: somebody compacts it at L%d", c, at)
 }
 
+// forcedRevision returns up to where such compactions reach: to the next record, which may lie far ahead if the
+// coordinator was rebuilt between.
+func (r *Run) forcedRevision() int64 {
+	rev := r.forced
+	for _, f := range r.forces {
+		for _, ch := range r.net.Members[f.shard].Log() {
+			if ch.Main <= f.at || string(ch.KV.Key) != keyClock || ch.Delete {
+				continue
+			}
+			if rec, err := parseRecord(ch.KV.Value); err == nil {
+				rev = max(rev, rec.last)
+			}
+			break
+		}
+	}
+	return rev
+}
+
 // maxBatch is more than the revisions between two records of a run.
 const maxBatch = 200
 
@@ -186,6 +207,7 @@ func (r *Run) calm() {
 		if p.host == nil {
 			continue
 		}
+		p.host.wake()
 		for _, id := range p.host.ids() {
 			l := p.host.Link(id)
 			l.Down, l.StreamLag = false, 0
@@ -194,6 +216,9 @@ func (r *Run) calm() {
 				l.Reset()
 			}
 			l.Resume()
+			if l.mistaken != nil {
+				l.mistaken()
+			}
 		}
 	}
 }

@@ -24,6 +24,7 @@ type proxy struct {
 	timerAt  int64
 	spinAt   int64
 	spins    int
+	walks    int
 	clients  []*client
 	followed []*follower
 	hub      *watchring.Hub // made with the first watch
@@ -98,13 +99,18 @@ func (p *proxy) crash() {
 // turn ends a turn of p's loop: what it has to send leaves, and its timer is set.
 func (p *proxy) turn() {
 	r := p.r
-	if !p.up || r.fault != nil {
+	if !p.up || r.fault != nil || p.host.stalled {
 		return
 	}
 	if p.spinAt != r.net.now {
-		p.spinAt, p.spins = r.net.now, 0
+		p.spinAt, p.spins, p.walks = r.net.now, 0, 0
 	}
-	if p.spins++; p.spins > maxSpins {
+	if p.pump {
+		p.walks++ // a hub may walk over the revisions that a rebuild left out, a few in a turn
+	} else {
+		p.spins++
+	}
+	if p.spins > maxSpins || p.walks > maxWalks {
 		r.fail("%s spins: %d turns at one moment", p.host.Name, p.spins)
 		return
 	}
@@ -151,13 +157,16 @@ func (p *proxy) turn() {
 			if r.net.Chance(0.3) {
 				at += int64(r.net.Between(0, time.Millisecond))
 			}
+			host := p.host
 			r.net.at(at, func() {
-				if p.life != life || !p.up || p.timerAt != d {
-					return
-				}
-				p.timerAt = 0
-				p.core.Tick()
-				p.turn()
+				host.do(func() {
+					if p.life != life || !p.up || p.timerAt != d {
+						return
+					}
+					p.timerAt = 0
+					p.core.Tick()
+					p.turn()
+				})
 			})
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 	"spindle/shard"
 	"spindle/watchring"
 )
@@ -18,8 +19,12 @@ const (
 	maxDrain    = 90 * time.Second // for all operations to finish once the faults have stopped
 	maxSettle   = 20 * time.Second // for every frontier to reach now once nothing is written any more
 	maxSpins    = 20000            // turns at one moment: more is a livelock
-	maxTimeouts = 4                // times the shard timeout, for an operation to end one way or the other
+	maxWalks    = 3 * revclock.Margin
+	maxTimeouts = 4 // times the shard timeout, for an operation to end one way or the other
 	maxCrashes  = 6
+	maxWipes    = 8
+	maxMistakes = 4
+	maxStalls   = 12
 	maxViewers  = 8 // streams open at one proxy
 	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
@@ -52,6 +57,9 @@ type Run struct {
 // Stats tells what a run did.
 type Stats struct {
 	Events, Ops, OK, Unknown, Crashes, Failures, Lapped, Facts, Compactions int
+	// Wipes counts losses of the coordinator, Stalls proxies that stood still, Mistakes those that came to another
+	// coordinator.
+	Wipes, Stalls, Mistakes int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
@@ -298,6 +306,7 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.RecentReads += b.RecentReads
 	a.Unrecorded += b.Unrecorded
 	a.Foreign += b.Foreign
+	a.Rebuilds += b.Rebuilds
 	a.LeaseAttaches += b.LeaseAttaches
 	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
 	a.LeaseReconciliations += b.LeaseReconciliations

@@ -99,6 +99,9 @@ func TestSimulation(t *testing.T) {
 		sum.Crashes += stats.Crashes
 		sum.Lapped += stats.Lapped
 		sum.Compactions += stats.Compactions
+		sum.Wipes += stats.Wipes
+		sum.Stalls += stats.Stalls
+		sum.Mistakes += stats.Mistakes
 		sum.Viewed += stats.Viewed
 		sum.Streams += stats.Streams
 		sum.Chunks += stats.Chunks
@@ -219,4 +222,91 @@ func TestDeterminism(t *testing.T) {
 			}
 		}
 	}
+}
+
+// rebuilds makes the coordinator's losses the main event of a run.
+func rebuilds(c *Config) {
+	c.Shards, c.Proxies = max(c.Shards, 2), max(c.Proxies, 2)
+	c.Chaos = max(c.Chaos, 60*time.Millisecond)
+	c.Events.Wipe, c.Events.Stall, c.Events.Down, c.Events.Pause = true, true, true, true
+	c.Events.Mistake = c.Seed%3 == 0
+}
+
+// TestRebuild runs seeds in which the coordinator loses its data again and again, while proxies stand still and
+// members cannot be reached.
+func TestRebuild(t *testing.T) {
+	limit := 20 * time.Second
+	if testing.Short() || raceEnabled {
+		limit = 6 * time.Second
+	}
+	n := envInt(t, envSeeds, 0)
+	if n > 0 {
+		limit = 24 * time.Hour
+	} else {
+		n = 1 << 30
+	}
+	first, start, seeds, failed := envInt(t, envFirst, 1), time.Now(), 0, 0
+	if os.Getenv(envSeed) != "" {
+		first, n = envInt(t, envSeed, 0), 1
+	}
+	var sum Stats
+	for seed := first; seed < first+n && time.Since(start) < limit && failed < 3; seed++ {
+		cfg := ConfigOf(uint64(seed))
+		rebuilds(&cfg)
+		if os.Getenv(envSeed) != "" {
+			cfg.Trace = func(l string) { fmt.Println(clip(l)) }
+		}
+		stats, err := Go(cfg)
+		if err != nil {
+			failed++
+			report(t, cfg, err)
+		}
+		seeds++
+		sum.Ops += stats.Ops
+		sum.OK += stats.OK
+		sum.Facts += stats.Facts
+		sum.Viewed += stats.Viewed
+		sum.Wipes += stats.Wipes
+		sum.Stalls += stats.Stalls
+		sum.Mistakes += stats.Mistakes
+		sum.Lapped += stats.Lapped
+		sum.Slowest = max(sum.Slowest, stats.Slowest)
+		sum.Core = addStats(sum.Core, stats.Core)
+	}
+	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
+	if sum.Core.Rebuilds == 0 {
+		t.Error("nothing was rebuilt")
+	}
+}
+
+// TestFirstStartHazard loses the coordinator while proxies start for the first time, before any clock has left 0: what
+// was handed out by then must not be handed out again.
+func TestFirstStartHazard(t *testing.T) {
+	rebuilt := uint64(0)
+	for seed := uint64(1); seed <= 40; seed++ {
+		cfg := ConfigOf(seed)
+		cfg.Proxies, cfg.Shards, cfg.Ops = max(cfg.Proxies, 2), max(cfg.Shards, 2), min(cfg.Ops, 100)
+		cfg.Faults = Faults{SlowRequest: 0.1} // batches that are on their way when the coordinator is lost
+		r := newRun(cfg)
+		for range 3 {
+			r.net.After(r.net.Between(20*time.Millisecond, 150*time.Millisecond), func() {
+				r.net.tracef("coord: loses its data")
+				r.net.Coord.Wipe(r.net.Coord.ClusterID)
+			})
+		}
+		r.stats.Wipes = 3
+		err := r.drive()
+		if err == nil {
+			err = r.check()
+		}
+		if err != nil {
+			t.Errorf("seed %d: %v", seed, clip(err.Error()))
+		}
+		for _, p := range r.proxies {
+			if p.core != nil {
+				rebuilt += p.core.Stats().Rebuilds
+			}
+		}
+	}
+	t.Logf("%d times a coordinator got an epoch", rebuilt)
 }
