@@ -83,13 +83,14 @@ func (c *Core) wideOps(p *Plan, span planSpan, shard int) (wide []bool, ok bool)
 	return wide, true
 }
 
-// appendInner appends the TxnRequest without what is read afterwards.
+// appendInner appends the TxnRequest without what is read afterwards. It counts as parseTxn does: a field of a wrong
+// wire type is none of the operations.
 func (w *wideTxn) appendInner(dst, msg []byte) []byte {
 	var n [2]int
 	branches := [2][]bool{w.then, w.els}
 	it := codec.Fields{Msg: msg}
 	for it.Next() {
-		if b := int(it.Field.Num) - 2; b == 0 || b == 1 {
+		if b := int(it.Field.Num) - 2; it.Field.Type == protowire.BytesType && (b == 0 || b == 1) {
 			n[b]++
 			if branches[b][n[b]-1] {
 				continue
