@@ -25,7 +25,7 @@ type historyPart struct {
 	reopens int   // in a row, without a record
 
 	queue []*watchring.Entry // in order, not handed out
-	bytes int                // what queue and pending weigh
+	bytes int                // what queue weighs; the stream is held back by this alone (see limit)
 	// group is the local revision that is coming in: views into the message, and copies (the first kept) of
 	// what earlier fragments brought.
 	group   [][]byte
@@ -85,9 +85,6 @@ func (p *historyPart) open() {
 
 // clear forgets what is not complete.
 func (p *historyPart) clear() {
-	for _, e := range p.pending {
-		p.bytes -= len(e.msg)
-	}
 	p.pending, p.group, p.kept, p.held = nil, nil, 0, false
 }
 
@@ -149,7 +146,8 @@ func (p *historyPart) take() *watchring.Entry {
 	return e
 }
 
-// limit is how much the part may keep before its stream is held back.
+// limit is how much the part may keep before its stream is held back. What waits for its record does not count: that
+// record stands behind it on the same stream, so holding the stream back would wait for ever.
 func (p *historyPart) limit() int { return p.h.c.cfg.HistoryBytes }
 
 // resume lets the stream flow again when half of what was kept is gone.
@@ -251,7 +249,6 @@ func (p *historyPart) finishGroup() {
 		for _, e := range events {
 			if ev := p.foreign.waits(e); ev != nil {
 				p.pending = append(p.pending, pendingEvent{append([]byte(nil), ev...), local})
-				p.bytes += len(ev)
 			}
 		}
 		if len(p.foreign.unknown) > 0 {
@@ -265,9 +262,6 @@ func (p *historyPart) finishGroup() {
 		return
 	}
 	slices.SortFunc(entries, func(a, b *watchring.Entry) int { return int(a.Rev - b.Rev) })
-	for _, e := range p.pending {
-		p.bytes -= len(e.msg)
-	}
 	p.pending = nil
 	for _, e := range entries {
 		if e.Rev > p.h.pos {
