@@ -50,8 +50,9 @@ func (p *historyPart) locate() {
 		switch {
 		case h.closed || p.over || h.failure.Code != codec.OK:
 			return
-		case st == codec.ErrCompacted && at.next.local > 0 && at.next.first <= h.pos+1:
-			// The record before is gone, but nothing of it is needed.
+		case st == codec.ErrCompacted && at.next.local > 0 && at.next.first <= h.pos:
+			// The record before is gone, but nothing of it is needed, nor of what waited for the next one, which has
+			// the next one's first revision.
 			p.seen, p.clock = at.next.local-1, at.next.first-1
 		case st == codec.ErrCompacted:
 			h.fail(st, max(at.next.last, h.pos+2))

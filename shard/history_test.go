@@ -497,3 +497,29 @@ func TestHistoriesWaitInOrder(t *testing.T) {
 		t.Error("something is left")
 	}
 }
+
+// TestHistoryCompactedBeforeTheRecord: a member is compacted at a record, and with that what waited for it is gone: a
+// read from the record's first revision cannot be complete, and says so.
+func TestHistoryCompactedBeforeTheRecord(t *testing.T) {
+	for from, want := range map[int64]string{5: "to 4 " + codec.ErrCompacted.Msg + " 6", 6: "6+b to 6"} {
+		r := newPastRig(t, 1)
+		r.batch(0, 4, 4, map[int64]string{4: "a"})
+		r.local[0]++ // a lease ended here
+		b := r.batch(0, 5, 6, map[int64]string{5: "a", 6: "b"})
+		s := r.c.shards[0]
+		s.points = s.points[len(s.points)-1:]
+		answer := r.next(r.c.OpenHistory(0, from), 1)
+		for len(r.calls) > 0 {
+			q := r.calls[0]
+			r.calls = r.calls[1:]
+			q.c.Complete(nil, codec.ErrCompacted, true)
+		}
+		for _, w := range r.open() {
+			if w.start != s.rec.local {
+				t.Errorf("from %d: the stream begins at %d", from, w.start)
+			}
+			w.bring(false, b...)
+		}
+		expect(t, fmt.Sprint("from ", from), answer(), want)
+	}
+}
