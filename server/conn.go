@@ -256,6 +256,7 @@ func (c *clientConn) second(now int64) {
 	if !c.alive(now) {
 		return
 	}
+	c.pumpKeepAlives()
 	waiting := c.h2.Queued()
 	if waiting > maxStalledReplies {
 		for k := range c.streaming {

@@ -17,6 +17,8 @@ const (
 	// that sends keep-alives for all its leases at once, 70,000 to a window, stays below; the stream of one
 	// that goes beyond ends with etcd's "too many requests".
 	maxKeepAlivesWaiting = 1 << 18
+	// maxKeepAliveTwins is how many messages for a lease may wait for one Op's answer; further ones wait on the stream.
+	maxKeepAliveTwins = 64
 	// maxKeepAliveQueued is how many bytes of answers may wait for the client before no further message is
 	// handed to the core; those that are with it come on top.
 	maxKeepAliveQueued = 64 << 10
@@ -27,6 +29,9 @@ const (
 // for the others. But when the client has named no other lease on it, the error ends the stream: there is
 // nobody else to spare, and clientv3's KeepAliveOnce waits for exactly that.
 //
+// A message for a lease that the core is asked for already takes no Op of its own, but gets its answer too: a client
+// sends again what was not answered, and must not fill the places of other leases with one that hangs.
+//
 // It lives on its client's loop; what is said of keepAliveOp.coreDone is the exception.
 type keepAliveStream struct {
 	rpc  *RPC
@@ -36,10 +41,11 @@ type keepAliveStream struct {
 	// IDs that wait, from head on.
 	waiting []int64
 	head    int
-	// flying are the Ops that the core has, free those of before, to be used again.
-	flying   map[*keepAliveOp]struct{}
+	// flying are the Ops that the core has, by lease; free those of before, to be used again.
+	flying   map[int64]*keepAliveOp
 	free     []*keepAliveOp
 	halfDone bool // the client will send no more
+	draining bool // the server ends: what the core has is answered, then the stream ends
 
 	lease int64 // the first ID seen
 	seen  bool
@@ -50,6 +56,8 @@ type keepAliveStream struct {
 // messages cost no memory.
 type keepAliveOp struct {
 	s        *keepAliveStream
+	id       int64
+	twins    int // further messages that its answer is for
 	op       *shard.Op
 	coreDone bool   // the core's loop only: Done was called
 	submit   func() // on the core's loop
@@ -60,7 +68,7 @@ type keepAliveOp struct {
 var _ StreamHandler = (*keepAliveStream)(nil)
 
 func newKeepAliveStream(*Loop) StreamHandler {
-	return &keepAliveStream{flying: make(map[*keepAliveOp]struct{})}
+	return &keepAliveStream{flying: make(map[int64]*keepAliveOp)}
 }
 
 // Open implements StreamHandler.
@@ -96,9 +104,14 @@ func (s *keepAliveStream) Message(msg []byte) {
 	if s.head > 0 && s.head >= len(s.waiting)/2 {
 		s.waiting, s.head = s.waiting[:copy(s.waiting, s.waiting[s.head:])], 0
 	}
+	s.wait(id)
+	s.pump()
+}
+
+// wait puts a message behind those that wait.
+func (s *keepAliveStream) wait(id int64) {
 	s.waiting = append(s.waiting, id)
 	s.rpc.conn.keepAlives++
-	s.pump()
 }
 
 // HalfClose implements StreamHandler.
@@ -113,27 +126,39 @@ func (s *keepAliveStream) Drained() { s.pump() }
 // Cancel implements StreamHandler.
 func (s *keepAliveStream) Cancel() { s.close() }
 
-// pump hands to the core what may go, then sees to the client's window and to the end.
+// Drain implements Drainer: what the core has is answered, the rest is asked for elsewhere.
+func (s *keepAliveStream) Drain() {
+	s.draining = true
+	s.pump()
+}
+
+// pump hands to the core what may go, then sees to the client's window and to the end. What may not go because the
+// client, or all of them, have too much with the core waits for the next answer, or the next second.
 func (s *keepAliveStream) pump() {
-	for !s.over && s.head < len(s.waiting) && len(s.flying) < maxKeepAlivesInFlight && s.rpc.Queued() <= maxKeepAliveQueued {
+	if s.draining && !s.over && len(s.flying) == 0 {
+		s.finish(codec.ErrStopped)
+	}
+	for !s.over && !s.draining && s.head < len(s.waiting) && s.rpc.Queued() <= maxKeepAliveQueued {
 		c := s.rpc.conn
-		if c.ops >= maxOpsPerConn { // by other streams of this client
-			metricRefused.Inc()
-			s.finish(codec.ErrTooManyRequests)
-			return
-		}
 		id := s.waiting[s.head]
-		if s.head++; s.head == len(s.waiting) {
-			s.waiting, s.head = s.waiting[:0], 0
-			if cap(s.waiting) > maxKeepAlivesInFlight {
-				s.waiting = nil
+		if k := s.flying[id]; k != nil {
+			if k.twins >= maxKeepAliveTwins {
+				break
 			}
+			k.twins++
+			s.taken()
+			continue
 		}
-		c.keepAlives--
+		if _, full := c.full(0); full || len(s.flying) >= maxKeepAlivesInFlight {
+			break
+		}
+		s.taken()
 		c.ops++
+		c.loop.working.Add(1)
 		k := s.take()
+		k.id, k.twins = id, 0
 		k.op.Msg = codec.AppendInt(k.op.Msg[:0], 1, id)
-		s.flying[k] = struct{}{}
+		s.flying[id] = k
 		s.rpc.loop.atHome(k.submit)
 	}
 	if s.over {
@@ -145,6 +170,29 @@ func (s *keepAliveStream) pump() {
 	}
 	if s.halfDone && !s.held && len(s.flying) == 0 {
 		s.finish(codec.Status{})
+	}
+}
+
+// taken takes the first message off those that wait.
+func (s *keepAliveStream) taken() {
+	if s.head++; s.head == len(s.waiting) {
+		s.waiting, s.head = s.waiting[:0], 0
+		if cap(s.waiting) > maxKeepAlivesInFlight {
+			s.waiting = nil
+		}
+	}
+	s.rpc.conn.keepAlives--
+}
+
+// pumpKeepAlives looks whether messages of the connection's LeaseKeepAlive streams that wait may go now.
+func (c *clientConn) pumpKeepAlives() {
+	if c.keepAlives == 0 {
+		return
+	}
+	for k := range c.streaming {
+		if s, ok := k.handler.(*keepAliveStream); ok {
+			s.pump()
+		}
 	}
 }
 
@@ -187,25 +235,46 @@ func keepAliveDone(op *shard.Op) {
 func (s *keepAliveStream) answered(k *keepAliveOp) {
 	op := k.op
 	k.op = nil
-	delete(s.flying, k)
 	c := s.rpc.conn
 	c.ops--
+	c.loop.working.Add(-1)
+	if !s.over {
+		delete(s.flying, k.id)
+	}
 	switch st := op.Status; {
 	case s.over:
 		c.h2.AddWork(-1)
 	case st.Code == codec.OK:
 		s.rpc.Send(op.Resp)
+		alive := keepAliveTTL(op.Resp) > 0
+		for range k.twins {
+			if alive {
+				s.rpc.Send(op.Resp)
+			} else {
+				s.wait(k.id) // that was later: the lease may have been granted meanwhile
+			}
+		}
 		s.free = append(s.free, k)
 	case !s.many:
 		s.finish(st)
 	default:
-		metricKeepAlivesLost.Inc()
+		metricKeepAlivesLost.Add(1 + k.twins)
 		s.free = append(s.free, k)
 	}
 	shard.ReleaseOp(op)
 	if !s.over {
 		s.pump()
 	}
+}
+
+// keepAliveTTL is the TTL of a LeaseKeepAliveResponse.
+func keepAliveTTL(resp []byte) (ttl int64) {
+	for it := (codec.Fields{Msg: resp}); it.Next(); {
+		if it.Field.Num == 3 {
+			ttl = int64(it.Field.Val)
+		}
+	}
+	return ttl
 }
 
 func (s *keepAliveStream) finish(st codec.Status) {
@@ -226,7 +295,7 @@ func (s *keepAliveStream) close() {
 	c.keepAlives -= len(s.waiting) - s.head
 	s.waiting, s.head, s.free = nil, 0, nil
 	c.h2.AddWork(len(s.flying))
-	for k := range s.flying {
+	for _, k := range s.flying {
 		// Behind submit in that mailbox, and before any other use of k: it is not used again.
 		s.rpc.loop.atHome(k.cancel)
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -336,4 +337,107 @@ func TestKeepAliveRaces(t *testing.T) {
 	close(stop)
 	<-stopped
 	s.core.release(home)
+}
+
+// A lease that hangs takes one place, however often it is asked for, and each of these messages is answered.
+func TestKeepAliveAskedAgain(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	l := s.Loops()[0]
+	st := openKeepAlive(t, testContext(t), s)
+	const again = maxKeepAliveTwins
+	for range 1 + again {
+		sendKeepAlive(t, st, leaseHeld)
+	}
+	sendKeepAlive(t, st, 7) // behind all of them
+	if r, err := st.Recv(); err != nil || r.ID != 7 {
+		t.Fatalf("behind a lease that hangs: %v, %v", r, err)
+	}
+	onLoop(l, func() {
+		for c := range l.conns {
+			if c.ops != 1 || l.eng.working() != 1 {
+				t.Errorf("the core has %d of the client's requests, %d of all", c.ops, l.eng.working())
+			}
+		}
+	})
+	s.core.release(l)
+	for range 1 + again {
+		if r, err := st.Recv(); err != nil || r.ID != leaseHeld {
+			t.Fatalf("%v, %v", r, err)
+		}
+	}
+	if n := len(s.core.heldC); n != 1 {
+		t.Errorf("the core was asked %d times", n)
+	}
+}
+
+// When clients have too much with the core, keep-alives wait, and go on when there is room.
+func TestKeepAliveWaitsForRoom(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	l := s.Loops()[0]
+	cc := s.dial(t)
+	st, err := pb.NewLeaseClient(cc).LeaseKeepAlive(testContext(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sendKeepAlive(t, st, leaseHeld)
+	receive(t, "the first", s.core.heldC)
+	busy := func(n int) {
+		onLoop(l, func() {
+			for c := range l.conns {
+				c.ops += n
+			}
+			l.working.Add(int64(n))
+		})
+	}
+	busy(maxOpsPerConn)
+	sendKeepAlive(t, st, leaseHeld+1)
+	eventually(t, "it waits", func() (waits bool) {
+		onLoop(l, func() {
+			for c := range l.conns {
+				waits = c.keepAlives == 1 && c.ops == maxOpsPerConn+1
+			}
+		})
+		return waits
+	})
+	busy(-maxOpsPerConn)
+	// An answer to any request of the client lets it go on.
+	if _, err := pb.NewLeaseClient(cc).LeaseLeases(testContext(t), &pb.LeaseLeasesRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, "the second", s.core.heldC)
+	s.core.release(l)
+	for range 2 {
+		if _, err := st.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A server that ends does not wait for clients' sessions: what is under way is answered, then the stream ends.
+func TestKeepAliveDrains(t *testing.T) {
+	forLoops(t, func(t *testing.T, loops int) {
+		s := startServer(t, Config{Loops: loops, DrainTimeout: time.Hour})
+		idle, busy := openKeepAlive(t, testContext(t), s), openKeepAlive(t, testContext(t), s)
+		sendKeepAlive(t, idle, 1)
+		if _, err := idle.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		sendKeepAlive(t, busy, leaseHeld)
+		receive(t, "the other's", s.core.heldC)
+		stopped := make(chan error, 1)
+		go func() { stopped <- s.Stop(testContext(t)) }()
+		if _, err := idle.Recv(); status.Code(err) != codes.Unavailable || status.Convert(err).Message() != codec.ErrStopped.Msg {
+			t.Errorf("the idle one: %v", err)
+		}
+		s.core.release(s.Loops()[0])
+		if r, err := busy.Recv(); err != nil || r.ID != leaseHeld {
+			t.Errorf("the busy one: %v, %v", r, err)
+		}
+		if _, err := busy.Recv(); status.Code(err) != codes.Unavailable {
+			t.Errorf("the busy one's end: %v", err)
+		}
+		if err := receive(t, "Stop", stopped); err != nil {
+			t.Error(err)
+		}
+	})
 }

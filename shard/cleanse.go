@@ -11,6 +11,10 @@ import (
 // They are rewritten a few at a time, so it is worth to ask again.
 const maxCleanse = 1024
 
+// maxForeignSteps is how many foreign values of one key are stepped over, a round trip each, on the way to what was there
+// before them. With more of them that counts as compacted: the key is taken for new, instead of never being found.
+const maxForeignSteps = 1024
+
 var errManyForeign = codec.Status{Code: codec.Unavailable,
 	Msg: "etcdserver: too many values were written to a member cluster directly; they are being taken over"}
 
@@ -41,7 +45,15 @@ func anyForeign(parts ...[]byte) bool {
 // KeyValue in member form that is valid during the call of f, or nil. ErrCompacted says that it is not known
 // any more.
 func (s *shardState) before(key []byte, local, deadline int64, f func(old []byte, st codec.Status)) {
+	s.beforeIn(maxForeignSteps, key, local, deadline, f)
+}
+
+func (s *shardState) beforeIn(steps int, key []byte, local, deadline int64, f func(old []byte, st codec.Status)) {
 	c := s.c
+	if steps <= 0 {
+		f(nil, codec.ErrCompacted)
+		return
+	}
 	body := codec.AppendInt(codec.AppendBytes(nil, rangeKey, key), rangeRevision, local-1)
 	if local <= 1 {
 		f(nil, codec.Status{})
@@ -67,7 +79,7 @@ func (s *shardState) before(key []byte, local, deadline int64, f func(old []byte
 					}
 					if foreignKV(it.Field.Bytes) {
 						kv, _ := codec.ParseKV(it.Field.Bytes)
-						s.before(key, kv.ModRevision, deadline, f)
+						s.beforeIn(steps-1, key, kv.ModRevision, deadline, f)
 						return
 					}
 					f(it.Field.Bytes, codec.Status{})

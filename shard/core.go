@@ -137,8 +137,9 @@ type Core struct {
 	auto       autoCompactor
 	histories  []*History
 	large      largeReads
-	gates      []listGate // by shard, and one for lists of several
-	gatesOpen  bool       // one of them has room again
+	gates      []listGate
+	gatesOpen  bool // one of them has room again
+	gatesArmed bool // a timer will look whose time is over
 	leases     leases
 
 	timers   timerHeap
@@ -356,7 +357,9 @@ func (c *Core) Submit(op *Op) {
 				c.submitRange(op)
 			}
 		case p.ReadOnly():
-			c.submitReadTxn(op)
+			if c.enterList(op) {
+				c.submitReadTxn(op)
+			}
 		default:
 			c.submitWrite(op)
 		}

@@ -10,6 +10,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
@@ -365,7 +366,13 @@ func (w *fuzzWorld) submit(g *planGen) {
 	s := w.s
 	g.rev = s.rev()
 	op := &Op{}
-	switch s.next() % 8 {
+	switch s.next() % 9 {
+	case 8:
+		op.Kind = OpLeaseGrant + OpKind(s.next()%5)
+		op.Msg = mustMarshal(w.t, &pb.LeaseGrantRequest{TTL: s.rev(), ID: s.rev()})
+		if op.Kind != OpLeaseGrant {
+			op.Msg = mustMarshal(w.t, &pb.LeaseTimeToLiveRequest{ID: s.rev(), Keys: s.next()&1 == 1})
+		}
 	case 0:
 		op.Kind, op.Msg = OpCompact, mustMarshal(w.t, &pb.CompactionRequest{Revision: s.rev()})
 	case 1:
@@ -376,8 +383,12 @@ func (w *fuzzWorld) submit(g *planGen) {
 		req := g.request()
 		op.Kind, op.Msg = kindOf(req), mustMarshal(w.t, req)
 	}
-	if s.next() == 5 {
+	switch x := s.next(); {
+	case x == 5:
 		op.Msg = w.damage(append([]byte(nil), op.Msg...))
+	case x%16 == 6: // a field that may be known, of a wire type that is not its own
+		op.Msg = protowire.AppendTag(op.Msg, protowire.Number(1+s.next()%16), protowire.Fixed32Type)
+		op.Msg = protowire.AppendFixed32(op.Msg, uint32(s.next()))
 	}
 	w.ops++
 	w.waiting[op] = true
@@ -393,7 +404,9 @@ func (w *fuzzWorld) submit(g *planGen) {
 			return
 		}
 		resp, ok := map[OpKind]proto.Message{OpRange: &pb.RangeResponse{}, OpPut: &pb.PutResponse{}, OpDeleteRange: &pb.DeleteRangeResponse{},
-			OpTxn: &pb.TxnResponse{}, OpCompact: &pb.CompactionResponse{}, OpStatus: &pb.StatusResponse{}}[op.Kind]
+			OpTxn: &pb.TxnResponse{}, OpCompact: &pb.CompactionResponse{}, OpStatus: &pb.StatusResponse{},
+			OpLeaseGrant: &pb.LeaseGrantResponse{}, OpLeaseRevoke: &pb.LeaseRevokeResponse{}, OpLeaseKeepAlive: &pb.LeaseKeepAliveResponse{},
+			OpLeaseTimeToLive: &pb.LeaseTimeToLiveResponse{}, OpLeaseLeases: &pb.LeaseLeasesResponse{}}[op.Kind]
 		if !ok {
 			return
 		}

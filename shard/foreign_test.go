@@ -99,3 +99,31 @@ func TestForeignUnknown(t *testing.T) {
 		t.Errorf("%x, unknown: %v", out, f.unknown)
 	}
 }
+
+// TestForeignPutsOfOneKeyHaveAnEnd: what was there before is looked for behind so many foreign puts, and then counts as
+// compacted. Else a key that somebody put ten thousand times would never be found, nor taken over.
+func TestForeignPutsOfOneKeyHaveAnEnd(t *testing.T) {
+	for foreign, want := range map[int]codec.Status{maxForeignSteps - 1: {}, maxForeignSteps: codec.ErrCompacted} {
+		r := newLeaseRig(t, 1)
+		done, got := false, codec.Status{}
+		local := int64(20_000)
+		r.c.shards[0].before([]byte("k"), local, r.c.deadline(), func(old []byte, st codec.Status) {
+			done, got = true, st
+			if (old != nil) != (st.Code == codec.OK) {
+				t.Errorf("%d bytes, %v", len(old), st)
+			}
+		})
+		asked := 0
+		for ; len(r.calls) > 0; asked++ {
+			local--
+			kv := &mvccpb.KeyValue{Key: []byte("k"), ModRevision: local, CreateRevision: 1, Version: local, Value: []byte("direct")}
+			if asked == foreign {
+				kv.Value = stamped(3)
+			}
+			r.next(0, codec.MethodRange).key(kv)
+		}
+		if !done || got != want || asked > maxForeignSteps {
+			t.Errorf("%d foreign puts: %v, %v after %d reads", foreign, done, got, asked)
+		}
+	}
+}

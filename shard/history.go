@@ -17,7 +17,8 @@ const (
 	// client reads slowly, or not at all. It begins again where it is when it is asked and has a place again.
 	idleHistory = 5 * time.Second
 	// defaultHistoryBytes is how much a History keeps of one shard before it holds that shard's stream back.
-	// What is on its way then still arrives: at most one stream window.
+	// What is on its way then still arrives: at most one stream window. Deletes of ended leases that no record covers
+	// yet come on top: as many as ended between two records of the shard.
 	defaultHistoryBytes = 1 << 20
 )
 

@@ -25,7 +25,7 @@ type historyPart struct {
 	reopens int   // in a row, without a record
 
 	queue []*watchring.Entry // in order, not handed out
-	bytes int                // what queue and pending weigh
+	bytes int                // what queue weighs; the stream is held back by this alone (see limit)
 	// group is the local revision that is coming in: views into the message, and copies (the first kept) of
 	// what earlier fragments brought.
 	group   [][]byte
@@ -50,6 +50,10 @@ func (p *historyPart) locate() {
 		switch {
 		case h.closed || p.over || h.failure.Code != codec.OK:
 			return
+		case st == codec.ErrCompacted && at.next.local > 0 && at.next.first <= h.pos:
+			// The record before is gone, but nothing of it is needed, nor of what waited for the next one, which has
+			// the next one's first revision.
+			p.seen, p.clock = at.next.local-1, at.next.first-1
 		case st == codec.ErrCompacted:
 			// The member is compacted at the record that follows, or behind it: what had waited there for its first
 			// revision is gone.
@@ -84,9 +88,6 @@ func (p *historyPart) open() {
 
 // clear forgets what is not complete.
 func (p *historyPart) clear() {
-	for _, e := range p.pending {
-		p.bytes -= len(e.msg)
-	}
 	p.pending, p.group, p.kept, p.held = nil, nil, 0, false
 }
 
@@ -148,7 +149,8 @@ func (p *historyPart) take() *watchring.Entry {
 	return e
 }
 
-// limit is how much the part may keep before its stream is held back.
+// limit is how much the part may keep before its stream is held back. What waits for its record does not count: that
+// record stands behind it on the same stream, so holding the stream back would wait for ever.
 func (p *historyPart) limit() int { return p.h.c.cfg.HistoryBytes }
 
 // resume lets the stream flow again when half of what was kept is gone.
@@ -250,7 +252,6 @@ func (p *historyPart) finishGroup() {
 		for _, e := range events {
 			if ev := p.foreign.waits(e); ev != nil {
 				p.pending = append(p.pending, pendingEvent{append([]byte(nil), ev...), local})
-				p.bytes += len(ev)
 			}
 		}
 		if len(p.foreign.unknown) > 0 {
@@ -264,9 +265,6 @@ func (p *historyPart) finishGroup() {
 		return
 	}
 	slices.SortFunc(entries, func(a, b *watchring.Entry) int { return int(a.Rev - b.Rev) })
-	for _, e := range p.pending {
-		p.bytes -= len(e.msg)
-	}
 	p.pending = nil
 	for _, e := range entries {
 		if e.Rev > p.h.pos {

@@ -300,6 +300,38 @@ func TestHistoryUnrecorded(t *testing.T) {
 	expect(t, "with its record", answer(), "2-x 3+b to 3")
 }
 
+// TestHistoryUnrecordedIsNotHeldBack: more without a record than a part may keep, as when many leases end while no
+// proxy is there. The record that it waits for stands behind it on the same stream.
+func TestHistoryUnrecordedIsNotHeldBack(t *testing.T) {
+	r := newPastRig(t, 1)
+	b1 := r.batch(0, 1, 1, map[int64]string{1: "a"})
+	var xs []*mvccpb.Event
+	for range 4 {
+		r.local[0]++
+		x := expired("x", r.local[0])
+		x.PrevKv = &mvccpb.KeyValue{Key: []byte("x"), ModRevision: 1, CreateRevision: 1, Version: 1, Lease: 7,
+			Value: append(AppendStamp(nil, 1, 1), make([]byte, r.c.cfg.HistoryBytes)...)}
+		xs = append(xs, x)
+	}
+	b2 := r.batch(0, 2, 3, map[int64]string{3: "b"})
+	h := r.c.OpenHistory(0, 1)
+	answer := r.next(h, 1)
+	w := r.open()[0]
+	w.bring(false, b1...)
+	expect(t, "before", answer(), "1+a to 1")
+	answer = r.next(h, 1<<20)
+	for _, x := range xs {
+		if w.bring(false, x); w.held {
+			t.Fatal("the stream is held back although its record is to come on it")
+		}
+	}
+	w.bring(false, b2...)
+	expect(t, "with its record", answer(), "2-x-x-x-x 3+b to 3")
+	if h.parts[0].bytes != 0 {
+		t.Errorf("%d bytes are counted, nothing is kept", h.parts[0].bytes)
+	}
+}
+
 func TestHistoryStallOpensAnotherStream(t *testing.T) {
 	r := newPastRig(t, 1)
 	b := r.batch(0, 1, 1, map[int64]string{1: "a"})
@@ -483,5 +515,31 @@ func TestHistoriesWaitInOrder(t *testing.T) {
 	}
 	if len(r.open()) != 0 || len(r.c.histories) != 0 {
 		t.Error("something is left")
+	}
+}
+
+// TestHistoryCompactedBeforeTheRecord: a member is compacted at a record, and with that what waited for it is gone: a
+// read from the record's first revision cannot be complete, and says so.
+func TestHistoryCompactedBeforeTheRecord(t *testing.T) {
+	for from, want := range map[int64]string{5: "to 4 " + codec.ErrCompacted.Msg + " 6", 6: "6+b to 6"} {
+		r := newPastRig(t, 1)
+		r.batch(0, 4, 4, map[int64]string{4: "a"})
+		r.local[0]++ // a lease ended here
+		b := r.batch(0, 5, 6, map[int64]string{5: "a", 6: "b"})
+		s := r.c.shards[0]
+		s.points = s.points[len(s.points)-1:]
+		answer := r.next(r.c.OpenHistory(0, from), 1)
+		for len(r.calls) > 0 {
+			q := r.calls[0]
+			r.calls = r.calls[1:]
+			q.c.Complete(nil, codec.ErrCompacted, true)
+		}
+		for _, w := range r.open() {
+			if w.start != s.rec.local {
+				t.Errorf("from %d: the stream begins at %d", from, w.start)
+			}
+			w.bring(false, b...)
+		}
+		expect(t, fmt.Sprint("from ", from), answer(), want)
 	}
 }

@@ -28,6 +28,8 @@ const (
 	// vanishJitter is the mean time after which a proxy revokes the copies of a lease that ended, so that of several
 	// proxies mostly one does.
 	vanishJitter = 100 * time.Millisecond
+	// awayRevokes is how often it is looked whether a shard with such copies is back.
+	awayRevokes = time.Second
 	// reconcileFirst and reconcileEvery are when copies are reconciled after the start, and how often.
 	reconcileFirst = time.Second
 	reconcileEvery = time.Minute
@@ -297,13 +299,15 @@ func (l *leases) streamMoved(s *shardState) {
 	if len(s.lease.covers) == 0 {
 		return
 	}
-	all := s.lease.covers
-	s.lease.covers = nil
-	for _, w := range all {
-		if s.covered(w.local) {
-			w.f(codec.Status{})
-		} else {
-			s.lease.covers = append(s.lease.covers, w)
+	if slices.ContainsFunc(s.lease.covers, func(w coverWait) bool { return s.covered(w.local) }) {
+		all := s.lease.covers
+		s.lease.covers = nil
+		for _, w := range all {
+			if s.covered(w.local) {
+				w.f(codec.Status{})
+			} else {
+				s.lease.covers = append(s.lease.covers, w)
+			}
 		}
 	}
 	s.fenceCovers()

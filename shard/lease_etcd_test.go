@@ -221,6 +221,10 @@ func TestLeaseEtcd(t *testing.T) {
 	}
 	c := newCoreRig(t, seed+2, through, coord)
 	t.Run("LostReplies", func(t *testing.T) { a.t, c.t = t, t; testLeaseLostReplies(t, a, c, relays) })
+	c.t = t
+	c.until("what could not be revoked while connections broke is revoked", func() bool {
+		return !slices.ContainsFunc(c.core.shards, func(s *shardState) bool { return len(s.lease.queued) > 0 })
+	})
 	t.Run("Orphan", func(t *testing.T) { a.t, b.t = t, t; testLeaseOrphan(t, a) })
 }
 

@@ -124,11 +124,16 @@ func (g *leaseGrant) settle() {
 			g.marked(kv.CreateRevision)
 		default:
 			g.c.home(g.x).ask(codec.MethodLeaseRevoke, revokeRequest(g.m), g.deadline, func(_ []byte, st codec.Status, _ bool) {
-				if st.Code != codec.OK && st != codec.ErrLeaseNotFound {
+				switch {
+				case st == codec.ErrLeaseNotFound && !g.chosen:
+					// Perhaps the marker was put, and somebody has revoked X meanwhile: then X has been there, and
+					// must not come back.
+					g.part(codec.ErrTimeout)
+				case st.Code != codec.OK && st != codec.ErrLeaseNotFound:
 					g.part(st)
-					return
+				default:
+					g.again(codec.ErrTimeout)
 				}
-				g.again(codec.ErrTimeout)
 			})
 		}
 	})

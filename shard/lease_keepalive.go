@@ -54,6 +54,11 @@ func (c *Core) submitLeaseKeepAlive(op *Op, r *leaseRequest) {
 		k.asked = append(k.asked, op)
 		return
 	}
+	if home := c.home(r.id); !c.connected(home.idx) {
+		// At once: a client's further keep-alives, of leases of other homes, may wait behind this one.
+		c.finish(op, codec.Status{Code: codec.Unavailable, Msg: "spindle: no connection to member cluster " + home.name + ", which judges this lease"})
+		return
+	}
 	k := &keepAlive{l: l, x: r.id, home: c.home(r.id), asked: []*Op{op}, rev: c.clock.Log().N(), deadline: c.deadline()}
 	l.keeping[r.id] = k
 	l.kept = append(l.kept, k)
@@ -224,7 +229,12 @@ func (st *keeperStream) OnMessage(msg []byte) {
 		return // asked for on another stream since
 	}
 	k := st.sent[i]
-	st.sent = slices.Delete(st.sent, i, i+1)
+	if i == 0 { // nearly always: answers come in order
+		st.sent[0] = nil
+		st.sent = st.sent[1:]
+	} else {
+		st.sent = slices.Delete(st.sent, i, i+1)
+	}
 	switch {
 	case k.over:
 	case r.ttl <= 0 && k.cached:

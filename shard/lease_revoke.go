@@ -2,6 +2,7 @@ package shard
 
 import (
 	"slices"
+	"time"
 
 	"spindle/codec"
 )
@@ -152,23 +153,36 @@ func (l *leases) revokeLater(s *shardState, m int64) {
 	l.armRevokes(s)
 }
 
-func (l *leases) armRevokes(s *shardState) {
+func (l *leases) armRevokes(s *shardState) { l.armRevokesIn(s, vanishJitter) }
+
+// pauseRevokes lets a shard's copies wait, because it is away.
+func (l *leases) pauseRevokes(s *shardState) {
+	s.lease.ready = 0
+	l.armRevokesIn(s, awayRevokes)
+}
+
+func (l *leases) armRevokesIn(s *shardState, d time.Duration) {
 	q := &s.lease
 	if q.armed || len(q.queue) <= q.ready {
 		return
 	}
 	q.armed = true
-	l.c.after(l.c.jitter(vanishJitter), func() {
+	l.c.after(l.c.jitter(d), func() {
 		q.armed = false
 		q.ready = len(q.queue)
 		l.sendRevokes(s)
 	})
 }
 
-// sendRevokes revokes copies whose moment has come.
+// sendRevokes revokes copies whose moment has come. While the shard is away nothing is tried but once in awayRevokes:
+// calls that fail at once would run through the whole queue, again and again.
 func (l *leases) sendRevokes(s *shardState) {
 	c := l.c
 	q := &s.lease
+	if q.ready > 0 && !c.connected(s.idx) {
+		l.pauseRevokes(s)
+		return
+	}
 	for q.ready > 0 && q.inFlight < maxRevokesInFlight && c.state == stateReady {
 		m := q.queue[0]
 		q.queue = q.queue[1:]
@@ -177,7 +191,7 @@ func (l *leases) sendRevokes(s *shardState) {
 			continue
 		}
 		q.inFlight++
-		c.tr.Call(s.cluster, codec.MethodLeaseRevoke, revokeRequest(m), c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+		c.tr.Call(s.cluster, codec.MethodLeaseRevoke, revokeRequest(m), c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, sent bool) {
 			q.inFlight--
 			_, wanted := q.queued[m]
 			switch {
@@ -188,6 +202,9 @@ func (l *leases) sendRevokes(s *shardState) {
 				delete(q.queued, m)
 			case wanted: // the shard is away: again, until it is back
 				q.queue = append(q.queue, m)
+				if !sent {
+					l.pauseRevokes(s)
+				}
 			}
 			l.sendRevokes(s)
 		}))

@@ -594,3 +594,83 @@ func TestLeaseTable(t *testing.T) {
 		t.Error("not empty")
 	}
 }
+
+// TestLeaseGrantRevokedBeforeItSettles: the marker's reply is lost, and somebody revokes the lease before it is looked
+// at. It was granted and revoked, so it is not granted once more.
+func TestLeaseGrantRevokedBeforeItSettles(t *testing.T) {
+	r := newLeaseRig(t, 2)
+	x := r.leaseAt(1, 0)
+	a := r.submit(OpLeaseGrant, &pb.LeaseGrantRequest{TTL: 30, ID: x})
+	r.next(1, codec.MethodLeaseGrant).ok(&pb.LeaseGrantResponse{TTL: 31})
+	r.next(1, codec.MethodTxn).fail(codec.Status{Code: codec.Unavailable, Msg: "connection lost"}, true)
+	r.next(1, codec.MethodRange).key()
+	r.next(1, codec.MethodLeaseRevoke).fail(codec.ErrLeaseNotFound, true)
+	r.tick(50 * time.Millisecond)
+	r.quiet()
+	if !a.done || a.st != codec.ErrTimeout {
+		t.Errorf("%+v", a)
+	}
+}
+
+// awayRig is a leaseRig whose members may have no connection.
+type awayRig struct {
+	*leaseRig
+	away map[codec.ClusterID]bool
+}
+
+func (r *awayRig) Connected(id codec.ClusterID) bool { return !r.away[id] }
+
+func newAwayRig(t *testing.T, away codec.ClusterID) *awayRig {
+	r := &awayRig{newLeaseRig(t, 2), map[codec.ClusterID]bool{away: true}}
+	r.c.tr = r
+	return r
+}
+
+// TestLeaseKeepAliveHomeAway: a home without a connection is no wait.
+func TestLeaseKeepAliveHomeAway(t *testing.T) {
+	r := newAwayRig(t, 1)
+	a := r.submit(OpLeaseKeepAlive, &pb.LeaseKeepAliveRequest{ID: r.leaseAt(1, 0)})
+	if !a.done || a.st.Code != codec.Unavailable {
+		t.Errorf("%+v", a)
+	}
+	if a = r.submit(OpLeaseKeepAlive, &pb.LeaseKeepAliveRequest{ID: r.leaseAt(0, 0)}); a.done {
+		t.Errorf("the other home: %+v", a)
+	}
+}
+
+// TestLeaseRevokesWaitForTheShard: many copies on a shard that is away cost one look a second, not all of them.
+func TestLeaseRevokesWaitForTheShard(t *testing.T) {
+	r := newAwayRig(t, 1)
+	s := r.c.shards[1]
+	const n = 1000
+	for m := range int64(n) {
+		r.c.leases.revokeLater(s, m+1)
+	}
+	r.tick(10 * time.Second)
+	r.quiet()
+	// Connected, as far as anybody knows, but nothing leaves.
+	r.away[1] = false
+	tried := 0
+	for range 10 {
+		r.tick(2 * awayRevokes)
+		for len(r.calls) > 0 {
+			r.next(1, codec.MethodLeaseRevoke).fail(codec.Status{Code: codec.Unavailable, Msg: "no connection"}, false)
+			tried++
+		}
+	}
+	if tried == 0 || tried > 20*maxRevokesInFlight {
+		t.Errorf("%d tries in 20 seconds", tried)
+	}
+	if len(s.lease.queue)+s.lease.inFlight != n {
+		t.Errorf("%d wait, %d under way", len(s.lease.queue), s.lease.inFlight)
+	}
+	for i := 0; len(s.lease.queued) > 0 && i < n; i++ {
+		r.tick(2 * awayRevokes)
+		for len(r.calls) > 0 {
+			r.next(1, codec.MethodLeaseRevoke).ok(&pb.LeaseRevokeResponse{})
+		}
+	}
+	if len(s.lease.queued) > 0 || len(s.lease.queue) > 0 {
+		t.Errorf("%d are left", len(s.lease.queued))
+	}
+}

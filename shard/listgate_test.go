@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"spindle/codec"
@@ -13,7 +14,7 @@ import (
 // the Core is not ready.
 func TestListGate(t *testing.T) {
 	now := int64(0)
-	c := &Core{cfg: CoreConfig{ShardTimeout: time.Second, Now: func() int64 { return now }}, shards: make([]*shardState, 2)}
+	c := &Core{cfg: CoreConfig{ShardTimeout: time.Second, Now: func() int64 { return now }}, shards: []*shardState{{idx: 0}, {idx: 1}}}
 	c.part = NewPartition(NewMap(goldenID(1), 1, []MapShard{{goldenID(2), "a"}, {goldenID(3), "b"}}))
 	var ended []codec.Status
 	list := func() *Op {
@@ -30,8 +31,7 @@ func TestListGate(t *testing.T) {
 		}
 		return op
 	}
-	c.gates = make([]listGate, 3)
-	c.gates[2].out = maxLists
+	c.gates = []listGate{{}, {}, {of: gateKey{first: 0, last: 1}, out: maxLists}}
 	a, b := list(), list()
 	if c.gatesOpen {
 		t.Error("there is no room")
@@ -61,5 +61,98 @@ func TestListGate(t *testing.T) {
 	ended = nil
 	if list(); len(ended) != 1 || ended[0] != codec.ErrTooManyRequests {
 		t.Errorf("%v", ended)
+	}
+}
+
+// gateRig is a Core with a list gate that is full: lists of all shards.
+func gateRig(t *testing.T, shards int) *leaseRig {
+	r := newLeaseRig(t, shards)
+	for range maxLists + 1 {
+		r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z"), Limit: 1})
+	}
+	r.c.Flush()
+	if g := &r.c.gates[0]; g.out != maxLists || len(g.waiting)-g.head != 1 {
+		t.Fatalf("%d under way, %d wait", g.out, len(g.waiting)-g.head)
+	}
+	return r
+}
+
+// TestListGateSerializable: lists that wait for a dead coordinator do not stop those that need none.
+func TestListGateSerializable(t *testing.T) {
+	r := gateRig(t, 2)
+	before := len(r.calls)
+	r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z"), Limit: 1, Serializable: true})
+	r.c.Flush()
+	if len(r.calls) != before+2 {
+		t.Errorf("%d calls", len(r.calls)-before)
+	}
+}
+
+// TestListGateOfOtherShards: with ranges, lists over a dead shard and another do not stop those over others.
+func TestListGateOfOtherShards(t *testing.T) {
+	r := newLeaseRig(t, 3)
+	r.c.m.Kind, r.c.m.Splits = PartitionRange, []MapSplit{{Shard: 0}, {Start: []byte("f"), Shard: 1}, {Start: []byte("p"), Shard: 2}}
+	r.c.part = NewPartition(r.c.m)
+	for range maxLists + 1 {
+		r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("g"), Limit: 1})
+	}
+	r.c.Flush()
+	before := len(r.calls)
+	r.submit(OpRange, &pb.RangeRequest{Key: []byte("g"), RangeEnd: []byte("z"), Limit: 1})
+	r.c.Flush()
+	if len(r.calls) != before+2 {
+		t.Errorf("%d calls", len(r.calls)-before)
+	}
+}
+
+// TestListGateDeadline: who waits at a gate is answered when its time is over, also if no list ends.
+func TestListGateDeadline(t *testing.T) {
+	r := newLeaseRig(t, 2)
+	r.c.gates = []listGate{{of: gateKey{first: 0, last: 1}, out: maxLists}} // lists that do not end
+	list := func() *rigAnswer {
+		return r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+	}
+	one := list()
+	r.tick(r.c.cfg.ShardTimeout / 2)
+	two := list()
+	r.tick(r.c.cfg.ShardTimeout / 2)
+	if !one.done || one.st != codec.ErrTimeout || two.done {
+		t.Errorf("%+v, %+v", one, two)
+	}
+	r.tick(r.c.cfg.ShardTimeout / 2)
+	if !two.done || two.st != codec.ErrTimeout {
+		t.Errorf("%+v", two)
+	}
+}
+
+// TestListThatWaitsForMemoryLeavesTheGate: others may be small.
+func TestListThatWaitsForMemoryLeavesTheGate(t *testing.T) {
+	r := gateRig(t, 1)
+	m := NewMemory(1)
+	m.Add(2)
+	r.c.cfg.Memory = m
+	op := &Op{Kind: OpRange, Done: func(*Op) {}, Msg: mustMarshal(t, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})}
+	if st := op.core.plan.Parse(OpRange, op.Msg, &r.c.cfg.Limits); st.Code != codec.OK {
+		t.Fatal(st)
+	}
+	op.core.gate = 1
+	p := r.c.newPagedRead(op, nil)
+	p.parts[0].total, p.parts[0].perKey = 1<<10, 1<<10
+	out := r.c.gates[0].out
+	if p.admit() || op.core.gate != 0 || r.c.gates[0].out != out-1 || !r.c.gatesOpen {
+		t.Errorf("gate %d, %d of %d under way", op.core.gate, r.c.gates[0].out, out)
+	}
+}
+
+// TestReadTxnPassesTheGate: a Txn that lists is as much work as a list.
+func TestReadTxnPassesTheGate(t *testing.T) {
+	r := newLeaseRig(t, 1)
+	for range maxLists + 3 {
+		r.submit(OpTxn, &pb.TxnRequest{Success: []*pb.RequestOp{requestRange("a", "z")}})
+	}
+	r.submit(OpTxn, &pb.TxnRequest{Success: []*pb.RequestOp{requestRange("a", "")}})
+	r.c.Flush()
+	if g := &r.c.gates[0]; g.out != maxLists || len(g.waiting)-g.head != 3 {
+		t.Errorf("%d under way, %d wait", g.out, len(g.waiting)-g.head)
 	}
 }

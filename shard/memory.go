@@ -110,6 +110,9 @@ func (r *pagedRead) admit() bool {
 		p.page, p.ahead = nil, nil
 	}
 	r.out = nil
+	if r.stream == nil {
+		c.leaveList(r.op) // it waits for memory, not for what its gate is for
+	}
 	c.large.waiting = append(c.large.waiting, r)
 	c.armLarge()
 	c.at(c.deadline(), func() {

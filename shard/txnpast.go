@@ -137,6 +137,10 @@ func (c *Core) answerTxn(op *Op, snap *Snapshot, hdr codec.Header) {
 	answer := func() {
 		out, _, st := p.Evaluate(op.Resp[:0], snap, hdr)
 		op.Resp = out
+		if len(out) > largeAnswer && c.cfg.Memory.Over() {
+			c.stats.LargeRefused++
+			op.Resp, st = nil, codec.ErrTooManyRequests // nothing was changed by it
+		}
 		c.finish(op, st)
 	}
 	ops := p.pastOf(snap)
@@ -144,6 +148,7 @@ func (c *Core) answerTxn(op *Op, snap *Snapshot, hdr codec.Header) {
 		answer()
 		return
 	}
+	c.leaveList(op) // those ranges pass their own gate
 	c.readPast(p, ops, hdr.Revision, func(st codec.Status) {
 		if st.Code != codec.OK {
 			c.finish(op, st)

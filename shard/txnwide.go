@@ -12,14 +12,20 @@ import (
 // write of one of its keys would have to see another state; it is refused like any Txn over several shards, and so
 // are nested ones.
 type wideTxn struct {
-	c       *Core
-	op      *Op
-	then    []bool // by operation of the success branch: it is read afterwards
-	els     []bool
-	inner   *Op
-	bodies  [][]byte // the answers of the ranges on the chosen path, without header, in order
-	waiting int
-	failed  bool
+	c     *Core
+	op    *Op
+	then  []bool // by operation of the success branch: it is read afterwards
+	els   []bool
+	inner *Op
+
+	// Once it is written: the chosen path and its revision, what is to be read next, and the answers of the
+	// ranges before that, without header, in order.
+	span   planSpan
+	wide   []bool
+	rev    int64
+	next   int32
+	bodies [][]byte
+	held   int64 // bytes of bodies in Memory
 }
 
 // submitWide serves op if it is such a Txn.
@@ -83,13 +89,14 @@ func (c *Core) wideOps(p *Plan, span planSpan, shard int) (wide []bool, ok bool)
 	return wide, true
 }
 
-// appendInner appends the TxnRequest without what is read afterwards.
+// appendInner appends the TxnRequest without what is read afterwards. It counts as parseTxn does: a field of a wrong
+// wire type is none of the operations.
 func (w *wideTxn) appendInner(dst, msg []byte) []byte {
 	var n [2]int
 	branches := [2][]bool{w.then, w.els}
 	it := codec.Fields{Msg: msg}
 	for it.Next() {
-		if b := int(it.Field.Num) - 2; b == 0 || b == 1 {
+		if b := int(it.Field.Num) - 2; it.Field.Type == protowire.BytesType && (b == 0 || b == 1) {
 			n[b]++
 			if branches[b][n[b]-1] {
 				continue
@@ -108,34 +115,58 @@ func (w *wideTxn) written(in *Op) {
 		w.c.finish(w.op, st)
 		return
 	}
-	p := &w.op.core.plan
-	span, wide, rev := w.chosen()
-	w.waiting = 1 // this function
-	for i := span.from; i < span.to; i++ {
-		if !wide[i-span.from] {
-			continue
-		}
-		o := &p.ops[i]
-		spec := p.ranges[o.idx]
-		spec.rev, spec.serializable = rev, false
-		at := len(w.bodies)
-		w.bodies = append(w.bodies, nil)
-		w.waiting++
-		r := AcquireOp()
-		r.Kind = OpRange
-		r.Msg = spec.appendClient(r.Msg[:0], o.interval())
-		r.Done = func(r *Op) {
-			if r.Status.Code == codec.OK {
-				w.bodies[at] = withoutHeader(r.Resp)
-			} else {
-				w.failed = true
-			}
-			ReleaseOp(r)
-			w.step()
-		}
-		w.c.Submit(r)
+	w.span, w.wide, w.rev = w.chosen()
+	w.next = w.span.from
+	w.ask()
+}
+
+// ask reads the next range. One is read at a time, and what has been read is counted in Memory: a client may name
+// the whole keyspace in each. What does not fit ends it.
+func (w *wideTxn) ask() {
+	for w.next < w.span.to && !w.wide[w.next-w.span.from] {
+		w.next++
 	}
-	w.step()
+	switch {
+	case w.next == w.span.to:
+		w.op.Resp = w.appendAnswer(w.op.Resp[:0])
+		w.end(codec.Status{})
+		return
+	case w.op.canceled, w.held > 0 && w.c.cfg.Memory.Over():
+		// It is written, but what it shows is not known: the client cannot be told either.
+		w.end(codec.ErrTimeout)
+		return
+	}
+	p := &w.op.core.plan
+	o := &p.ops[w.next]
+	w.next++
+	spec := p.ranges[o.idx]
+	spec.rev, spec.serializable = w.rev, false
+	r := AcquireOp()
+	r.Kind = OpRange
+	r.Msg = spec.appendClient(r.Msg[:0], o.interval())
+	r.Done = func(r *Op) {
+		ok := r.Status.Code == codec.OK
+		if ok {
+			body := withoutHeader(r.Resp)
+			w.bodies = append(w.bodies, body)
+			w.held += int64(len(body))
+			w.c.cfg.Memory.Add(int64(len(body)))
+		}
+		ReleaseOp(r)
+		if !ok {
+			w.end(codec.ErrTimeout) // as above
+			return
+		}
+		w.ask()
+	}
+	w.c.Submit(r)
+}
+
+// end answers. What the answer holds is counted by the server from then on.
+func (w *wideTxn) end(st codec.Status) {
+	ReleaseOp(w.inner)
+	w.c.finish(w.op, st)
+	w.c.cfg.Memory.Add(-w.held)
 }
 
 // chosen tells from the inner answer which branch was executed, and at which revision.
@@ -157,25 +188,9 @@ func (w *wideTxn) chosen() (span planSpan, wide []bool, rev int64) {
 	return span, wide, rev
 }
 
-func (w *wideTxn) step() {
-	if w.waiting--; w.waiting > 0 {
-		return
-	}
-	op, in := w.op, w.inner
-	if w.failed {
-		// It is written, but what it shows is not known: the client cannot be told either.
-		ReleaseOp(in)
-		w.c.finish(op, codec.ErrTimeout)
-		return
-	}
-	op.Resp = w.appendAnswer(op.Resp[:0])
-	ReleaseOp(in)
-	w.c.finish(op, codec.Status{})
-}
-
 // appendAnswer puts the ranges' answers at their places. Headers inside a Txn are as in plan_answer.go.
 func (w *wideTxn) appendAnswer(dst []byte) []byte {
-	span, wide, rev := w.chosen()
+	span, wide, rev := w.span, w.wide, w.rev
 	changes := false
 	ops := memberTxn{ops: codec.Fields{Msg: w.inner.Resp}}
 	for kind, body, ok := ops.next(); ok; kind, body, ok = ops.next() {

@@ -267,6 +267,8 @@ type stream struct {
 	cluster  *Etcd
 	sink     codec.WatchSink // nil after the end
 	held     bool
+	credit   int      // while held: messages that may still arrive
+	kept     [][]byte // have crossed the network, and wait for the owner, in order
 	pumping  bool
 	in, out  int64 // when the latest message arrives, per direction: streams keep their order
 	alive    bool  // a KeepAlive stream: each request is a call that MethodLeaseKeepAlive answers
@@ -332,11 +334,43 @@ func (s *stream) Send(req []byte) {
 	})
 }
 
+// streamWindow is how many messages still arrive on a stream that was held back. Without an end of that, a
+// wait for something that stands behind it would not be noticed.
+const streamWindow = 2
+
 // Hold implements codec.WatchHandle.
 func (s *stream) Hold(hold bool) {
+	if hold && !s.held {
+		s.credit = streamWindow
+	}
 	s.held = hold
-	if !hold {
-		s.schedulePump()
+	if hold {
+		return
+	}
+	if len(s.kept) > 0 {
+		s.l.net().at(s.l.net().now, func() { s.l.host.do(s.drain) }) // the owner is in the middle of something
+	}
+	s.schedulePump()
+}
+
+// drain hands to the owner what has arrived, as far as its window goes.
+func (s *stream) drain() {
+	w := s.l.net()
+	for len(s.kept) > 0 && (!s.held || s.credit > 0) {
+		if s.sink == nil || s.l.host.dead || !s.isOpen() {
+			return
+		}
+		if s.held {
+			s.credit--
+		}
+		m := s.kept[0]
+		s.kept = s.kept[1:]
+		if w.Trace != nil {
+			w.tracef("%s: stream of %s: %s", s.l.host.Name, s.l.cluster, describeWatchResponse(m))
+		}
+		s.sink.OnMessage(m)
+		poison(m)
+		s.l.host.Turn()
 	}
 }
 
@@ -404,17 +438,8 @@ func (s *stream) deliver(m []byte) {
 	w := s.l.net()
 	s.in = max(s.in, w.now+int64(s.l.delay()))
 	w.at(s.in, func() {
-		s.l.host.do(func() {
-			if s.sink == nil || s.l.host.dead || !s.isOpen() {
-				return
-			}
-			if w.Trace != nil {
-				w.tracef("%s: stream of %s: %s", s.l.host.Name, s.l.cluster, describeWatchResponse(m))
-			}
-			s.sink.OnMessage(m)
-			poison(m)
-			s.l.host.Turn()
-		})
+		s.kept = append(s.kept, m)
+		s.l.host.do(s.drain)
 	})
 }
 
