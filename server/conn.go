@@ -244,6 +244,7 @@ func (c *clientConn) retry(now int64) {
 // connection is retry's.
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
+	c.charge() // the socket takes what gnet holds without an event
 	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(tlsconn.HandshakeTimeout) {
 		c.end(c.tlsEnded(errNoHandshake))
 		return
