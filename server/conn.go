@@ -4,8 +4,10 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
 
 	"spindle/codec"
 	"spindle/codec/tlsconn"
@@ -37,6 +39,9 @@ const (
 	// of it do not count.
 	maxStalledReplies = 1 << 20
 	maxStalledStream  = watchHoldBytes
+	// lingerTime is how long a connection that has nothing more to say waits for its client to close it. Closed at
+	// once, with the client still sending, it would be reset, and what the kernel has not sent yet be lost.
+	lingerTime = time.Second
 )
 
 var (
@@ -60,8 +65,10 @@ type clientConn struct {
 	closed bool
 	// ending is set once Feed failed: what is in Output (a GOAWAY) is written, then the socket closed.
 	ending error
-	dirty  bool // on the loop's dirty list
-	heard  bool // TLS only: the client has said something, or the log has said why not
+	// lingers is since when all is said: the socket was shut for writing, what comes is not looked at. 0: not.
+	lingers int64
+	dirty   bool // on the loop's dirty list
+	heard   bool // TLS only: the client has said something, or the log has said why not
 
 	remote net.Addr // TLS only: sock's, which forgets it when it is closed
 
@@ -119,6 +126,10 @@ func (c *clientConn) OnTraffic(sock gnet.Conn) {
 		return
 	}
 	metricBytesIn.Add(len(p))
+	if c.lingers != 0 {
+		_, _ = sock.Discard(len(p))
+		return
+	}
 	c.received, c.pinged = c.loop.now(), 0
 	if c.ending == nil {
 		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
@@ -164,6 +175,9 @@ func (c *clientConn) touch() {
 // over its bound. Every Write may end the connection before it returns, and Output may report events.
 func (c *clientConn) flush() {
 	c.dirty = false
+	if c.lingers != 0 {
+		return
+	}
 	for !c.closed {
 		out := c.output()
 		n := len(out)
@@ -193,9 +207,30 @@ func (c *clientConn) flush() {
 		return
 	}
 	c.charge()
-	if c.ending != nil || c.h2.Drained() && c.sock.OutboundBuffered() == 0 {
+	switch sent := c.sock.OutboundBuffered() == 0; {
+	case sent && (c.ending != nil || c.h2.Drained()):
+		c.linger()
+	case c.ending != nil:
 		c.kill()
 	}
+}
+
+// linger ends the connection from this side, once gnet holds nothing of it: the client reads all that was written, then
+// the end, and closes; or second does, after lingerTime.
+func (c *clientConn) linger() {
+	c.lingers = c.loop.now()
+	c.unblock()
+	c.farewell()
+	if c.closed {
+		return
+	}
+	if c.sock.OutboundBuffered() > 0 || unix.Shutdown(c.sock.Fd(), unix.SHUT_WR) != nil {
+		c.kill()
+		return
+	}
+	c.h2.Close()
+	c.charge()
+	c.loop.nested = true // the hooks are to see the requests that ended here
 }
 
 // block holds answers back until the socket takes what it has.
@@ -245,6 +280,12 @@ func (c *clientConn) retry(now int64) {
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
 	c.charge() // the socket takes what gnet holds without an event
+	if c.lingers != 0 {
+		if now-c.lingers >= int64(lingerTime) {
+			c.kill()
+		}
+		return
+	}
 	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(tlsconn.HandshakeTimeout) {
 		c.end(c.tlsEnded(errNoHandshake))
 		return
@@ -288,7 +329,7 @@ func (c *clientConn) end(err error) {
 
 // kill closes the socket now; OnClose has been called when it returns.
 func (c *clientConn) kill() {
-	if !c.closed && c.sock != nil {
+	if !c.closed && c.sock != nil && c.lingers == 0 {
 		c.farewell()
 	}
 	if !c.closed && c.sock != nil { // its Write may have ended it
