@@ -56,6 +56,9 @@ type Stream struct {
 // Queued returns the bytes of messages that wait on this stream for a window or for the socket.
 func (s *Stream) Queued() int { return s.stream.q.n }
 
+// QueueMemory returns the memory that these messages take; see Conn.QueueMemory.
+func (s *Stream) QueueMemory() int { return s.stream.q.mem }
+
 // ServerEvents is what happens on a server's Conn. All calls come on the goroutine that owns the Conn, from
 // within Conn.Feed or Conn.Close; OnDrained, and OnCancel of a stream that Send had to give up, also from
 // within Conn.Output. None comes from within Send, Finish, CloseSend, Reset, Hold or SetBlocked. Handlers may

@@ -65,6 +65,8 @@ type Conn struct {
 	ready   ring // streams with messages and stream window
 	enders  ring // streams whose end waits for the socket
 	queued  int
+	// queueMem is the memory that queued messages take: an answer of which the peer leaves one byte untaken is all there.
+	queueMem int
 	req     requestEncoder
 	pingSeq uint64
 	pinging bool
@@ -302,6 +304,9 @@ func (c *Conn) Streams() int { return c.streams.n }
 
 // Queued returns the bytes of messages that wait on all streams.
 func (c *Conn) Queued() int { return c.queued }
+
+// QueueMemory returns the memory that those messages take, with what was sent of them but is freed only with the rest.
+func (c *Conn) QueueMemory() int { return c.queueMem }
 
 // Close says that the socket is gone: every open stream gets its OnCancel or OnEnd.
 func (c *Conn) Close() {

@@ -235,6 +235,7 @@ func (c *Conn) release(s *Stream) {
 	c.streams.remove(s.ID)
 	s.unring()
 	c.queued -= st.q.n
+	c.queueMem -= st.q.mem
 	st.q.drop()
 	c.dropPartial(s)
 	// Ended by us: the peer may not know yet, because it had not ended its side.

@@ -27,13 +27,15 @@ const (
 	opsWhenBusy = 128
 	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
 	maxOpBytesPerConn = 64 << 20
-	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them;
-	// the same answer to its further requests.
+	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them, maxReplyMemory
+	// the memory that they take, which is freed only when all of an answer is sent; the same answer to its
+	// further requests.
 	maxWaitingReplies = 64 << 20
+	maxReplyMemory    = 256 << 20
 	// maxBlockedControl is how many bytes of frames other than DATA may be added to a blocked
 	// connection's buffer: answers to a flood of PING, SETTINGS or the like. It is dropped beyond.
 	maxBlockedControl = 1 << 20
-	// maxStalledReplies is how many bytes of answers may wait for HTTP/2 window for longer than
+	// maxStalledReplies is how much memory answers may take that wait for HTTP/2 window for longer than
 	// Config.StallTimeout while none of them is taken; the connection is dropped beyond. A stream (a Watch)
 	// that its client reads late is no such answer: it is held back on its own, and up to maxStalledStream
 	// of it do not count.
@@ -83,7 +85,7 @@ type clientConn struct {
 	charged   int                // bytes of this connection in Engine's Memory
 	lastHeld  int                // charged when second looked last
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
-	waiting   int                // bytes of answers that waited for window when second looked
+	waiting   int                // bytes of answers that waited for window when second looked, sent parts not counted
 	waitSince int64              // when second last saw that they were few, or fewer than before
 
 	ops      int // unary requests and keep-alives with the core, canceled ones included
@@ -298,13 +300,13 @@ func (c *clientConn) second(now int64) {
 	if !c.alive(now) {
 		return
 	}
-	waiting := c.h2.Queued()
-	if waiting > maxStalledReplies {
+	waiting, mem := c.h2.Queued(), c.h2.QueueMemory()
+	if mem > maxStalledReplies {
 		for k := range c.streaming {
-			waiting -= min(k.stream.Queued(), maxStalledStream)
+			mem -= k.stream.QueueMemory() - max(0, k.stream.Queued()-maxStalledStream)
 		}
 	}
-	if c.blocked || waiting <= maxStalledReplies || waiting < c.waiting {
+	if c.blocked || mem <= maxStalledReplies || waiting < c.waiting {
 		c.waitSince = now
 	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
 		c.drop(limitNoWindow, "client gives no window for its answers")

@@ -17,7 +17,7 @@ func (c *clientConn) held() int {
 	if c.closed {
 		return c.opsBytes
 	}
-	return c.h2.Queued() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
+	return c.h2.QueueMemory() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
 }
 
 // charge brings the count up to date.
@@ -38,7 +38,7 @@ func (c *clientConn) full(size int) (limit, bool) {
 		return limitAllRequests, true
 	case c.opsBytes+size > maxOpBytesPerConn:
 		return limitRequestBytes, true
-	case c.h2.Queued() > maxWaitingReplies:
+	case c.h2.Queued() > maxWaitingReplies || c.h2.QueueMemory() > maxReplyMemory:
 		return limitReplies, true
 	case c.charged > smallShare && c.eng.cfg.Memory.Pressed():
 		return limitMemory, true

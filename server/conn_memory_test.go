@@ -29,3 +29,31 @@ func TestChargeFollowsTheSocket(t *testing.T) {
 		t.Error("a client that holds nothing was dropped")
 	}
 }
+
+// A client that takes each of many large answers but for its last bytes is counted with all of them, refused further ones,
+// and dropped when it takes nothing more.
+func TestAnswersTakenInPartCount(t *testing.T) {
+	const size, n = 4 << 20, 100
+	r := newClockRig(t)
+	mem := shard.NewMemory(1 << 30)
+	r.loop.eng.cfg.Memory = mem
+	r.greet(size - 60)
+	refused, dropped := limitHits[limitReplies].Get(), limitHits[limitNoWindow].Get()
+	for i := range n {
+		r.core.resp = make([]byte, size)
+		r.send(uint32(1+2*i), "/etcdserverpb.KV/Range", true, []byte("q"))
+	}
+	if queued, used := r.conn.h2.Queued(), mem.Used(); queued > n*100 || used < maxReplyMemory {
+		t.Errorf("%d bytes wait, %d are counted", queued, used)
+	}
+	if r.core.n*size > maxReplyMemory+2*size || limitHits[limitReplies].Get() == refused {
+		t.Errorf("%d requests of %d bytes each were answered", r.core.n, size)
+	}
+	r.pass(2 * r.loop.eng.cfg.StallTimeout)
+	if !r.conn.closed || limitHits[limitNoWindow].Get() != dropped+1 {
+		t.Error("not dropped")
+	}
+	if mem.Used() != 0 {
+		t.Errorf("%d bytes are counted afterwards", mem.Used())
+	}
+}
