@@ -67,9 +67,9 @@ type Conn struct {
 	queued  int
 	// queueMem is the memory that queued messages take: an answer of which the peer leaves one byte untaken is all there.
 	queueMem int
-	req     requestEncoder
-	pingSeq uint64
-	pinging bool
+	req      requestEncoder
+	pingSeq  uint64
+	pinging  bool
 
 	// Budgets (limits.go).
 	control int // replies since the socket took all
