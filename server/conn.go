@@ -20,10 +20,9 @@ const (
 	// client has canceled count until the core lets go of them, so opening and resetting streams as fast
 	// as possible gains nothing. Beyond: ResourceExhausted "etcdserver: too many requests".
 	maxOpsPerConn = 4096
-	// Of all connections together the core has maxOps at most (and one of each). From busyOps on a connection may
-	// have no more than opsWhenBusy, so that a few greedy ones leave room, and time, for the others. The same answer.
+	// Of all connections together the core has maxOps at most (and one of each). A connection may take half of the places
+	// that are free, or opsWhenBusy, if that is more. The same answer.
 	maxOps      = 32768
-	busyOps     = 2048
 	opsWhenBusy = 128
 	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
 	maxOpBytesPerConn = 64 << 20

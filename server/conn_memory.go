@@ -34,7 +34,7 @@ func (c *clientConn) full(size int) (limit, bool) {
 	switch {
 	case c.ops >= maxOpsPerConn:
 		return limitRequests, true
-	case c.ops >= opsWhenBusy && c.eng.working() >= busyOps, c.ops > 0 && c.eng.working() >= maxOps:
+	case c.crowded():
 		return limitAllRequests, true
 	case c.opsBytes+size > maxOpBytesPerConn:
 		return limitRequestBytes, true
@@ -44,6 +44,17 @@ func (c *clientConn) full(size int) (limit, bool) {
 		return limitMemory, true
 	}
 	return 0, false
+}
+
+// crowded says that the connection has its share of what the core may have: half of the places that nobody has taken,
+// but opsWhenBusy while there are any. So one client may have as many as it likes among idle ones, n greedy ones
+// leave 2/(n+2) of the places to the others, and a shard that hangs fills them only when very much waits for it.
+func (c *clientConn) crowded() bool {
+	if c.ops == 0 {
+		return false
+	}
+	free := maxOps - c.eng.working()
+	return free <= 0 || int64(c.ops) >= max(opsWhenBusy, free/2)
 }
 
 // working is how many ops the core has.

@@ -57,3 +57,36 @@ func TestAnswersTakenInPartCount(t *testing.T) {
 		t.Errorf("%d bytes are counted afterwards", mem.Used())
 	}
 }
+
+// holdingCore answers nothing.
+type holdingCore struct{ n int }
+
+func (h *holdingCore) Submit(*shard.Op) { h.n++ }
+func (h *holdingCore) Cancel(*shard.Op) {}
+
+// A connection may have many requests under way while others have many too; the last places are for those that have few.
+func TestRequestsUnderWayAreShared(t *testing.T) {
+	for _, tt := range []struct{ others, want int }{
+		{0, maxOpsPerConn},
+		{20_000, 4000},            // an honest client with much to do
+		{maxOps - 1000, 1000 / 3}, // half of what is left when it has them
+		{maxOps - 200, opsWhenBusy},
+		{maxOps - 1, 1},
+		{2 * maxOps, 1},
+	} {
+		r := newClockRig(t)
+		core := &holdingCore{}
+		r.loop.eng.core = core
+		r.loop.working.Store(int64(tt.others))
+		r.greet(1 << 20)
+		for i := range tt.want + 100 {
+			r.send(uint32(1+2*i), "/etcdserverpb.KV/Range", true, []byte("q"))
+		}
+		if core.n < tt.want || core.n > tt.want+100 || tt.want != 4000 && core.n != tt.want {
+			t.Errorf("beside %d others: %d requests reached the core, want %d", tt.others, core.n, tt.want)
+		}
+		if answered := r.conn.ops != core.n; answered || r.conn.h2.Streams() != core.n {
+			t.Errorf("beside %d others: %d under way, %d streams", tt.others, r.conn.ops, r.conn.h2.Streams())
+		}
+	}
+}
