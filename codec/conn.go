@@ -32,8 +32,9 @@ type ConnConfig struct {
 	Now func() int64
 	// OnLimit hears, from within any method, of each bound that the peer ran into. nil: nobody does.
 	OnLimit func(Limit)
-	// Full says that the process has no memory to spare: then no connection may keep more than FullBytes (0:
-	// MaxMessageBytes) of messages received in part. nil: it always has.
+	// Full says that the process has no memory to spare: then no client may have more than FullBytes (0:
+	// MaxMessageBytes) of messages received in part on its connection, and no answer of a server that comes in parts
+	// may be larger. nil: it always has.
 	Full      func() bool
 	FullBytes int
 }
