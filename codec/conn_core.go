@@ -75,6 +75,7 @@ type Conn struct {
 	control int // replies since the socket took all
 	resets  int
 	idle    int
+	ticks   uint32
 	// inflateLeft is how many bytes gzip may still give until the next Tick.
 	inflateLeft int
 	// PINGs of a client (ConnConfig.PingMinTime): when the last one came, how many came too early, and whether
@@ -288,6 +289,7 @@ func (c *Conn) AddWork(n int) { c.work = max(0, c.work+n) }
 // Tick tells that about a second has passed: budgets are given back, and memory that only a busy connection
 // needs is let go. Everything else works without it.
 func (c *Conn) Tick() {
+	c.ticks++
 	c.resets = min(resetBurst, c.resets+resetRefill)
 	c.idle = idleFrameBurst
 	c.inflateLeft = maxInflateBytes

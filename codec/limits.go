@@ -32,11 +32,14 @@ const (
 	// the socket (CVE-2019-9512, 9515, 9514).
 	maxControlQueued = 10_000
 
-	// resetBurst is how many streams may end by RST_STREAM, of either side, without having got a response
+	// resetBurst is how many young streams may end by RST_STREAM, of either side, without having got a response
 	// (Rapid Reset CVE-2023-44487, MadeYouReset CVE-2025-8671). Each stream that got a response gives one
 	// back, and Tick gives resetRefill back.
 	resetBurst  = 1000
 	resetRefill = 100
+	// freeResetTicks is the age, in Ticks, from which on a stream may be reset by the peer without taking from that:
+	// MaxConcurrentStreams, with AddWork, bounds how many become so old.
+	freeResetTicks = 2
 
 	// idleFrameBurst is how many frames without use (empty DATA, PRIORITY, unknown types) may arrive
 	// (CVE-2019-9513, 9518). Each message gives one back, each stream idlePerStream (frames that cross its
