@@ -82,7 +82,10 @@ type clientConn struct {
 	received  int64              // when bytes came last
 	pinged    int64              // when a PING was sent that nothing has come after, 0 for none
 	charged   int                // bytes of this connection in Engine's Memory
-	lastHeld  int                // charged when second looked last
+	wrote     int                // bytes given to the socket
+	opsDone   int                // bytes of requests that the core is done with
+	lastHeld  int                // charged when look looked last
+	lastDone  int                // what had gone through then
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
 	waiting   int                // bytes of answers that waited for window when second looked, sent parts not counted
 	waitSince int64              // when second last saw that they were few, or fewer than before
@@ -195,6 +198,7 @@ func (c *clientConn) flush() {
 			return
 		}
 		c.written()
+		c.wrote += n
 		if c.blocked {
 			if c.added += n; c.added > maxBlockedControl {
 				c.drop(limitBlockedControl, "client does not read and keeps asking")

@@ -65,9 +65,17 @@ func (e *Engine) working() (n int64) {
 	return n
 }
 
-// stuck says that the client holds much, and nothing of it was taken for a second.
-func (c *clientConn) stuck() bool {
-	return c.charged > smallShare && c.lastHeld > 0 && c.charged >= c.lastHeld
+// minTaken is the part of what it holds that a client has to take in a second, when memory is short and it holds the most.
+const minTaken = 64
+
+// look says, once a second, whether the client holds much for what it gets done: bytes of answers that its socket took, and
+// of requests that were answered. What it holds may stay the same while much goes through it, or shrink by a byte at a time.
+func (c *clientConn) look() (slow bool) {
+	done := c.wrote + c.opsDone - c.sock.OutboundBuffered()
+	held := min(c.charged, c.lastHeld)
+	slow = held > smallShare && done-c.lastDone < held/minTaken
+	c.lastDone, c.lastHeld = done, c.charged
+	return slow
 }
 
 // alive sees to the server's keepalive, as grpc-go does it: a PING after a silence, the end when nothing follows.

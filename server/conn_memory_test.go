@@ -90,3 +90,42 @@ func TestRequestsUnderWayAreShared(t *testing.T) {
 		}
 	}
 }
+
+// When memory is short, who takes next to nothing of much is dropped; who takes much is not, although what it holds stays
+// the same, nor when two seconds of a loop that stalled come at once.
+func TestSlowClientsGoBusyOnesStay(t *testing.T) {
+	const held = 4 << 20
+	open := func(answer int) *clockRig {
+		r := newClockRig(t)
+		r.loop.eng.cfg.MaxOutbound = 2 * held
+		r.loop.eng.cfg.Memory = shard.NewMemory(1 << 30)
+		r.loop.eng.cfg.Memory.Add(15 << 26) // others
+		r.core.resp = make([]byte, answer)
+		r.greet(1 << 30)
+		return r
+	}
+	hits := limitHits[limitMemory].Get()
+
+	slow := open(100)
+	slow.sock.waiting = held
+	for range 5 {
+		slow.pass(time.Second)
+		slow.sock.waiting -= 2 * chargeStep
+	}
+	if !slow.conn.closed || limitHits[limitMemory].Get() != hits+1 {
+		t.Error("a client that takes little by little was spared")
+	}
+
+	busy := open(1 << 20)
+	busy.sock.waiting = held
+	for i := range 10 {
+		busy.conn.charged = 0 // so that its requests are not refused
+		busy.send(uint32(1+2*i), "/etcdserverpb.KV/Range", true, []byte("q"))
+		busy.pass(time.Second)
+		busy.loop.Post(busy.loop.secondFn)
+		busy.mail()
+	}
+	if busy.conn.closed || busy.core.n != 10 {
+		t.Errorf("a busy client was dropped: closed %v, %d requests", busy.conn.closed, busy.core.n)
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/panjf2000/gnet/v2"
@@ -60,6 +61,8 @@ type Loop struct {
 	timers   wheel                    // deadlines of RPCs
 	wantTick atomic.Bool              // something waits for time to pass; read by the ticker
 	ticking  atomic.Bool              // a tick is in the mailbox
+	seconds  atomic.Bool              // a second is in the mailbox
+	looked   int64                    // when second ran last
 	tickFn   func()                   // l.tick, bound once
 	secondFn func()                   // l.second
 	nowFn    func() int64             // l.now
@@ -324,7 +327,7 @@ func (l *Loop) flushOne(c *clientConn) {
 
 // ring is called by the engine's ticker every tickEvery, on its own goroutine.
 func (l *Loop) ring(second bool) {
-	if second {
+	if second && l.seconds.CompareAndSwap(false, true) {
 		l.Post(l.secondFn)
 	}
 	if l.wantTick.Load() && l.ticking.CompareAndSwap(false, true) {
@@ -346,21 +349,24 @@ func (l *Loop) tick() {
 	}
 }
 
-// second is posted about once a second while there are clients.
+// second is posted about once a second while there are clients. Behind a stall of the loop the next one comes too soon to
+// tell what clients took since, and is left out.
 func (l *Loop) second() {
+	l.seconds.Store(false)
 	now := l.now()
+	if now-l.looked < int64(time.Second)/2 {
+		return
+	}
+	l.looked = now
 	var worst *clientConn
 	for c := range l.conns {
 		c.second(now)
-		if !c.closed && c.stuck() && (worst == nil || c.charged > worst.charged) {
+		if !c.closed && c.look() && (worst == nil || c.charged > worst.charged) {
 			worst = c
 		}
 	}
 	if worst != nil && l.eng.cfg.Memory.Pressed() {
-		worst.drop(limitMemory, "memory is short, and this client holds the most and takes nothing")
-	}
-	for c := range l.conns {
-		c.lastHeld = c.charged
+		worst.drop(limitMemory, "memory is short, and this client holds the most and takes next to nothing")
 	}
 }
 
