@@ -114,6 +114,7 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.opened = c.loop.now()
 	c.received = c.opened
 	c.eng.conns.Add(1)
+	c.loop.clients.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
 	metricConns.Inc()
@@ -149,7 +150,11 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 		return
 	}
 	c.closed = true
+	if c.sock == nil { // it was never open, nor counted: the loop could not take it
+		return
+	}
 	c.eng.conns.Add(-1)
+	c.loop.clients.Add(-1)
 	delete(c.loop.conns, c)
 	connsOpen.Add(-1)
 	c.unblock()

@@ -110,6 +110,10 @@ type Engine struct {
 	gate     *tlsconn.Gate
 	refusals refusals
 
+	unixMu     sync.Mutex // guards the next two
+	unix       []*net.UnixListener
+	unixClosed bool
+
 	core   Core
 	routes routes
 
@@ -161,10 +165,16 @@ func Start(cfg Config) (*Engine, error) {
 		}
 	}
 	e := newEngine(cfg)
-	gnetURLs := make([]string, len(listens))
+	var gnetURLs []string
 	for i, ln := range listens {
-		gnetURLs[i] = ln.network + "://" + ln.address
-		e.listens[ln.local] = &listens[i]
+		if ln.network == "tcp" {
+			gnetURLs = append(gnetURLs, ln.network+"://"+ln.address)
+			e.listens[ln.local] = &listens[i]
+		}
+	}
+	if gnetURLs == nil {
+		// gnet does not go without a listener. listenUnix takes the path from it.
+		gnetURLs = []string{"unix://" + listens[0].address}
 	}
 	go func() {
 		err := gnet.Rotate((*handler)(e), gnetURLs,
@@ -173,20 +183,25 @@ func Start(cfg Config) (*Engine, error) {
 			gnet.WithReuseAddr(true),
 			// Each loop accepts for itself, one connection at a time, and OnOpen counts it before the next. With one
 			// acceptor for all loops, a flood of connections waits for them uncounted, until accept fails for want
-			// of descriptors, which gnet does not survive. (gnet ignores it when a unix socket is among the URLs.)
+			// of descriptors, which gnet does not survive.
 			gnet.WithReusePort(true),
 			gnet.WithTicker(true),
 			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
 			gnet.WithTCPKeepAlive(keepAlive),
 			gnet.WithLogger(gnetLog{cfg.Log}))
 		e.err = err
+		e.closeUnix()
 		close(e.done)
 	}()
 	if err := e.awaitBoot(); err != nil {
 		return nil, fmt.Errorf("spindle: cannot listen on %v: %w", cfg.ListenURLs, err)
 	}
-	if err := e.findLoops(); err == nil {
+	err = e.findLoops()
+	if err == nil {
 		err = e.findAddrs(listens)
+	}
+	if err == nil {
+		err = e.listenUnix(listens)
 	}
 	if err != nil {
 		_ = e.Stop(context.Background())

@@ -68,6 +68,7 @@ type Loop struct {
 	nowFn    func() int64             // l.now
 
 	freeCalls []*call      // unary calls to be used again
+	clients   atomic.Int64 // len(conns), for other goroutines
 	working   atomic.Int64 // ops of its clients that the core has, canceled ones included; written by the loop
 	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter
@@ -226,42 +227,61 @@ func (l *Loop) OnTurnEnd(f func()) {
 
 // Enroll implements shard.Loop.
 func (l *Loop) Enroll(nc net.Conn, h shard.LoopConn) error {
+	x, err := l.register(nc, h)
+	if err == nil {
+		go x.wait()
+	}
+	return err
+}
+
+// enrollment is a socket on its way into a loop.
+type enrollment struct {
+	loop *Loop
+	nc   net.Conn
+	att  *attachment
+	res  <-chan gnet.RegisteredResult
+}
+
+// register begins an enrollment; wait is to be called.
+func (l *Loop) register(nc net.Conn, h shard.LoopConn) (*enrollment, error) {
 	switch nc.(type) {
 	case *net.TCPConn, *net.UnixConn:
 	default:
 		_ = nc.Close()
-		return fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)
+		return nil, fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)
 	}
 	l.mu.Lock()
 	stopped := l.stopped
 	l.mu.Unlock()
 	if stopped {
 		_ = nc.Close()
-		return errLoopStopped
+		return nil, errLoopStopped
 	}
 	a := &attachment{loop: l, h: h}
 	res, err := l.el.Enroll(gnet.NewContext(context.Background(), a), nc)
 	if err != nil {
 		_ = nc.Close()
-		return fmt.Errorf("spindle: enroll %v: %w", nc.RemoteAddr(), err)
+		return nil, fmt.Errorf("spindle: enroll %v: %w", nc.RemoteAddr(), err)
 	}
-	go func() {
-		select {
-		case r := <-res:
-			err := r.Err
-			if err == nil && !a.opened.Load() {
-				// gnet reports success here even when its poller refused the socket.
-				err = errNotEnrolled
-			}
-			if err != nil {
-				_ = nc.Close()
-				l.Post(func() { h.OnClose(nil, err) })
-			}
-		case <-l.eng.done:
-			_ = nc.Close()
+	return &enrollment{l, nc, a, res}, nil
+}
+
+// wait returns when OnOpen was called, or OnClose is to be.
+func (x *enrollment) wait() {
+	select {
+	case r := <-x.res:
+		err := r.Err
+		if err == nil && !x.att.opened.Load() {
+			// gnet reports success here even when its poller refused the socket.
+			err = errNotEnrolled
 		}
-	}()
-	return nil
+		if err != nil {
+			_ = x.nc.Close()
+			x.loop.Post(func() { x.att.h.OnClose(nil, err) })
+		}
+	case <-x.loop.eng.done:
+		_ = x.nc.Close()
+	}
 }
 
 // now is the engine's clock as of this turn.
