@@ -30,6 +30,8 @@ type ConnConfig struct {
 	PingMinTime time.Duration
 	// Now is the owner's clock in nanoseconds, called from within Feed.
 	Now func() int64
+	// Inflate is shared by connections of one goroutine. nil: each has a budget of its own only.
+	Inflate *InflateBudget
 	// OnLimit hears, from within any method, of each bound that the peer ran into. nil: nobody does.
 	OnLimit func(Limit)
 	// Full says that the process has no memory to spare: then no client may have more than FullBytes (0:

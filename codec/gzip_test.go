@@ -66,6 +66,54 @@ func TestInflateBounds(t *testing.T) {
 	}
 }
 
+// All connections that share a budget have one together, but each a little for itself.
+func TestZipBombsOfManyConnections(t *testing.T) {
+	budget := &InflateBudget{}
+	budget.Refill()
+	hits := map[Limit]int{}
+	cfg := ConnConfig{Inflate: budget, OnLimit: func(l Limit) { hits[l]++ }}
+	open := func(size int) (send func()) {
+		r := newRawServer(t, cfg)
+		r.id = 0xffffffff
+		msg := zip(make([]byte, size))
+		msg = append([]byte{1, byte(len(msg) >> 24), byte(len(msg) >> 16), byte(len(msg) >> 8), byte(len(msg))}, msg...)
+		return func() {
+			r.id += 2
+			block := encodeBlock(r.enc, &r.buf, ":method", "POST", ":scheme", "http", ":path", "/t/Unary", ":authority", "a",
+				"content-type", "application/grpc", "te", "trailers", "grpc-encoding", "gzip")
+			r.feed(appendHeaders(nil, r.id, false, block))
+			r.feed(append(appendFrameHeader(nil, len(msg), frameData, 0, r.id), msg...))
+			r.flush()
+		}
+	}
+	const conns, each, most = 10, 20, maxInflateBytes / defaultMaxMessageBytes
+	for range conns {
+		send := open(defaultMaxMessageBytes + 1)
+		for range each {
+			send()
+		}
+	}
+	if n := hits[LimitMessage]; n > most+conns || n < most || hits[LimitInflate] != conns*each-n {
+		t.Errorf("%d bombs were inflated, %d not", n, hits[LimitInflate])
+	}
+	refused := hits[LimitInflate]
+	good := open(1000)
+	for range 100 {
+		good()
+	}
+	if hits[LimitInflate] != refused {
+		t.Error("a client with small messages was refused")
+	}
+	budget.Refill()
+	send := open(defaultMaxMessageBytes + 1)
+	for range each {
+		send()
+	}
+	if hits[LimitInflate] != refused {
+		t.Error("no budget after a second")
+	}
+}
+
 // A stream of bombs costs its budget in a second, and no more; the next second gives another.
 func TestAttackZipBombs(t *testing.T) {
 	hits := map[Limit]int{}

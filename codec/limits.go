@@ -55,7 +55,10 @@ const (
 
 	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
 	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
+	// All connections that share an InflateBudget have as much together, beyond ownInflateBytes of each, so that a
+	// client that compresses little is served beside any number that do much.
 	maxInflateBytes = 64 << 20
+	ownInflateBytes = 1 << 20
 
 	// maxPingStrikes is how many PINGs may come too early, pingIdleTime how far apart they have to be on a
 	// connection without streams. Both are grpc-go's, so etcd's.

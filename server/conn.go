@@ -120,6 +120,7 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	metricConns.Inc()
 	cfg := c.eng.cfg.Codec
 	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
+	cfg.Inflate = &c.loop.inflate
 	c.h2 = codec.NewServerConn(cfg, c)
 	c.touch()
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/panjf2000/gnet/v2"
 	"golang.org/x/sys/unix"
 
+	"spindle/codec"
 	"spindle/shard"
 )
 
@@ -67,10 +68,11 @@ type Loop struct {
 	secondFn func()                   // l.second
 	nowFn    func() int64             // l.now
 
-	freeCalls []*call      // unary calls to be used again
-	clients   atomic.Int64 // len(conns), for other goroutines
-	working   atomic.Int64 // ops of its clients that the core has, canceled ones included; written by the loop
-	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
+	inflate   codec.InflateBudget // of its clients
+	freeCalls []*call             // unary calls to be used again
+	clients   atomic.Int64        // len(conns), for other goroutines
+	working   atomic.Int64        // ops of its clients that the core has, canceled ones included; written by the loop
+	inflight  atomic.Int64        // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter
 }
 
@@ -106,6 +108,7 @@ func newLoop(e *Engine, index int, el gnet.EventLoop) *Loop {
 	}
 	l.tickFn, l.secondFn, l.nowFn = l.tick, l.second, l.now
 	l.hooks.Store(new([]func()))
+	l.inflate.Refill()
 	return l
 }
 
@@ -378,6 +381,7 @@ func (l *Loop) second() {
 		return
 	}
 	l.looked = now
+	l.inflate.Refill()
 	var worst *clientConn
 	for c := range l.conns {
 		c.second(now)
