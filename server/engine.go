@@ -31,6 +31,8 @@ const (
 	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
 	// of the GOAWAY.
 	defaultDrainTimeout = 5 * time.Second
+	// drainLastWords bounds the wait for answers that BeforeClose had.
+	drainLastWords = time.Second
 	// drainTouch is how often Stop looks at every connection that has not ended yet.
 	drainTouch = 50 * time.Millisecond
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
@@ -372,6 +374,9 @@ func (e *Engine) Stop(ctx context.Context) error {
 		e.awaitIdle(ctx)
 		if e.cfg.BeforeClose != nil {
 			e.cfg.BeforeClose()
+			late, cancel := context.WithTimeout(context.Background(), drainLastWords)
+			e.passMail(late) // answers that it had for clients of other loops
+			cancel()
 		}
 		// Stop's own wait polls twice a second; done is exact.
 		gone, cancel := context.WithCancel(context.Background())
@@ -390,18 +395,9 @@ func (e *Engine) Stop(ctx context.Context) error {
 func (e *Engine) awaitIdle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
 	defer cancel()
-	// Requests that were read before the GOAWAY count only once their loop has run: so each loop is
-	// asked on its own goroutine, behind goAway.
-	for _, l := range e.loops {
-		passed := make(chan struct{})
-		l.Post(func() { close(passed) })
-		select {
-		case <-passed:
-		case <-ctx.Done():
-			return
-		case <-e.done:
-			return
-		}
+	// Requests that were read before the GOAWAY count only once their loop has run.
+	if !e.passMail(ctx) {
+		return
 	}
 	poll := time.NewTicker(drainPoll)
 	defer poll.Stop()
@@ -425,4 +421,20 @@ func (e *Engine) awaitIdle(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// passMail returns when each loop has seen to what was posted to it before; false: it took too long.
+func (e *Engine) passMail(ctx context.Context) bool {
+	for _, l := range e.loops {
+		passed := make(chan struct{})
+		l.Post(func() { close(passed) })
+		select {
+		case <-passed:
+		case <-ctx.Done():
+			return false
+		case <-e.done:
+			return false
+		}
+	}
+	return true
 }
