@@ -56,7 +56,8 @@ func putBuffer(b *buffer) {
 // queue holds the framed gRPC messages of one stream that wait, in blocks. The zero value is empty.
 type queue struct {
 	head, tail *buffer
-	n          int
+	n          int // bytes that wait
+	mem        int // memory of the blocks, the bytes included that were taken from them: what n alone would hide
 }
 
 // push copies p to the end.
@@ -64,13 +65,7 @@ func (q *queue) push(p []byte) {
 	q.n += len(p)
 	for len(p) > 0 {
 		if q.tail == nil || len(q.tail.b) == cap(q.tail.b) {
-			b := getBuffer(min(len(p), queueBlock))
-			if q.tail == nil {
-				q.head = b
-			} else {
-				q.tail.next = b
-			}
-			q.tail = b
+			q.link(getBuffer(min(len(p), queueBlock)))
 		}
 		t := q.tail
 		k := min(len(p), cap(t.b)-len(t.b))
@@ -79,14 +74,18 @@ func (q *queue) push(p []byte) {
 	}
 }
 
-// pushOwned links p itself to the end. putBuffer leaves memory of its size to the garbage collector, or takes it
-// as any other.
-func (q *queue) pushOwned(p []byte) {
-	if len(p) == 0 {
+// pushOwned links p itself, without its first off bytes, to the end. putBuffer leaves memory of its size to the garbage
+// collector, or takes it as any other.
+func (q *queue) pushOwned(p []byte, off int) {
+	if off == len(p) {
 		return
 	}
-	q.n += len(p)
-	b := &buffer{b: p[:len(p):len(p)]}
+	q.n += len(p) - off
+	q.link(&buffer{b: p, off: off})
+}
+
+func (q *queue) link(b *buffer) {
+	q.mem += cap(b.b)
 	if q.tail == nil {
 		q.head = b
 	} else {
@@ -109,6 +108,7 @@ func (q *queue) popAppend(dst []byte, n int) []byte {
 			if q.head == nil {
 				q.tail = nil
 			}
+			q.mem -= cap(h.b)
 			putBuffer(h)
 		}
 	}

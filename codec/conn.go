@@ -30,10 +30,13 @@ type ConnConfig struct {
 	PingMinTime time.Duration
 	// Now is the owner's clock in nanoseconds, called from within Feed.
 	Now func() int64
+	// Inflate is shared by connections of one goroutine. nil: each has a budget of its own only.
+	Inflate *InflateBudget
 	// OnLimit hears, from within any method, of each bound that the peer ran into. nil: nobody does.
 	OnLimit func(Limit)
-	// Full says that the process has no memory to spare: then no connection may keep more than FullBytes (0:
-	// MaxMessageBytes) of messages received in part. nil: it always has.
+	// Full says that the process has no memory to spare: then no client may have more than FullBytes (0:
+	// MaxMessageBytes) of messages received in part on its connection, and no answer of a server that comes in parts
+	// may be larger. nil: it always has.
 	Full      func() bool
 	FullBytes int
 }
@@ -55,6 +58,9 @@ type Stream struct {
 
 // Queued returns the bytes of messages that wait on this stream for a window or for the socket.
 func (s *Stream) Queued() int { return s.stream.q.n }
+
+// QueueMemory returns the memory that these messages take; see Conn.QueueMemory.
+func (s *Stream) QueueMemory() int { return s.stream.q.mem }
 
 // ServerEvents is what happens on a server's Conn. All calls come on the goroutine that owns the Conn, from
 // within Conn.Feed or Conn.Close; OnDrained, and OnCancel of a stream that Send had to give up, also from

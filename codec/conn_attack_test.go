@@ -339,3 +339,100 @@ func TestSmallAnswers(t *testing.T) {
 		t.Errorf("%d bytes of answers to %d bytes", n, len(in))
 	}
 }
+
+// Clients whose deadlines pass by the hundred, because a member is away, keep their connection; those that reset at once
+// do not (TestAttackRapidReset).
+func TestDeadlinesAreNoResetFlood(t *testing.T) {
+	r := newRawServer(t, ConnConfig{})
+	for range 3 {
+		var ids []uint32
+		for range 3 * resetBurst {
+			r.feed(r.headers("/t/Hang", true))
+			ids = append(ids, r.id)
+		}
+		for range freeResetTicks {
+			r.c.Tick()
+		}
+		for _, id := range ids {
+			r.feed(appendRSTStream(nil, id, h2Cancel))
+		}
+		r.flush()
+	}
+	if r.c.Streams() != 0 || r.c.resets != resetBurst {
+		t.Errorf("%d streams, %d resets left", r.c.Streams(), r.c.resets)
+	}
+	// A young one costs as ever.
+	r.feed(r.headers("/t/Hang", true))
+	r.c.Tick()
+	r.feed(appendRSTStream(nil, r.id, h2Cancel))
+	if r.c.resets != resetBurst-1 {
+		t.Errorf("%d resets left", r.c.resets)
+	}
+}
+
+// member is a client's side that counts messages.
+type member struct {
+	ended map[uint32]Status
+	got   map[uint32]int
+}
+
+func (m *member) OnMessage(s *Stream, _ []byte)      { m.got[s.ID]++ }
+func (m *member) OnEnd(s *Stream, st Status, _ bool) { m.ended[s.ID] = st }
+func (m *member) OnGoAway()                          {}
+func (m *member) OnPong()                            {}
+
+// While memory is short a large answer of a member gives way; pages and what a watch brings come through, however many
+// of them are on their way.
+func TestLargeAnswersGiveWayAlone(t *testing.T) {
+	m := &member{ended: map[uint32]Status{}, got: map[uint32]int{}}
+	const full, page = 8 << 20, 4 << 20
+	c := NewClientConn(ConnConfig{StreamWindow: 4 << 20, ConnWindow: 16 << 20, MaxMessageBytes: 512 << 20,
+		MaxPartialBytes: 1 << 30, Full: func() bool { return true }, FullBytes: full}, "x", m)
+	feed := func(p []byte) {
+		t.Helper()
+		if err := c.Feed(p); err != nil {
+			t.Fatal(err)
+		}
+		c.Flushed()
+	}
+	feed(appendFrameHeader(nil, 0, frameSettings, 0, 0))
+	open := func() uint32 {
+		s := c.Open("/x", false, 0)
+		feed(appendHeaders(nil, s.ID, false, responseHeaders))
+		return s.ID
+	}
+	const frame = 16 << 10
+	begin := func(id uint32, size int) {
+		feed(appendPrefix(appendFrameHeader(nil, prefixLen, frameData, 0, id), size))
+	}
+	part := func(id uint32, n int) { // in frames
+		for range n {
+			feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
+		}
+	}
+	var pages []uint32
+	for range 4 {
+		id := open()
+		begin(id, page)
+		part(id, page/frame-1)
+		pages = append(pages, id)
+	}
+	watch, large := open(), open()
+	begin(watch, 2*frame)
+	part(watch, 1)
+	begin(large, full+1)
+	part(large, 1)
+	if m.ended[large].Code != ResourceExhausted || len(m.ended) != 1 {
+		t.Errorf("ended: %v", m.ended)
+	}
+	part(watch, 1)
+	for _, id := range pages {
+		part(id, 1)
+		if m.got[id] != 1 {
+			t.Errorf("no page on %d", id)
+		}
+	}
+	if m.got[watch] != 1 || c.Partial() != 0 {
+		t.Errorf("%d messages of the watch, %d bytes are kept", m.got[watch], c.Partial())
+	}
+}

@@ -65,14 +65,17 @@ type Conn struct {
 	ready   ring // streams with messages and stream window
 	enders  ring // streams whose end waits for the socket
 	queued  int
-	req     requestEncoder
-	pingSeq uint64
-	pinging bool
+	// queueMem is the memory that queued messages take: an answer of which the peer leaves one byte untaken is all there.
+	queueMem int
+	req      requestEncoder
+	pingSeq  uint64
+	pinging  bool
 
 	// Budgets (limits.go).
 	control int // replies since the socket took all
 	resets  int
 	idle    int
+	ticks   uint32
 	// inflateLeft is how many bytes gzip may still give until the next Tick.
 	inflateLeft int
 	// PINGs of a client (ConnConfig.PingMinTime): when the last one came, how many came too early, and whether
@@ -286,6 +289,7 @@ func (c *Conn) AddWork(n int) { c.work = max(0, c.work+n) }
 // Tick tells that about a second has passed: budgets are given back, and memory that only a busy connection
 // needs is let go. Everything else works without it.
 func (c *Conn) Tick() {
+	c.ticks++
 	c.resets = min(resetBurst, c.resets+resetRefill)
 	c.idle = idleFrameBurst
 	c.inflateLeft = maxInflateBytes
@@ -302,6 +306,9 @@ func (c *Conn) Streams() int { return c.streams.n }
 
 // Queued returns the bytes of messages that wait on all streams.
 func (c *Conn) Queued() int { return c.queued }
+
+// QueueMemory returns the memory that those messages take, with what was sent of them but is freed only with the rest.
+func (c *Conn) QueueMemory() int { return c.queueMem }
 
 // Close says that the socket is gone: every open stream gets its OnCancel or OnEnd.
 func (c *Conn) Close() {

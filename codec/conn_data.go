@@ -211,7 +211,11 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 		if c.assembling+size > c.cfg.MaxPartialBytes {
 			return false
 		}
-		if c.assembling+size > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full() {
+		much := c.assembling + size
+		if c.client {
+			much = st.msgLen // a large answer gives way, not whatever comes beside it
+		}
+		if much > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full() {
 			return false
 		}
 		b := getBuffer(size)

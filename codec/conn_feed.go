@@ -223,7 +223,9 @@ func (c *Conn) onRSTStream(h frameHeader, p []byte) error {
 	if s == nil {
 		return c.spendIdle()
 	}
-	if !s.stream.headersSent {
+	// A client whose deadlines pass, while a member is away say, resets without an answer too. Not at once, though: and
+	// what it keeps open meanwhile has other bounds.
+	if !s.stream.headersSent && c.ticks-s.stream.born < freeResetTicks {
 		if err := c.spendReset(); err != nil {
 			return err
 		}

@@ -237,6 +237,7 @@ func (c *Conn) answerPlain(s *Stream) {
 	st.ending = endData
 	st.q.push([]byte(plainBody))
 	c.queued += len(plainBody)
+	c.queueMem += st.q.mem // it was empty
 	c.wake(s)
 }
 

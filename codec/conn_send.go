@@ -24,22 +24,25 @@ func (c *Conn) send(s *Stream, msg []byte, owned bool) {
 		c.giveUp(s)
 		return
 	}
+	whole := msg
 	var room [prefixLen]byte
 	prefix := appendPrefix(room[:0], len(msg))
 	if st.q.n == 0 && c.ready.head == nil && !c.blocked && len(c.out) < outputTarget && min(st.sendWin, c.sendWin) >= prefixLen {
-		msg = c.sendDirect(s, prefix, msg)
+		msg = c.sendDirect(s, prefix, whole)
 		if len(msg) == 0 {
 			return
 		}
 		prefix = nil
 	}
+	mem := st.q.mem
 	st.q.push(prefix)
 	if owned {
-		st.q.pushOwned(msg)
+		st.q.pushOwned(whole, len(whole)-len(msg))
 	} else {
 		st.q.push(msg)
 	}
 	c.queued += len(prefix) + len(msg)
+	c.queueMem += st.q.mem - mem
 	c.wake(s)
 	c.pump()
 	st.wantDrained = st.wantDrained || st.q.n > 0
@@ -109,10 +112,12 @@ func (c *Conn) emitData(s *Stream) {
 	}
 	out := c.room(frameHeaderLen + n)
 	st.dataAt, st.dataEpoch = len(out), c.epoch+1
+	mem := st.q.mem
 	c.out = st.q.popAppend(appendFrameHeader(out, n, frameData, flags, s.ID), n)
 	st.sendWin -= int64(n)
 	c.sendWin -= int64(n)
 	c.queued -= n
+	c.queueMem += st.q.mem - mem
 	switch {
 	case st.q.n == 0:
 		s.unring()

@@ -39,8 +39,9 @@ type streamState struct {
 	recvWin     int64
 	recvUnacked int64
 	sendWin     int64
-	bodyLeft    int64 // what content-length still promises, -1 without one
-	swallowed   int   // phasePlain: body so far
+	bodyLeft    int64  // what content-length still promises, -1 without one
+	swallowed   int    // phasePlain: body so far
+	born        uint32 // Conn.ticks when it was opened
 
 	msg      *buffer // message received in part, nil if none
 	msgLen   int
@@ -218,6 +219,7 @@ func (c *Conn) newStream(id uint32) *Stream {
 	st.phase = phaseLive
 	st.recvWin = int64(c.cfg.StreamWindow)
 	st.sendWin = c.peerInit
+	st.born = c.ticks
 	st.bodyLeft = -1
 	c.streams.put(s)
 	return s
@@ -235,6 +237,7 @@ func (c *Conn) release(s *Stream) {
 	c.streams.remove(s.ID)
 	s.unring()
 	c.queued -= st.q.n
+	c.queueMem -= st.q.mem
 	st.q.drop()
 	c.dropPartial(s)
 	// Ended by us: the peer may not know yet, because it had not ended its side.

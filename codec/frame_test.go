@@ -85,7 +85,7 @@ func TestQueueAndBuffers(t *testing.T) {
 	for q.n > 0 {
 		got = q.popAppend(got, min(q.n, 1+len(got)%5000))
 	}
-	if !bytes.Equal(got, want) || q.head != nil || q.tail != nil {
+	if !bytes.Equal(got, want) || q.head != nil || q.tail != nil || q.mem != 0 {
 		t.Fatal("queue lost or changed bytes")
 	}
 	q.push(want)

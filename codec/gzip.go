@@ -58,25 +58,42 @@ func inflate(p []byte, limit int) (*buffer, Status) {
 	}
 }
 
+// InflateBudget is what gzip may give on all connections of one goroutine together (ConnConfig.Inflate), beyond
+// ownInflateBytes of each: many connections are not to have the processor for themselves.
+type InflateBudget struct{ left int }
+
+// Refill gives back all of it; the owner calls it at first, then about once a second.
+func (b *InflateBudget) Refill() { b.left = maxInflateBytes }
+
 // inflated hands on a compressed message.
 func (c *Conn) inflated(s *Stream, msg []byte) {
-	if c.inflateLeft <= 0 {
+	shared := c.cfg.Inflate
+	if maxInflateBytes-c.inflateLeft < ownInflateBytes {
+		shared = nil
+	}
+	if c.inflateLeft <= 0 || shared != nil && shared.left <= 0 {
 		c.hit(LimitInflate)
 		c.abort(s, statusInflateBudget)
 		return
 	}
 	b, st := inflate(msg, c.cfg.MaxMessageBytes)
+	cost := c.cfg.MaxMessageBytes
+	if st.Code == OK {
+		cost = len(b.b)
+	}
+	c.inflateLeft -= cost
+	if shared != nil {
+		shared.left -= cost
+	}
 	if st.Code != OK {
-		c.inflateLeft -= c.cfg.MaxMessageBytes
 		if st.Code == ResourceExhausted {
 			c.hit(LimitMessage)
 		}
 		c.abort(s, st)
 		return
 	}
-	c.inflateLeft -= len(b.b)
 	c.deliverMessage(s, b.b)
 	putBuffer(b)
 }
 
-var statusInflateBudget = Status{ResourceExhausted, "spindle: too many compressed bytes on this connection, send less or uncompressed"}
+var statusInflateBudget = Status{ResourceExhausted, "spindle: too many compressed bytes, send less or uncompressed"}

@@ -66,6 +66,54 @@ func TestInflateBounds(t *testing.T) {
 	}
 }
 
+// All connections that share a budget have one together, but each a little for itself.
+func TestZipBombsOfManyConnections(t *testing.T) {
+	budget := &InflateBudget{}
+	budget.Refill()
+	hits := map[Limit]int{}
+	cfg := ConnConfig{Inflate: budget, OnLimit: func(l Limit) { hits[l]++ }}
+	open := func(size int) (send func()) {
+		r := newRawServer(t, cfg)
+		r.id = 0xffffffff
+		msg := zip(make([]byte, size))
+		msg = append([]byte{1, byte(len(msg) >> 24), byte(len(msg) >> 16), byte(len(msg) >> 8), byte(len(msg))}, msg...)
+		return func() {
+			r.id += 2
+			block := encodeBlock(r.enc, &r.buf, ":method", "POST", ":scheme", "http", ":path", "/t/Unary", ":authority", "a",
+				"content-type", "application/grpc", "te", "trailers", "grpc-encoding", "gzip")
+			r.feed(appendHeaders(nil, r.id, false, block))
+			r.feed(append(appendFrameHeader(nil, len(msg), frameData, 0, r.id), msg...))
+			r.flush()
+		}
+	}
+	const conns, each, most = 10, 20, maxInflateBytes / defaultMaxMessageBytes
+	for range conns {
+		send := open(defaultMaxMessageBytes + 1)
+		for range each {
+			send()
+		}
+	}
+	if n := hits[LimitMessage]; n > most+conns || n < most || hits[LimitInflate] != conns*each-n {
+		t.Errorf("%d bombs were inflated, %d not", n, hits[LimitInflate])
+	}
+	refused := hits[LimitInflate]
+	good := open(1000)
+	for range 100 {
+		good()
+	}
+	if hits[LimitInflate] != refused {
+		t.Error("a client with small messages was refused")
+	}
+	budget.Refill()
+	send := open(defaultMaxMessageBytes + 1)
+	for range each {
+		send()
+	}
+	if hits[LimitInflate] != refused {
+		t.Error("no budget after a second")
+	}
+}
+
 // A stream of bombs costs its budget in a second, and no more; the next second gives another.
 func TestAttackZipBombs(t *testing.T) {
 	hits := map[Limit]int{}
@@ -123,7 +171,50 @@ func TestSendOwned(t *testing.T) {
 		}
 		r.feed(appendWindowUpdate(appendWindowUpdate(nil, 0, 50_000), r.id, 50_000))
 	}
-	if len(got) != prefixLen+len(msg) || !bytes.Equal(got[prefixLen:], msg) || r.c.Queued() != 0 {
-		t.Errorf("%d bytes came, %d are queued", len(got), r.c.Queued())
+	if len(got) != prefixLen+len(msg) || !bytes.Equal(got[prefixLen:], msg) || r.c.Queued() != 0 || r.c.QueueMemory() != 0 {
+		t.Errorf("%d bytes came, %d are queued in %d", len(got), r.c.Queued(), r.c.QueueMemory())
+	}
+}
+
+// An answer of which the client leaves a few bytes is in memory as a whole, and counted so.
+func TestQueueMemoryCountsWhatWasSent(t *testing.T) {
+	for _, size := range []int{20_000, 260 << 10, 4 << 20} {
+		for _, owned := range []bool{true, false} {
+			r := newRawServer(t, ConnConfig{})
+			r.feed(appendSetting(appendFrameHeader(nil, 6, frameSettings, 0, 0), settingInitialWindowSize, uint32(size-60)))
+			r.feed(appendWindowUpdate(nil, 0, 1<<30))
+			var all []*Stream
+			r.e.onReq = func(x *Stream) { all = append(all, x) }
+			const n = 3
+			for range n {
+				r.feed(r.headers("/t/Hang", false))
+				if owned {
+					r.c.SendOwned(all[len(all)-1], make([]byte, size))
+				} else {
+					r.c.Send(all[len(all)-1], make([]byte, size))
+				}
+				for len(r.flush()) > 0 {
+				}
+			}
+			// What is copied goes to blocks, which are given back one by one.
+			pinned := n * size
+			if !owned {
+				pinned = n * (60 + prefixLen)
+			}
+			if got := r.c.QueueMemory(); r.c.Queued() != n*(60+prefixLen) || got < pinned || got > pinned+n*(queueBlock+minOutput) {
+				t.Errorf("%d bytes, owned %v: %d wait in %d", size, owned, r.c.Queued(), got)
+			}
+			if got := all[0].QueueMemory(); got < pinned/n {
+				t.Errorf("%d bytes, owned %v: %d bytes of a stream", size, owned, got)
+			}
+			r.c.Reset(all[0])
+			r.feed(appendWindowUpdate(nil, all[1].ID, 100))
+			r.flush()
+			r.c.Finish(all[2], Status{})
+			r.c.Close()
+			if r.c.Queued() != 0 || r.c.QueueMemory() != 0 {
+				t.Errorf("%d bytes, owned %v: %d wait in %d at the end", size, owned, r.c.Queued(), r.c.QueueMemory())
+			}
+		}
 	}
 }

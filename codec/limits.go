@@ -32,11 +32,14 @@ const (
 	// the socket (CVE-2019-9512, 9515, 9514).
 	maxControlQueued = 10_000
 
-	// resetBurst is how many streams may end by RST_STREAM, of either side, without having got a response
+	// resetBurst is how many young streams may end by RST_STREAM, of either side, without having got a response
 	// (Rapid Reset CVE-2023-44487, MadeYouReset CVE-2025-8671). Each stream that got a response gives one
 	// back, and Tick gives resetRefill back.
 	resetBurst  = 1000
 	resetRefill = 100
+	// freeResetTicks is the age, in Ticks, from which on a stream may be reset by the peer without taking from that:
+	// MaxConcurrentStreams, with AddWork, bounds how many become so old.
+	freeResetTicks = 2
 
 	// idleFrameBurst is how many frames without use (empty DATA, PRIORITY, unknown types) may arrive
 	// (CVE-2019-9513, 9518). Each message gives one back, each stream idlePerStream (frames that cross its
@@ -52,7 +55,10 @@ const (
 
 	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
 	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
+	// All connections that share an InflateBudget have as much together, beyond ownInflateBytes of each, so that a
+	// client that compresses little is served beside any number that do much.
 	maxInflateBytes = 64 << 20
+	ownInflateBytes = 1 << 20
 
 	// maxPingStrikes is how many PINGs may come too early, pingIdleTime how far apart they have to be on a
 	// connection without streams. Both are grpc-go's, so etcd's.

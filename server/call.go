@@ -134,6 +134,7 @@ func (k *call) answered() {
 	c.ops--
 	c.loop.working.Add(-1)
 	c.opsBytes -= k.opSize
+	c.opsDone += k.opSize
 	k.refs--
 	if k.abandoned {
 		c.h2.AddWork(-1)

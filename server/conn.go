@@ -4,8 +4,10 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
 
 	"spindle/codec"
 	"spindle/codec/tlsconn"
@@ -18,25 +20,29 @@ const (
 	// client has canceled count until the core lets go of them, so opening and resetting streams as fast
 	// as possible gains nothing. Beyond: ResourceExhausted "etcdserver: too many requests".
 	maxOpsPerConn = 4096
-	// Of all connections together the core has maxOps at most (and one of each). From busyOps on a connection may
-	// have no more than opsWhenBusy, so that a few greedy ones leave room, and time, for the others. The same answer.
+	// Of all connections together the core has maxOps at most (and one of each). A connection may take half of the places
+	// that are free, or opsWhenBusy, if that is more. The same answer.
 	maxOps      = 32768
-	busyOps     = 2048
 	opsWhenBusy = 128
 	// maxOpBytesPerConn bounds the bytes of those requests' messages together; the same answer beyond.
 	maxOpBytesPerConn = 64 << 20
-	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them;
-	// the same answer to its further requests.
+	// maxWaitingReplies bounds the bytes of answers that wait for a client which does not take them, maxReplyMemory
+	// the memory that they take, which is freed only when all of an answer is sent; the same answer to its
+	// further requests.
 	maxWaitingReplies = 64 << 20
+	maxReplyMemory    = 256 << 20
 	// maxBlockedControl is how many bytes of frames other than DATA may be added to a blocked
 	// connection's buffer: answers to a flood of PING, SETTINGS or the like. It is dropped beyond.
 	maxBlockedControl = 1 << 20
-	// maxStalledReplies is how many bytes of answers may wait for HTTP/2 window for longer than
+	// maxStalledReplies is how much memory answers may take that wait for HTTP/2 window for longer than
 	// Config.StallTimeout while none of them is taken; the connection is dropped beyond. A stream (a Watch)
 	// that its client reads late is no such answer: it is held back on its own, and up to maxStalledStream
 	// of it do not count.
 	maxStalledReplies = 1 << 20
 	maxStalledStream  = watchHoldBytes
+	// lingerTime is how long a connection that has nothing more to say waits for its client to close it. Closed at
+	// once, with the client still sending, it would be reset, and what the kernel has not sent yet be lost.
+	lingerTime = time.Second
 )
 
 var (
@@ -60,8 +66,10 @@ type clientConn struct {
 	closed bool
 	// ending is set once Feed failed: what is in Output (a GOAWAY) is written, then the socket closed.
 	ending error
-	dirty  bool // on the loop's dirty list
-	heard  bool // TLS only: the client has said something, or the log has said why not
+	// lingers is since when all is said: the socket was shut for writing, what comes is not looked at. 0: not.
+	lingers int64
+	dirty   bool // on the loop's dirty list
+	heard   bool // TLS only: the client has said something, or the log has said why not
 
 	remote net.Addr // TLS only: sock's, which forgets it when it is closed
 
@@ -74,9 +82,12 @@ type clientConn struct {
 	received  int64              // when bytes came last
 	pinged    int64              // when a PING was sent that nothing has come after, 0 for none
 	charged   int                // bytes of this connection in Engine's Memory
-	lastHeld  int                // charged when second looked last
+	wrote     int                // bytes given to the socket
+	opsDone   int                // bytes of requests that the core is done with
+	lastHeld  int                // charged when look looked last
+	lastDone  int                // what had gone through then
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
-	waiting   int                // bytes of answers that waited for window when second looked
+	waiting   int                // bytes of answers that waited for window when second looked, sent parts not counted
 	waitSince int64              // when second last saw that they were few, or fewer than before
 
 	ops      int // unary requests and keep-alives with the core, canceled ones included
@@ -103,11 +114,13 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	c.opened = c.loop.now()
 	c.received = c.opened
 	c.eng.conns.Add(1)
+	c.loop.clients.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
 	metricConns.Inc()
 	cfg := c.eng.cfg.Codec
 	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
+	cfg.Inflate = &c.loop.inflate
 	c.h2 = codec.NewServerConn(cfg, c)
 	c.touch()
 }
@@ -119,6 +132,10 @@ func (c *clientConn) OnTraffic(sock gnet.Conn) {
 		return
 	}
 	metricBytesIn.Add(len(p))
+	if c.lingers != 0 {
+		_, _ = sock.Discard(len(p))
+		return
+	}
 	c.received, c.pinged = c.loop.now(), 0
 	if c.ending == nil {
 		// Nothing is written before the end of the turn, so the connection cannot go away inside Feed.
@@ -134,7 +151,11 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 		return
 	}
 	c.closed = true
+	if c.sock == nil { // it was never open, nor counted: the loop could not take it
+		return
+	}
 	c.eng.conns.Add(-1)
+	c.loop.clients.Add(-1)
 	delete(c.loop.conns, c)
 	connsOpen.Add(-1)
 	c.unblock()
@@ -164,6 +185,9 @@ func (c *clientConn) touch() {
 // over its bound. Every Write may end the connection before it returns, and Output may report events.
 func (c *clientConn) flush() {
 	c.dirty = false
+	if c.lingers != 0 {
+		return
+	}
 	for !c.closed {
 		out := c.output()
 		n := len(out)
@@ -180,6 +204,7 @@ func (c *clientConn) flush() {
 			return
 		}
 		c.written()
+		c.wrote += n
 		if c.blocked {
 			if c.added += n; c.added > maxBlockedControl {
 				c.drop(limitBlockedControl, "client does not read and keeps asking")
@@ -193,9 +218,30 @@ func (c *clientConn) flush() {
 		return
 	}
 	c.charge()
-	if c.ending != nil || c.h2.Drained() && c.sock.OutboundBuffered() == 0 {
+	switch sent := c.sock.OutboundBuffered() == 0; {
+	case sent && (c.ending != nil || c.h2.Drained()):
+		c.linger()
+	case c.ending != nil:
 		c.kill()
 	}
+}
+
+// linger ends the connection from this side, once gnet holds nothing of it: the client reads all that was written, then
+// the end, and closes; or second does, after lingerTime.
+func (c *clientConn) linger() {
+	c.lingers = c.loop.now()
+	c.unblock()
+	c.farewell()
+	if c.closed {
+		return
+	}
+	if c.sock.OutboundBuffered() > 0 || unix.Shutdown(c.sock.Fd(), unix.SHUT_WR) != nil {
+		c.kill()
+		return
+	}
+	c.h2.Close()
+	c.charge()
+	c.loop.nested = true // the hooks are to see the requests that ended here
 }
 
 // block holds answers back until the socket takes what it has.
@@ -244,6 +290,13 @@ func (c *clientConn) retry(now int64) {
 // connection is retry's.
 func (c *clientConn) second(now int64) {
 	c.h2.Tick()
+	c.charge() // the socket takes what gnet holds without an event
+	if c.lingers != 0 {
+		if now-c.lingers >= int64(lingerTime) {
+			c.kill()
+		}
+		return
+	}
 	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(tlsconn.HandshakeTimeout) {
 		c.end(c.tlsEnded(errNoHandshake))
 		return
@@ -257,13 +310,13 @@ func (c *clientConn) second(now int64) {
 		return
 	}
 	c.pumpKeepAlives()
-	waiting := c.h2.Queued()
-	if waiting > maxStalledReplies {
+	waiting, mem := c.h2.Queued(), c.h2.QueueMemory()
+	if mem > maxStalledReplies {
 		for k := range c.streaming {
-			waiting -= min(k.stream.Queued(), maxStalledStream)
+			mem -= k.stream.QueueMemory() - max(0, k.stream.Queued()-maxStalledStream)
 		}
 	}
-	if c.blocked || waiting <= maxStalledReplies || waiting < c.waiting {
+	if c.blocked || mem <= maxStalledReplies || waiting < c.waiting {
 		c.waitSince = now
 	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
 		c.drop(limitNoWindow, "client gives no window for its answers")
@@ -288,7 +341,7 @@ func (c *clientConn) end(err error) {
 
 // kill closes the socket now; OnClose has been called when it returns.
 func (c *clientConn) kill() {
-	if !c.closed && c.sock != nil {
+	if !c.closed && c.sock != nil && c.lingers == 0 {
 		c.farewell()
 	}
 	if !c.closed && c.sock != nil { // its Write may have ended it

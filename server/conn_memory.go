@@ -17,7 +17,7 @@ func (c *clientConn) held() int {
 	if c.closed {
 		return c.opsBytes
 	}
-	return c.h2.Queued() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
+	return c.h2.QueueMemory() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
 }
 
 // charge brings the count up to date.
@@ -34,16 +34,27 @@ func (c *clientConn) full(size int) (limit, bool) {
 	switch {
 	case c.ops >= maxOpsPerConn:
 		return limitRequests, true
-	case c.ops >= opsWhenBusy && c.eng.working() >= busyOps, c.ops > 0 && c.eng.working() >= maxOps:
+	case c.crowded():
 		return limitAllRequests, true
 	case c.opsBytes+size > maxOpBytesPerConn:
 		return limitRequestBytes, true
-	case c.h2.Queued() > maxWaitingReplies:
+	case c.h2.Queued() > maxWaitingReplies || c.h2.QueueMemory() > maxReplyMemory:
 		return limitReplies, true
 	case c.charged > smallShare && c.eng.cfg.Memory.Pressed():
 		return limitMemory, true
 	}
 	return 0, false
+}
+
+// crowded says that the connection has its share of what the core may have: half of the places that nobody has taken,
+// but opsWhenBusy while there are any. So one client may have as many as it likes among idle ones, n greedy ones
+// leave 2/(n+2) of the places to the others, and a shard that hangs fills them only when very much waits for it.
+func (c *clientConn) crowded() bool {
+	if c.ops == 0 {
+		return false
+	}
+	free := maxOps - c.eng.working()
+	return free <= 0 || int64(c.ops) >= max(opsWhenBusy, free/2)
 }
 
 // working is how many ops the core has.
@@ -54,9 +65,17 @@ func (e *Engine) working() (n int64) {
 	return n
 }
 
-// stuck says that the client holds much, and nothing of it was taken for a second.
-func (c *clientConn) stuck() bool {
-	return c.charged > smallShare && c.lastHeld > 0 && c.charged >= c.lastHeld
+// minTaken is the part of what it holds that a client has to take in a second, when memory is short and it holds the most.
+const minTaken = 64
+
+// look says, once a second, whether the client holds much for what it gets done: bytes of answers that its socket took, and
+// of requests that were answered. What it holds may stay the same while much goes through it, or shrink by a byte at a time.
+func (c *clientConn) look() (slow bool) {
+	done := c.wrote + c.opsDone - c.sock.OutboundBuffered()
+	held := min(c.charged, c.lastHeld)
+	slow = held > smallShare && done-c.lastDone < held/minTaken
+	c.lastDone, c.lastHeld = done, c.charged
+	return slow
 }
 
 // alive sees to the server's keepalive, as grpc-go does it: a PING after a silence, the end when nothing follows.

@@ -1,6 +1,9 @@
 package server
 
 import (
+	"io"
+	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -116,5 +119,116 @@ func TestStopWithoutClientsIsQuick(t *testing.T) {
 	}
 	if err := s.Stop(testContext(t)); err != nil { // grpc-go's client leaves by itself
 		t.Error(err)
+	}
+}
+
+// The end of a connection loses nothing that the kernel still has to send, although the client goes on sending: neither
+// an answer at the drain, nor the GOAWAY that says why the connection ends.
+func TestEndLosesNoAnswer(t *testing.T) {
+	const size = 100 << 10
+	for name, violate := range map[string]bool{"drain": false, "violation": true} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t, Config{Loops: 1, DrainTimeout: time.Minute})
+			nc := s.dialTCP(t)
+			if err := nc.(*net.TCPConn).SetReadBuffer(4 << 10); err != nil {
+				t.Fatal(err)
+			}
+			p := newPeer(t, nc)
+			p.openWindows()
+			p.ping()
+			p.goAwayOK = true
+			l := s.Loops()[0]
+			var c *clientConn
+			onLoop(l, func() {
+				s.core.data["hold"] = strings.Repeat("x", size)
+				for c = range l.conns {
+					_ = c.sock.SetWriteBuffer(2 * size) // so that the kernel takes all of it
+				}
+			})
+			p.request(1, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("hold")}))
+			receive(t, "the request arrives", s.core.heldC)
+			stopped := make(chan error, 1)
+			if violate {
+				s.core.release(l)
+				p.check(p.fr.WriteRawFrame(http2.FrameData, 0, 0, nil)) // of no stream
+				p.check(p.w.Flush())
+			} else {
+				go func() { stopped <- s.Stop(testContext(t)) }()
+				for pinged := false; !pinged; {
+					_, pinged = p.read().(*http2.PingFrame)
+				}
+				s.core.release(l)
+			}
+			eventually(t, "all is said", func() (over bool) {
+				onLoop(l, func() { over = c.closed || c.lingers != 0 })
+				return over
+			})
+			p.check(p.fr.WritePing(false, [8]byte{2}))
+			p.check(p.fr.WriteWindowUpdate(0, 1))
+			p.check(p.w.Flush())
+			if code, msg := p.trailers(1); code != "0" || p.dataBytes < size {
+				t.Errorf("%d bytes of %d, %s %s", p.dataBytes, size, code, msg)
+			}
+			for violate {
+				if f, ok := p.read().(*http2.GoAwayFrame); ok {
+					if f.ErrCode != http2.ErrCodeProtocol {
+						t.Error(f)
+					}
+					break
+				}
+			}
+			var end error
+			for end == nil { // the final GOAWAY may come behind the answer
+				_, end = p.fr.ReadFrame()
+			}
+			if end != io.EOF {
+				t.Errorf("the end came as %v", end)
+			}
+			_ = nc.Close()
+			eventually(t, "it is gone", func() bool { return s.conns.Load() == 0 })
+			if !violate {
+				if err := receive(t, "Stop", stopped); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+// A client that does not close its end is not waited for.
+func TestLingerEnds(t *testing.T) {
+	s := startServer(t, Config{Loops: 1})
+	p := newPeer(t, s.dialTCP(t))
+	p.goAwayOK = true
+	p.ping()
+	p.check(p.fr.WriteRawFrame(http2.FrameData, 0, 0, nil))
+	p.check(p.w.Flush())
+	eventually(t, "it is closed", func() bool { return s.conns.Load() == 0 })
+}
+
+// What the core has to say when it is closed reaches clients of all loops.
+func TestLastWordsReachAllLoops(t *testing.T) {
+	var s *testServer
+	s = startServer(t, Config{Loops: 3, DrainTimeout: 10 * time.Millisecond, BeforeClose: func() { s.core.release(s.Loops()[0]) }})
+	var peers []*peer
+	for range 30 {
+		p := newPeer(t, s.dialTCP(t))
+		p.goAwayOK = true
+		p.request(1, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("hold")}))
+		receive(t, "the request arrives", s.core.heldC)
+		peers = append(peers, p)
+	}
+	if err := s.Stop(testContext(t)); err != nil {
+		t.Error(err)
+	}
+	for i, p := range peers {
+		for ended := false; !ended; {
+			f, err := p.fr.ReadFrame()
+			if err != nil {
+				t.Fatalf("client %d: %v", i, err)
+			}
+			h, ok := f.(*http2.MetaHeadersFrame)
+			ended = ok && h.StreamEnded()
+		}
 	}
 }

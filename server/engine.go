@@ -31,6 +31,8 @@ const (
 	// defaultDrainTimeout bounds how long Stop waits for requests that are under way, and for clients to take note
 	// of the GOAWAY.
 	defaultDrainTimeout = 5 * time.Second
+	// drainLastWords bounds the wait for answers that BeforeClose had.
+	drainLastWords = time.Second
 	// drainTouch is how often Stop looks at every connection that has not ended yet.
 	drainTouch = 50 * time.Millisecond
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
@@ -110,6 +112,10 @@ type Engine struct {
 	gate     *tlsconn.Gate
 	refusals refusals
 
+	unixMu     sync.Mutex // guards the next two
+	unix       []*net.UnixListener
+	unixClosed bool
+
 	core   Core
 	routes routes
 
@@ -161,10 +167,16 @@ func Start(cfg Config) (*Engine, error) {
 		}
 	}
 	e := newEngine(cfg)
-	gnetURLs := make([]string, len(listens))
+	var gnetURLs []string
 	for i, ln := range listens {
-		gnetURLs[i] = ln.network + "://" + ln.address
-		e.listens[ln.local] = &listens[i]
+		if ln.network == "tcp" {
+			gnetURLs = append(gnetURLs, ln.network+"://"+ln.address)
+			e.listens[ln.local] = &listens[i]
+		}
+	}
+	if gnetURLs == nil {
+		// gnet does not go without a listener. listenUnix takes the path from it.
+		gnetURLs = []string{"unix://" + listens[0].address}
 	}
 	go func() {
 		err := gnet.Rotate((*handler)(e), gnetURLs,
@@ -173,20 +185,25 @@ func Start(cfg Config) (*Engine, error) {
 			gnet.WithReuseAddr(true),
 			// Each loop accepts for itself, one connection at a time, and OnOpen counts it before the next. With one
 			// acceptor for all loops, a flood of connections waits for them uncounted, until accept fails for want
-			// of descriptors, which gnet does not survive. (gnet ignores it when a unix socket is among the URLs.)
+			// of descriptors, which gnet does not survive.
 			gnet.WithReusePort(true),
 			gnet.WithTicker(true),
 			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
 			gnet.WithTCPKeepAlive(keepAlive),
 			gnet.WithLogger(gnetLog{cfg.Log}))
 		e.err = err
+		e.closeUnix()
 		close(e.done)
 	}()
 	if err := e.awaitBoot(); err != nil {
 		return nil, fmt.Errorf("spindle: cannot listen on %v: %w", cfg.ListenURLs, err)
 	}
-	if err := e.findLoops(); err == nil {
+	err = e.findLoops()
+	if err == nil {
 		err = e.findAddrs(listens)
+	}
+	if err == nil {
+		err = e.listenUnix(listens)
 	}
 	if err != nil {
 		_ = e.Stop(context.Background())
@@ -357,6 +374,9 @@ func (e *Engine) Stop(ctx context.Context) error {
 		e.awaitIdle(ctx)
 		if e.cfg.BeforeClose != nil {
 			e.cfg.BeforeClose()
+			late, cancel := context.WithTimeout(context.Background(), drainLastWords)
+			e.passMail(late) // answers that it had for clients of other loops
+			cancel()
 		}
 		// Stop's own wait polls twice a second; done is exact.
 		gone, cancel := context.WithCancel(context.Background())
@@ -375,18 +395,9 @@ func (e *Engine) Stop(ctx context.Context) error {
 func (e *Engine) awaitIdle(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, e.cfg.DrainTimeout)
 	defer cancel()
-	// Requests that were read before the GOAWAY count only once their loop has run: so each loop is
-	// asked on its own goroutine, behind goAway.
-	for _, l := range e.loops {
-		passed := make(chan struct{})
-		l.Post(func() { close(passed) })
-		select {
-		case <-passed:
-		case <-ctx.Done():
-			return
-		case <-e.done:
-			return
-		}
+	// Requests that were read before the GOAWAY count only once their loop has run.
+	if !e.passMail(ctx) {
+		return
 	}
 	poll := time.NewTicker(drainPoll)
 	defer poll.Stop()
@@ -410,4 +421,20 @@ func (e *Engine) awaitIdle(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// passMail returns when each loop has seen to what was posted to it before; false: it took too long.
+func (e *Engine) passMail(ctx context.Context) bool {
+	for _, l := range e.loops {
+		passed := make(chan struct{})
+		l.Post(func() { close(passed) })
+		select {
+		case <-passed:
+		case <-ctx.Done():
+			return false
+		case <-e.done:
+			return false
+		}
+	}
+	return true
 }

@@ -57,12 +57,7 @@ func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
 		}
 		return nil, gnet.None
 	}
-	if !e.ready.Load() {
-		return nil, gnet.Close
-	}
-	if n := e.conns.Load(); n >= int64(e.cfg.MaxConns) {
-		metricConnsRefused.Inc()
-		hitLimit(limitConns)
+	if !e.admits() {
 		return nil, gnet.Close
 	}
 	ln := e.listens[c.LocalAddr().String()]

@@ -21,7 +21,7 @@ const (
 	limitBlockedControl              // maxBlockedControl
 	limitMemory                      // Memory
 	limitRequests                    // maxOpsPerConn
-	limitAllRequests                 // busyOps, maxOps
+	limitAllRequests                 // maxOps
 	limitRequestBytes                // maxOpBytesPerConn
 	limitReplies                     // maxWaitingReplies
 	limitWatches                     // watches and their keys: of a stream, of a connection, of all

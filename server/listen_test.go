@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
@@ -74,5 +76,78 @@ func TestListenSeveral(t *testing.T) {
 	}
 	if b, _ := os.ReadFile(file); string(b) != "precious" {
 		t.Error("the file is gone")
+	}
+}
+
+// With a unix socket in the list each loop still accepts TCP for itself, and clients of the socket are counted before the
+// next is accepted: else a flood of connections makes accept fail for want of descriptors, which ends gnet's engine.
+func TestUnixBesideTCP(t *testing.T) {
+	const most = 5
+	sock := filepath.Join(t.TempDir(), "s")
+	for _, urls := range [][]string{{"http://127.0.0.1:0", "unix://" + sock}, {"unix://" + sock}} {
+		s := startServer(t, Config{ListenURLs: urls, Loops: 2, MaxConns: most})
+		if len(urls) > 1 {
+			fd, err := s.gnet.DupListener("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT); err != nil || v != 1 {
+				t.Errorf("one acceptor serves all loops: SO_REUSEPORT %d, %v", v, err)
+			}
+			_ = unix.Close(fd)
+		}
+		hits := limitHits[limitConns].Get()
+		var open []net.Conn
+		for range most {
+			c, err := net.Dial("unix", sock)
+			if err != nil {
+				t.Fatal(err)
+			}
+			newPeer(t, c).ping()
+			open = append(open, c)
+		}
+		for _, l := range s.Loops() {
+			if n := l.clients.Load(); n < most/2 {
+				t.Errorf("%d clients on one loop", n)
+			}
+		}
+		c, err := net.Dial("unix", sock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := c.Read(make([]byte, 1)); err == nil {
+			t.Errorf("%d bytes for a client too many", n)
+		}
+		_ = c.Close()
+		if limitHits[limitConns].Get() != hits+1 {
+			t.Error("not refused")
+		}
+		_ = open[0].Close()
+		eventually(t, "one place is free", func() bool { return s.conns.Load() == most-1 })
+		if c, err = net.Dial("unix", sock); err != nil {
+			t.Fatal(err)
+		}
+		newPeer(t, c).ping()
+		for _, c := range append(open, c) {
+			_ = c.Close()
+		}
+		if err := s.Stop(testContext(t)); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(sock); !os.IsNotExist(err) {
+			t.Errorf("the socket is left behind: %v", err)
+		}
+	}
+}
+
+// A connection that its loop could not take was never counted.
+func TestEnrollFailedIsNotCounted(t *testing.T) {
+	r := openRig(t)
+	before := r.loop.eng.conns.Load()
+	c := newClientConn(r.loop)
+	c.OnClose(nil, errNotEnrolled)
+	c.OnClose(nil, errNotEnrolled)
+	if n := r.loop.eng.conns.Load(); n != before || !c.closed {
+		t.Errorf("%d connections, were %d", n, before)
 	}
 }

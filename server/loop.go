@@ -9,11 +9,13 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/VictoriaMetrics/metrics"
 	"github.com/panjf2000/gnet/v2"
 	"golang.org/x/sys/unix"
 
+	"spindle/codec"
 	"spindle/shard"
 )
 
@@ -60,13 +62,17 @@ type Loop struct {
 	timers   wheel                    // deadlines of RPCs
 	wantTick atomic.Bool              // something waits for time to pass; read by the ticker
 	ticking  atomic.Bool              // a tick is in the mailbox
+	seconds  atomic.Bool              // a second is in the mailbox
+	looked   int64                    // when second ran last
 	tickFn   func()                   // l.tick, bound once
 	secondFn func()                   // l.second
 	nowFn    func() int64             // l.now
 
-	freeCalls []*call      // unary calls to be used again
-	working   atomic.Int64 // ops of its clients that the core has, canceled ones included; written by the loop
-	inflight  atomic.Int64 // unary RPCs not yet answered; written by the loop, read by Stop
+	inflate   codec.InflateBudget // of its clients
+	freeCalls []*call             // unary calls to be used again
+	clients   atomic.Int64        // len(conns), for other goroutines
+	working   atomic.Int64        // ops of its clients that the core has, canceled ones included; written by the loop
+	inflight  atomic.Int64        // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter
 }
 
@@ -102,6 +108,7 @@ func newLoop(e *Engine, index int, el gnet.EventLoop) *Loop {
 	}
 	l.tickFn, l.secondFn, l.nowFn = l.tick, l.second, l.now
 	l.hooks.Store(new([]func()))
+	l.inflate.Refill()
 	return l
 }
 
@@ -223,42 +230,61 @@ func (l *Loop) OnTurnEnd(f func()) {
 
 // Enroll implements shard.Loop.
 func (l *Loop) Enroll(nc net.Conn, h shard.LoopConn) error {
+	x, err := l.register(nc, h)
+	if err == nil {
+		go x.wait()
+	}
+	return err
+}
+
+// enrollment is a socket on its way into a loop.
+type enrollment struct {
+	loop *Loop
+	nc   net.Conn
+	att  *attachment
+	res  <-chan gnet.RegisteredResult
+}
+
+// register begins an enrollment; wait is to be called.
+func (l *Loop) register(nc net.Conn, h shard.LoopConn) (*enrollment, error) {
 	switch nc.(type) {
 	case *net.TCPConn, *net.UnixConn:
 	default:
 		_ = nc.Close()
-		return fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)
+		return nil, fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)
 	}
 	l.mu.Lock()
 	stopped := l.stopped
 	l.mu.Unlock()
 	if stopped {
 		_ = nc.Close()
-		return errLoopStopped
+		return nil, errLoopStopped
 	}
 	a := &attachment{loop: l, h: h}
 	res, err := l.el.Enroll(gnet.NewContext(context.Background(), a), nc)
 	if err != nil {
 		_ = nc.Close()
-		return fmt.Errorf("spindle: enroll %v: %w", nc.RemoteAddr(), err)
+		return nil, fmt.Errorf("spindle: enroll %v: %w", nc.RemoteAddr(), err)
 	}
-	go func() {
-		select {
-		case r := <-res:
-			err := r.Err
-			if err == nil && !a.opened.Load() {
-				// gnet reports success here even when its poller refused the socket.
-				err = errNotEnrolled
-			}
-			if err != nil {
-				_ = nc.Close()
-				l.Post(func() { h.OnClose(nil, err) })
-			}
-		case <-l.eng.done:
-			_ = nc.Close()
+	return &enrollment{l, nc, a, res}, nil
+}
+
+// wait returns when OnOpen was called, or OnClose is to be.
+func (x *enrollment) wait() {
+	select {
+	case r := <-x.res:
+		err := r.Err
+		if err == nil && !x.att.opened.Load() {
+			// gnet reports success here even when its poller refused the socket.
+			err = errNotEnrolled
 		}
-	}()
-	return nil
+		if err != nil {
+			_ = x.nc.Close()
+			x.loop.Post(func() { x.att.h.OnClose(nil, err) })
+		}
+	case <-x.loop.eng.done:
+		_ = x.nc.Close()
+	}
 }
 
 // now is the engine's clock as of this turn.
@@ -324,7 +350,7 @@ func (l *Loop) flushOne(c *clientConn) {
 
 // ring is called by the engine's ticker every tickEvery, on its own goroutine.
 func (l *Loop) ring(second bool) {
-	if second {
+	if second && l.seconds.CompareAndSwap(false, true) {
 		l.Post(l.secondFn)
 	}
 	if l.wantTick.Load() && l.ticking.CompareAndSwap(false, true) {
@@ -346,21 +372,25 @@ func (l *Loop) tick() {
 	}
 }
 
-// second is posted about once a second while there are clients.
+// second is posted about once a second while there are clients. Behind a stall of the loop the next one comes too soon to
+// tell what clients took since, and is left out.
 func (l *Loop) second() {
+	l.seconds.Store(false)
 	now := l.now()
+	if now-l.looked < int64(time.Second)/2 {
+		return
+	}
+	l.looked = now
+	l.inflate.Refill()
 	var worst *clientConn
 	for c := range l.conns {
 		c.second(now)
-		if !c.closed && c.stuck() && (worst == nil || c.charged > worst.charged) {
+		if !c.closed && c.look() && (worst == nil || c.charged > worst.charged) {
 			worst = c
 		}
 	}
 	if worst != nil && l.eng.cfg.Memory.Pressed() {
-		worst.drop(limitMemory, "memory is short, and this client holds the most and takes nothing")
-	}
-	for c := range l.conns {
-		c.lastHeld = c.charged
+		worst.drop(limitMemory, "memory is short, and this client holds the most and takes next to nothing")
 	}
 }
 

@@ -1,9 +1,13 @@
 package server
 
 import (
+	"bufio"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -73,5 +77,63 @@ func TestMetricsServer(t *testing.T) {
 	}
 	if m, err := StartMetrics(nil, nil, h, "v0", nil); err != nil || m.Close() != nil {
 		t.Errorf("no URLs: %v", err)
+	}
+}
+
+// heldHealth answers when it is let.
+type heldHealth struct {
+	fakeHealth
+	inside, most atomic.Int32
+	let          chan struct{}
+}
+
+func (h *heldHealth) Ready() (bool, string) {
+	n := h.inside.Add(1)
+	for m := h.most.Load(); n > m && !h.most.CompareAndSwap(m, n); m = h.most.Load() {
+	}
+	<-h.let
+	h.inside.Add(-1)
+	return true, ""
+}
+
+// The metrics server takes a bounded number of connections, and serves those that wait when others are gone.
+func TestMetricsServerIsBounded(t *testing.T) {
+	const more = 20
+	h := &heldHealth{let: make(chan struct{})}
+	m, err := StartMetrics([]string{"http://127.0.0.1:0"}, nil, h, "v0", quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	answers := make(chan error, maxMetricsConns+more)
+	for range maxMetricsConns + more {
+		c, err := net.Dial("tcp", m.Addrs()[0].String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			if err == nil && resp.StatusCode != 200 {
+				err = errors.New(resp.Status)
+			}
+			answers <- err
+		}()
+	}
+	eventually(t, "all places are taken", func() bool { return h.inside.Load() >= maxMetricsConns })
+	for range maxMetricsConns + more {
+		h.let <- struct{}{}
+		if err := receive(t, "an answer", answers); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := h.most.Load(); n > maxMetricsConns {
+		t.Errorf("%d were served at once", n)
+	}
+	if s := m.servers[0]; s.IdleTimeout <= 0 || s.ReadTimeout <= 0 || s.ReadHeaderTimeout <= 0 || s.WriteTimeout <= 0 {
+		t.Error("a connection may last for ever")
 	}
 }

@@ -14,14 +14,21 @@ import (
 	"time"
 
 	"github.com/VictoriaMetrics/metrics"
+	"golang.org/x/net/netutil"
 
 	"spindle/codec/tlsconn"
 )
 
-// Times of the metrics server. It is not for clients on the far side of the world.
+// Limits of the metrics server. It is not for clients on the far side of the world.
 const (
 	metricsHeaderTimeout = 5 * time.Second
+	metricsReadTimeout   = 10 * time.Second
 	metricsWriteTimeout  = 30 * time.Second
+	metricsIdleTimeout   = time.Minute
+	metricsHeaderBytes   = 16 << 10
+	// maxMetricsConns is how many connections one URL serves at a time, handshakes of TLS included; further ones wait in
+	// the kernel. They come out of the descriptors that maxConnsShare leaves, without which gnet's engine ends.
+	maxMetricsConns = 128
 )
 
 // Health is what the metrics server tells about the proxy. It is asked on goroutines of net/http.
@@ -72,9 +79,13 @@ func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version s
 		s := &http.Server{
 			Handler:           metricsMux(h, version),
 			ReadHeaderTimeout: metricsHeaderTimeout,
+			ReadTimeout:       metricsReadTimeout,
 			WriteTimeout:      metricsWriteTimeout,
+			IdleTimeout:       metricsIdleTimeout,
+			MaxHeaderBytes:    metricsHeaderBytes,
 			ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		}
+		l = netutil.LimitListener(l, maxMetricsConns)
 		m.servers = append(m.servers, s)
 		m.addrs = append(m.addrs, l.Addr())
 		m.urls = append(m.urls, ln.urlOf(l.Addr()))

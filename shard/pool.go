@@ -37,7 +37,8 @@ const (
 	// maxMemberPartialBytes bounds the replies received in part on one connection; further ones end with
 	// ResourceExhausted, which makes a list ask for smaller pages.
 	maxMemberPartialBytes = 2 * maxMemberMessageBytes
-	// pressedReply is what they may take while Memory is pressed.
+	// pressedReply is how large a reply in parts may be while Memory is pressed. Smaller ones, and what watch streams
+	// bring, come through whatever else is on its way.
 	pressedReply = 8 << 20
 	// memberStreamWindow and memberConnWindow are what a member may send before it is read: enough for
 	// a fast network, and the most that one held Watch stream (one connection) can occupy here.

@@ -99,6 +99,29 @@ func TestPoolBlackHole(t *testing.T) {
 	}
 }
 
+// A loop that stalled reads its sockets before it takes a ping for unanswered; one that did not stall does not wait.
+func TestPoolStalledLoopKeepsLinks(t *testing.T) {
+	m := newFakeMember(t, echo)
+	e := newPoolEnv(t, []string{m.url()})
+	e.connected(0)
+	l := e.pool.clusters[0].ready[0]
+	e.loop.do(func() {
+		now, timeout := e.pool.timers.now(), int64(e.pool.cfg.PingTimeout)
+		e.pool.timers.cancel(&l.timer)
+		l.pinged, l.timer.at = now-2*timeout, now-timeout
+		l.due(now)
+		if l.dead || l.timer.place == 0 {
+			t.Errorf("late: dead %v, timer %v", l.dead, l.timer)
+		}
+		e.pool.timers.cancel(&l.timer)
+		l.timer.at = now
+		l.due(now)
+		if !l.dead {
+			t.Error("not given up in time")
+		}
+	})
+}
+
 func TestPoolTwoEndpointsOneDies(t *testing.T) {
 	var hits [2]atomic.Int32
 	var urls []string

@@ -237,6 +237,9 @@ func (l *poolLink) due(now int64) {
 	switch {
 	case !l.ready && !l.draining:
 		l.shutdown(errNoSettings)
+	case l.pinged != 0 && now >= l.pinged+timeout && now-l.timer.at > timeout/2:
+		// The loop stalled, and has not looked at its sockets since: the answer may be there.
+		l.pool.timers.set(&l.timer, now+timeout/2)
 	case l.pinged != 0 && now >= l.pinged+timeout:
 		l.ep.cluster.metrics.deadConns.Inc()
 		l.shutdown(errPingTimeout)

@@ -73,6 +73,7 @@ type Conn struct {
 	done     bool   // the goroutine has ended, with result
 	result   error
 	dead     error         // the goroutine is to give up
+	turn     chan struct{} // the Gate says that c may compute
 	wake     chan struct{} // early or dead has news; nil before the start
 	quit     chan struct{} // closed with dead
 

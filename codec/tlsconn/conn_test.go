@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -186,8 +187,8 @@ func TestChunks(t *testing.T) {
 				if p.srv.err != io.EOF || p.cli.err != nil {
 					t.Errorf("seed %d: the end is %v, %v", seed, p.srv.err, p.cli.err)
 				}
-				if n := gate.input.Load(); n != 0 || gate.Pending() != 0 || len(gate.tokens) != 0 {
-					t.Errorf("the gate still counts %d bytes, %d handshakes, %d tokens", n, gate.Pending(), len(gate.tokens))
+				if n := gate.input.Load(); n != 0 || gate.Pending() != 0 || gate.busy() != 0 {
+					t.Errorf("the gate still counts %d bytes, %d handshakes, %d tokens", n, gate.Pending(), gate.busy())
 				}
 			})
 		}
@@ -261,8 +262,8 @@ func TestRefused(t *testing.T) {
 						t.Errorf("client: %s", got)
 					}
 				}
-				if n := gate.input.Load(); n != 0 || gate.Pending() != 0 || len(gate.tokens) != 0 {
-					t.Errorf("the gate still counts %d bytes, %d handshakes, %d tokens", n, gate.Pending(), len(gate.tokens))
+				if n := gate.input.Load(); n != 0 || gate.Pending() != 0 || gate.busy() != 0 {
+					t.Errorf("the gate still counts %d bytes, %d handshakes, %d tokens", n, gate.Pending(), gate.busy())
 				}
 			})
 		}
@@ -306,7 +307,7 @@ func TestGarbage(t *testing.T) {
 		}
 		e.conn.Close()
 	}
-	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && len(gate.tokens) == 0 && gate.input.Load() == 0 })
+	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && gate.busy() == 0 && gate.input.Load() == 0 })
 }
 
 // TestCorrupted flips a byte on an open connection: the end, not a wrong byte.
@@ -332,9 +333,7 @@ func TestCorrupted(t *testing.T) {
 func TestFlood(t *testing.T) {
 	w := newWorld(t)
 	gate := NewGate()
-	for range cap(gate.tokens) { // nobody computes, so nobody reads
-		gate.tokens <- struct{}{}
-	}
+	gate.computing = gate.width // nobody computes, so nobody reads
 	e := newEnd(t)
 	e.conn = Server(w.srv, gate, e)
 	chunk := bytes.Repeat([]byte{0x16}, 4096)
@@ -359,6 +358,88 @@ func TestFlood(t *testing.T) {
 	eventually(t, "forgotten", func() bool { return gate.Pending() == 0 && gate.input.Load() == maxHandshakesInput-100 })
 }
 
+// busy is how many compute or wait for it.
+func (g *Gate) busy() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.computing + len(g.answered) + len(g.fresh)
+}
+
+// TestBegunIsFinishedFirst: who has the client's answer computes before all that begin, however long they have waited.
+// Else a burst of handshakes ends in no connection at all: all have their first flight before one has its second.
+func TestBegunIsFinishedFirst(t *testing.T) {
+	w := newWorld(t)
+	gate := NewGate()
+	gate.width = 1
+	log := make(chan string, 100)
+	logged := func(name string) *tls.Config {
+		cfg := w.srv.Clone()
+		cfg.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+			log <- name + " begins"
+			return nil, nil
+		}
+		cfg.VerifyConnection = func(tls.ConnectionState) error {
+			log <- name + " ends"
+			return nil
+		}
+		return cfg
+	}
+	begun := newPipe(t, logged("begun"), w.cli, gate)
+	begun.until("the ClientHello is there", func() bool { return begun.srv.conn.started })
+	begun.hold = true
+	begun.until("the client's answer", func() bool { return len(begun.toSrv) > 0 && begun.cli.conn.Open() })
+	eventually(t, "nobody computes", func() bool { return gate.busy() == 0 })
+	if !gate.take(begun.srv.conn) {
+		t.Fatal("no turn")
+	}
+	const n = 10
+	var fresh []*pipe
+	for i := range n {
+		p := newPipe(t, logged("fresh"), w.cli, gate)
+		p.until("the ClientHello is there", func() bool { return p.srv.conn.started })
+		eventually(t, "it waits", func() bool { return gate.busy() == 2+i })
+		fresh = append(fresh, p)
+	}
+	begun.hold = false
+	begun.turn()
+	eventually(t, "it waits", func() bool { return gate.busy() == 2+n })
+	gate.release()
+	begun.until("it is open", begun.bothOpen)
+	for _, p := range fresh {
+		p.until("the others are open", p.bothOpen)
+	}
+	if a, b := <-log, <-log; a != "begun begins" || b != "begun ends" {
+		t.Errorf("%s, then %s", a, b)
+	}
+	if gate.busy() != 0 {
+		t.Errorf("%d are left", gate.busy())
+	}
+}
+
+// TestNoHandshakeForTheDead: a client that went away after its answer costs no computing, and no turn.
+func TestNoHandshakeForTheDead(t *testing.T) {
+	w := newWorld(t)
+	gate := NewGate()
+	var ends atomic.Int32
+	cfg := w.srv.Clone()
+	cfg.VerifyConnection = func(tls.ConnectionState) error { ends.Add(1); return nil }
+	p := newPipe(t, cfg, w.cli, gate)
+	p.until("the ClientHello is there", func() bool { return p.srv.conn.started })
+	p.hold = true
+	p.until("the client's answer", func() bool { return len(p.toSrv) > 0 && p.cli.conn.Open() })
+	eventually(t, "nobody computes", func() bool { return gate.busy() == 0 })
+	gate.mu.Lock()
+	gate.computing = gate.width
+	gate.mu.Unlock()
+	p.srv.receive(p.toSrv)
+	eventually(t, "it waits", func() bool { return gate.busy() == gate.width+1 })
+	p.srv.conn.Close()
+	eventually(t, "it has left", func() bool { return gate.busy() == gate.width && gate.Pending() == 0 && gate.input.Load() == 0 })
+	if ends.Load() != 0 {
+		t.Error("the handshake was computed")
+	}
+}
+
 // TestCrowded: with the gate full, the oldest gives way, and one that waits for its peer holds no token.
 func TestCrowded(t *testing.T) {
 	w := newWorld(t)
@@ -371,7 +452,7 @@ func TestCrowded(t *testing.T) {
 		p.chunk = func() int { return 0 } // the server's answer stays on its way
 		slow = append(slow, p)
 	}
-	eventually(t, "tokens given back", func() bool { return len(gate.tokens) == 0 })
+	eventually(t, "tokens given back", func() bool { return gate.busy() == 0 })
 	good := newPipe(t, w.srv, w.cli, gate)
 	good.until("the good client", good.bothOpen)
 	slow[0].until("the oldest ends", func() bool { return slow[0].srv.err != nil })
@@ -403,7 +484,7 @@ func TestClosedInHandshake(t *testing.T) {
 		p.cli.advance()
 		p.srv.receive([]byte("x"))
 	}
-	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && len(gate.tokens) == 0 && gate.input.Load() == 0 })
+	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && gate.busy() == 0 && gate.input.Load() == 0 })
 }
 
 // TestReasonBehindTheEnd: the socket goes right behind an alert; the reason is known all the same.
@@ -425,7 +506,7 @@ func TestReasonBehindTheEnd(t *testing.T) {
 			t.Fatal(p.srv.err)
 		}
 	}
-	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && len(gate.tokens) == 0 && gate.input.Load() == 0 })
+	eventually(t, "all gone", func() bool { return gate.Pending() == 0 && gate.busy() == 0 && gate.input.Load() == 0 })
 }
 
 // TestOpenSSL has openssl's client ask for new keys (K: and for ours too).

@@ -22,6 +22,7 @@ type files struct {
 	mu     sync.Mutex
 	looked time.Time
 	seen   []os.FileInfo // when last read; nil for one that was not there
+	failed []os.FileInfo // when they last could not be used; the log has it
 }
 
 // start reads the files for the first time.
@@ -46,11 +47,16 @@ func (f *files) refresh() {
 	if same(seen, f.seen) {
 		return
 	}
-	f.seen = seen
 	if err := f.load(); err != nil {
+		// Perhaps half of them were written, or no descriptor was left: until they can be used they are tried again.
+		if f.failed != nil && same(seen, f.failed) {
+			return
+		}
+		f.failed = seen
 		f.log.Error("changed TLS files cannot be used, going on with the old ones; put good files there", "files", f.names, "error", err)
 		return
 	}
+	f.seen, f.failed = seen, nil
 	f.log.Info("TLS files have changed and were read again", "files", f.names)
 }
 

@@ -2,6 +2,7 @@ package tlsconn
 
 import (
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,20 +22,73 @@ const (
 
 // Gate bounds the handshakes of all connections that share it. A full handshake costs about a millisecond of
 // computing; at most half of the processors do that at a time, so that the event loops keep the others. Who
-// waits for its peer holds no token.
+// waits for its peer holds no token. Those that have an answer of their peer go first: what is begun is finished before
+// more is begun, else a burst of clients would all wait until each has had its first flight, and none be done in time.
 type Gate struct {
-	tokens chan struct{}
-	input  atomic.Int64
-	limit  int
+	input atomic.Int64
+	limit int
+	width int // how many may compute
 
 	mu          sync.Mutex
 	first, last *Conn // under way, the oldest first
 	n           int
+	computing   int
+	answered    []*Conn // wait for their turn to compute, with the peer's answer; the oldest first
+	fresh       []*Conn // the same, at their beginning
 }
 
 // NewGate makes a Gate with the limits named above.
 func NewGate() *Gate {
-	return &Gate{tokens: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)), limit: maxHandshakes}
+	return &Gate{width: max(1, runtime.GOMAXPROCS(0)/2), limit: maxHandshakes}
+}
+
+// take waits for the right to compute; false: c was told to quit before.
+func (g *Gate) take(c *Conn) bool {
+	g.mu.Lock()
+	if g.computing < g.width {
+		g.computing++
+		g.mu.Unlock()
+		return true
+	}
+	line := &g.fresh
+	if c.waited {
+		line = &g.answered
+	}
+	*line = append(*line, c)
+	g.mu.Unlock()
+	select {
+	case <-c.turn:
+		return true
+	case <-c.quit:
+	}
+	g.mu.Lock()
+	i := slices.Index(*line, c)
+	if i >= 0 {
+		*line = slices.Delete(*line, i, i+1)
+	}
+	g.mu.Unlock()
+	if i < 0 { // its turn has come meanwhile
+		<-c.turn
+		g.release()
+	}
+	return false
+}
+
+// release gives the right to compute to the next.
+func (g *Gate) release() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	line := &g.answered
+	if len(*line) == 0 {
+		line = &g.fresh
+	}
+	if len(*line) == 0 {
+		g.computing--
+		return
+	}
+	next := (*line)[0]
+	*line = slices.Delete(*line, 0, 1)
+	next.turn <- struct{}{} // there is room: it waits in one line, once
 }
 
 // Pending is the number of handshakes under way. On any goroutine.
@@ -43,8 +97,6 @@ func (g *Gate) Pending() int {
 	defer g.mu.Unlock()
 	return g.n
 }
-
-func (g *Gate) release() { <-g.tokens }
 
 // hold counts n more bytes (or fewer, if negative); false: that would be too many, and they are not counted.
 func (g *Gate) hold(n int) bool {

@@ -9,7 +9,7 @@ import (
 
 func (c *Conn) start() {
 	c.started = true
-	c.wake, c.quit = make(chan struct{}, 1), make(chan struct{})
+	c.wake, c.turn, c.quit = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})
 	if c.gate != nil {
 		c.gate.enter(c)
 	}
@@ -101,19 +101,20 @@ func (c *Conn) compute() error {
 	if c.gate == nil || c.token {
 		return nil
 	}
-	select {
-	case c.gate.tokens <- struct{}{}:
-		c.token = true
-		return nil
-	case <-c.quit:
+	if !c.gate.take(c) {
 		return ErrClosed
 	}
+	c.token = true
+	return nil
 }
 
+// maxAlert is more than an alert takes on the wire, encrypted and behind a change of ciphers.
+const maxAlert = 64
+
 // dying says that the handshake is to give up. When the socket is gone, what has come before is still looked at, if it
-// is an answer: mostly an alert that says why.
+// is an answer and may be an alert, which says why. It costs next to nothing, unlike a handshake for nobody.
 func (c *Conn) dying(waiting int) bool {
-	return c.dead != nil && !(c.dead == ErrClosed && c.waited && waiting > 0)
+	return c.dead != nil && !(c.dead == ErrClosed && c.waited && waiting > 0 && waiting < maxAlert)
 }
 
 func (c *Conn) notify() {
@@ -137,11 +138,7 @@ func (c *Conn) readEarly(p []byte) (int, error) {
 		case dying:
 			return 0, dead
 		case waiting > 0 && dead != nil:
-			if c.gate != nil && !c.token {
-				c.gate.tokens <- struct{}{}
-				c.token = true
-			}
-			return c.takeEarly(p), nil
+			return c.takeEarly(p), nil // an alert; no turn is waited for
 		case waiting > 0:
 			if err := c.compute(); err == nil {
 				return c.takeEarly(p), nil
