@@ -20,7 +20,7 @@ func TestMetricsServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := &fakeHealth{}
-	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, nil, h, "v0", quiet())
+	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, nil, h, "v0", false, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,13 +65,41 @@ func TestMetricsServer(t *testing.T) {
 			t.Errorf("/metrics lacks %s", want)
 		}
 	}
-	if code, _ := get("/nothing"); code != 404 {
-		t.Errorf("/nothing: %d", code)
+	for _, path := range []string{"/nothing", "/debug/pprof/", "/debug/pprof/profile"} {
+		if code, _ := get(path); code != 404 {
+			t.Errorf("%s: %d", path, code)
+		}
 	}
-	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, nil, h, "v0", quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
+	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, nil, h, "v0", false, quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("second server: %v", err)
 	}
-	if m, err := StartMetrics(nil, nil, h, "v0", nil); err != nil || m.Close() != nil {
+	if m, err := StartMetrics(nil, nil, h, "v0", false, nil); err != nil || m.Close() != nil {
 		t.Errorf("no URLs: %v", err)
+	}
+}
+
+// TestProfiles reads profiles from the metrics URL, which has them only when asked (TestMetricsServer).
+func TestProfiles(t *testing.T) {
+	m, err := StartMetrics([]string{"http://127.0.0.1:0"}, nil, &fakeHealth{}, "v0", true, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for path, begin := range map[string]string{
+		"/debug/pprof/": "<html>", "/debug/pprof/profile?seconds=1": "\x1f\x8b", "/debug/pprof/allocs": "\x1f\x8b",
+		"/debug/pprof/heap": "\x1f\x8b", "/debug/pprof/goroutine?debug=1": "goroutine profile:",
+	} {
+		// An encoding of our own choice, so that net/http does not unpack what is packed.
+		req, _ := http.NewRequest("GET", m.URLs()[0]+path, nil)
+		req.Header.Set("Accept-Encoding", "identity")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 || !strings.HasPrefix(string(body), begin) {
+			t.Errorf("%s: %d, %v, %.40q", path, resp.StatusCode, err, body)
+		}
 	}
 }
