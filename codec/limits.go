@@ -50,6 +50,9 @@ const (
 	// received in part may keep on one connection; a stream that needs more ends with ResourceExhausted.
 	maxAssemblingMessages = 32
 
+	// memberHaste: once this part of a reply is here (client role), memory for all of it is taken.
+	memberHaste = 8
+
 	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
 	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
 	maxInflateBytes = 64 << 20

@@ -3,7 +3,8 @@ package shard
 import (
 	"bytes"
 	"math"
-	"slices"
+	"strings"
+	"unsafe"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
@@ -256,7 +257,18 @@ func (r *pagedRead) reserve() {
 		size /= int64(len(r.parts)) // each was counted as if it had them all
 		size += size / 4
 	}
-	r.out = slices.Grow(r.out, int(min(size, maxReserve)))
+	if n := int(min(size, maxReserve)); n > len(r.out) {
+		r.out = append(unzeroed(len(r.out)+n), r.out...)
+	}
+}
+
+// unzeroed returns an empty slice of capacity n. A large answer is written once, front to back, and to zero its memory
+// before that took a quarter of what the proxy does for it, in a piece that the garbage collector waits for.
+func unzeroed(n int) []byte {
+	var b strings.Builder // which alone makes bytes that are not zeroed
+	b.Grow(n)
+	b.WriteByte(0)
+	return unsafe.Slice(unsafe.StringData(b.String()), b.Cap())[:0]
 }
 
 // merge moves keys from the pages to the answer, as far as they go.

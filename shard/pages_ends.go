@@ -10,7 +10,7 @@ import (
 // the keys alone, many pages at once, and gives its pages ends that are near. An end is only a place where the list is
 // divided: whatever state it was seen in, what the pages show is the same.
 
-// Bounds of a look, in pages of the size that is being asked for.
+// Bounds of a look, in pages of the size that they come to have.
 const (
 	// longPart is how many pages must lie before a part for a look to pay.
 	longPart = 16
@@ -21,7 +21,7 @@ const (
 	// of one segment it always holds. It is let go of at once.
 	lookPages = 64
 	lookKeys  = 16 << 10
-	lookShare = 4
+	lookShare = 1
 	// lookOverhead is what a key alone takes in a member's answer beside its bytes.
 	lookOverhead = 48
 )
@@ -29,7 +29,16 @@ const (
 // needsEnds says that the part should look at the keys before the next page.
 func (p *pagePart) needsEnds() bool {
 	long, _ := p.r.c.segments()
-	return p.r.spec.limit <= 0 && p.counted && len(p.ends) == 0 && !p.endless && p.total-p.fetched > long*p.limit
+	return p.r.spec.limit <= 0 && p.counted && len(p.ends) == 0 && !p.endless && p.total-p.fetched > long*p.sparse()
+}
+
+// sparse is the size of pages that ends are made for: first pages are small, but there are few of them. (Where a
+// test makes pages small, it is that of the next one.)
+func (p *pagePart) sparse() int64 {
+	if p.r.c.cfg.PageKeys < firstPageKeys {
+		return p.limit
+	}
+	return max(p.limit, p.fullPage())
 }
 
 // segments returns longPart and segmentPages, or less where a test makes pages small, whose lists are short.
@@ -59,7 +68,7 @@ func (q *endsCall) send() {
 	p := q.p
 	c := p.r.c
 	room := lookShare * c.pageBytes(len(p.r.parts)) / int64(len(p.from)+lookOverhead)
-	limit := min(lookPages*p.limit, max(min(lookKeys, room), segmentPages*p.limit))
+	limit := min(lookPages*p.sparse(), max(min(lookKeys, room), segmentPages*p.sparse()))
 	body := codec.AppendBytes(c.scratch[:0], 1, p.from)
 	body = codec.AppendBytes(body, 2, p.r.iv.End)
 	body = codec.AppendInt(body, 3, limit)
@@ -85,11 +94,12 @@ func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {
 func (p *pagePart) divide(resp []byte) {
 	it := codec.Fields{Msg: resp}
 	_, pages := p.r.c.segments()
+	every := pages * p.sparse()
 	for n := int64(0); it.Next(); {
 		if it.Field.Num != 2 {
 			continue
 		}
-		if n++; n%(pages*p.limit) != 0 {
+		if n++; n%every != 0 {
 			continue
 		}
 		if kv, ok := codec.ParseKV(it.Field.Bytes); ok {

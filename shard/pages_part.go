@@ -22,7 +22,7 @@ const (
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
 	// many streams share pageBudget: the bytes that the pages of all streams may hold.
 	maxPageKeys  = 2048
-	maxPageBytes = 512 << 10
+	maxPageBytes = 2 << 20
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
@@ -84,17 +84,27 @@ func (p *pagePart) pageLimit() int64 {
 	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
 		return limit
 	}
-	want, aim, most := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
+	want := int64(r.c.cfg.PageKeys)
 	if r.whole() && want >= firstPageKeys {
-		want, aim, most = want*wholeFactor, wholePageBytes, wholePageKeys
+		want *= wholeFactor
 	}
 	if p.limit > 0 {
-		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, most)
+		want = min(p.fullPage(), p.limit*pageGrowth)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
 	}
 	return max(min(want, limit), 1)
+}
+
+// fullPage is how many keys like those of the last page a page may have in the end.
+func (p *pagePart) fullPage() int64 {
+	r := p.r
+	aim, most := r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
+	if r.whole() && r.c.cfg.PageKeys >= firstPageKeys {
+		aim, most = wholePageBytes, wholePageKeys
+	}
+	return min(aim/max(p.perKey, 1), most)
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
@@ -259,7 +269,7 @@ func (q *pageCall) clean(resp []byte) {
 		case st.Code != codec.OK:
 			r.end(st)
 		default:
-			q.Complete(clean, st, true)
+			q.Complete(bytes.Clone(clean), st, true) // a long one is kept
 		}
 	}
 	end := func(part []byte) {
@@ -326,10 +336,10 @@ func (p *pagePart) take(resp []byte) bool {
 		p.rev = t.rev
 		p.clock = append(p.clock[:0], t.resps[1]...)
 		last = p.endOf(t.resps[0], 0)
-		p.ahead = append(p.ahead[:0], t.resps[0]...)
+		p.ahead = keepPage(p.ahead, t.resps[0], len(resp) > codec.KeptReply)
 	default:
 		last = p.endOf(resp, 0)
-		p.ahead = append(p.ahead[:0], resp...)
+		p.ahead = keepPage(p.ahead, resp, len(resp) > codec.KeptReply)
 	}
 	p.was = p.was[:0]
 	if last.bad || last.more && last.n == 0 {
@@ -350,6 +360,15 @@ func (p *pagePart) take(resp []byte) bool {
 		p.more, p.from, p.ends = true, append(p.from[:0], p.ends[0]...), p.ends[1:]
 	}
 	return true
+}
+
+// keepPage returns page to be kept, which is part of a reply: that of another owner is copied to old's memory.
+func keepPage(old, page []byte, owned bool) []byte {
+	if owned {
+		codec.Recycle(old)
+		return page
+	}
+	return append(old[:0], page...)
 }
 
 // pageEnd is what stands at the end of a member's RangeResponse.
@@ -408,6 +427,10 @@ func (p *pagePart) advance() bool {
 			return false
 		}
 		p.page, p.ahead, p.full = p.ahead, p.page, false
+		if cap(p.ahead) > codec.KeptReply {
+			codec.Recycle(p.ahead)
+			p.ahead = nil
+		}
 		p.it = partIter{it: codec.Fields{Msg: p.page}}
 		if p.r.stream != nil || p.r.whole() {
 			p.fetch() // the next one comes while this one is merged
