@@ -39,11 +39,13 @@ type pagedRead struct {
 	emitted  bool
 	over     bool
 	merging  bool
-	cut      bool  // the limit is reached and there is more: only the count is missing
-	deadline int64 // for the state to be fixed
-	held     int64 // bytes in Memory
-	waiting  bool  // for room in Memory
-	expected int64 // bytes of the answer, while it waits
+	cut      bool     // the limit is reached and there is more: only the count is missing
+	deadline int64    // for the state to be fixed
+	held     int64    // bytes in Memory
+	waiting  bool     // for room in Memory
+	expected int64    // bytes of the answer, while it waits
+	ends     [][]byte // ascending; places where pages end, see pages_ends.go
+	looking  bool     // a look for more of them is under way
 }
 
 func (c *Core) newPagedRead(op *Op, stream *RangeStream) *pagedRead {
@@ -93,7 +95,7 @@ func (r *pagedRead) begin() {
 
 func (r *pagedRead) restart() {
 	r.gen++
-	r.fixed, r.cut = false, false
+	r.fixed, r.cut, r.ends, r.looking = false, false, nil, false
 	for i := range r.parts {
 		p := &r.parts[i]
 		*p = pagePart{r: r, s: p.s, from: append(p.from[:0], r.iv.Key...), more: true,
@@ -389,7 +391,7 @@ func (r *pagedRead) end(st codec.Status) {
 
 func (r *pagedRead) drop() {
 	r.release()
-	r.over, r.op, r.stream, r.out, r.a = true, nil, nil, nil, nil
+	r.over, r.op, r.stream, r.out, r.a, r.ends = true, nil, nil, nil, nil, nil
 	r.spec, r.iv = rangeSpec{}, Interval{}
 	for i := range r.parts {
 		r.parts[i] = pagePart{r: r} // calls under way still complete it

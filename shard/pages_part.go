@@ -65,9 +65,10 @@ type pagePart struct {
 	full    bool
 	skipped int64
 
-	fetched int64    // keys of the pages that have come
-	ends    [][]byte // where the next pages end, see pages_ends.go; none: at the range's end
-	endless bool     // a look for them found none
+	fetched int64  // keys of the pages that have come
+	upTo    []byte // where the page that is asked for ends at the latest; nil: at the range's end
+	waits   bool   // for a look before it is asked for
+	endless bool   // a look found no ends
 
 	counted bool
 	total   int64 // keys of the shard in the whole range, at its local revision
@@ -133,9 +134,19 @@ func (p *pagePart) fetch() {
 	p.inFlight = true
 	p.limit = p.pageLimit()
 	if p.needsEnds() {
-		(&endsCall{p: p, gen: p.r.gen}).send()
+		p.waits = true
+		if r := p.r; !r.looking {
+			r.looking = true
+			(&endsCall{p: p, gen: r.gen}).send()
+		}
 		return
 	}
+	p.ask()
+}
+
+// ask asks for the page.
+func (p *pagePart) ask() {
+	p.upTo = p.nextEnd()
 	(&pageCall{p: p, gen: p.r.gen, deadline: p.r.c.deadline()}).send()
 }
 
@@ -184,7 +195,11 @@ func (p *pagePart) appendRead(dst []byte, local int64) []byte {
 // appendFields appends the fields of the page's RangeRequest.
 func (p *pagePart) appendFields(dst []byte, local int64) []byte {
 	dst = codec.AppendBytes(dst, 1, p.from)
-	dst = codec.AppendBytes(dst, 2, p.end())
+	end := p.upTo
+	if end == nil {
+		end = p.r.iv.End
+	}
+	dst = codec.AppendBytes(dst, 2, end)
 	if p.r.spec.countOnly && !p.inside {
 		return codec.AppendBool(codec.AppendInt(dst, 4, local), 9, true)
 	}
@@ -356,8 +371,8 @@ func (p *pagePart) take(resp []byte) bool {
 	switch {
 	case p.more:
 		p.from = append(append(p.from[:0], last.key...), 0)
-	case len(p.ends) > 0:
-		p.more, p.from, p.ends = true, append(p.from[:0], p.ends[0]...), p.ends[1:]
+	case p.upTo != nil:
+		p.more, p.from = true, append(p.from[:0], p.upTo...)
 	}
 	return true
 }
