@@ -20,15 +20,16 @@ const (
 	// pageShrink is how much smaller a page is asked for that turned out to be too large for one answer.
 	pageShrink = 8
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
-	// many streams share pageBudget: the bytes that the pages of all streams may hold.
+	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
+	// a little less than a power of two, which is what the codec's buffers have.
 	maxPageKeys  = 2048
-	maxPageBytes = 2 << 20
+	maxPageBytes = 15 << 16
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
 	// that ordinary lists take one page; its further ones aim at wholePageBytes, and have at most wholePageKeys.
 	wholeFactor    = 32
-	wholePageBytes = 4 << 20
+	wholePageBytes = 15 << 18
 	wholePageKeys  = 16 << 10
 	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
 	maxReserve = 256 << 20
