@@ -22,6 +22,7 @@ type Config struct {
 	ListenClientURLs    []string
 	AdvertiseClientURLs []string // default: ListenClientURLs
 	ListenMetricsURLs   []string
+	EnablePprof         bool // as etcd's, on the metrics URLs
 
 	// TLS is for listen URLs with TLS, MemberTLS for members' endpoints.
 	TLS       tlsconn.ServerOptions

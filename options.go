@@ -154,6 +154,9 @@ var options = []option{
 	{groupRest, "listen-metrics-urls", "URL[,URL...]", "http://127.0.0.1:2381",
 		"Where /metrics, /health, /livez, /readyz and /version are served. Empty: nowhere.", false,
 		urlList(func(c *Config) *[]string { return &c.ListenMetricsURLs })},
+	{groupRest, "enable-pprof", "", "false",
+		"Serve Go's profiles under /debug/pprof/ on --listen-metrics-urls.", false,
+		boolean(func(c *Config) *bool { return &c.EnablePprof })},
 	{groupRest, "log-level", "LEVEL", "info",
 		"debug, info, warn or error.", false, setLogLevel},
 }

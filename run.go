@@ -22,6 +22,7 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		ListenClientURLs:    cfg.ListenClientURLs,
 		AdvertiseClientURLs: cfg.AdvertiseClientURLs,
 		ListenMetricsURLs:   cfg.ListenMetricsURLs,
+		EnablePprof:         cfg.EnablePprof,
 		Coordinator:         cfg.Coordinator,
 		AcceptDataLoss:      cfg.AcceptDataLoss,
 		ReplaceCoordinator:  cfg.ReplaceCoordinator,

@@ -41,6 +41,7 @@ func compareCommand(ctx context.Context, args []string) error {
 		cfg.SpindleArgs = append(cfg.SpindleArgs, v)
 		return nil
 	})
+	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
 	if err := f.Parse(args); err != nil {
@@ -91,6 +92,11 @@ func compareCommand(ctx context.Context, args []string) error {
 		return fmt.Errorf("--suite %q: there is only issue", *suite)
 	}
 
+	if cfg.Profile != "" {
+		if err := os.MkdirAll(cfg.Profile, 0o755); err != nil {
+			return fmt.Errorf("--profile: %w", err)
+		}
+	}
 	env, err := compare.NewEnv(cfg)
 	if err != nil {
 		return err

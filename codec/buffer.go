@@ -10,7 +10,7 @@ import (
 
 const (
 	minBufferBits = 9  // 512 bytes
-	maxBufferBits = 20 // 1 MiB; larger ones are left to the garbage collector
+	maxBufferBits = 22 // 4 MiB, which holds a page of a list; larger ones are left to the garbage collector
 	// queueBlock is the largest block of a queue; a message of 8 MiB takes many, and none is ever copied
 	// to a larger one.
 	queueBlock = 64 << 10
@@ -52,6 +52,16 @@ func putBuffer(b *buffer) {
 	b.b, b.off, b.next = b.b[:0], 0, nil
 	bufferPools[class].Put(b)
 }
+
+// Recycle gives the memory of b, of which nothing is used any more, to those that need a buffer next.
+func Recycle(b []byte) {
+	if cap(b) >= 1<<minBufferBits {
+		putBuffer(&buffer{b: b[:0]})
+	}
+}
+
+// Borrow returns an empty slice for at least n bytes, from what was recycled if there is such.
+func Borrow(n int) []byte { return getBuffer(n).b }
 
 // queue holds the framed gRPC messages of one stream that wait, in blocks. The zero value is empty.
 type queue struct {

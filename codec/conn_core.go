@@ -54,7 +54,8 @@ type Conn struct {
 	sendWin     int64
 	peerInit    int64 // SETTINGS_INITIAL_WINDOW_SIZE of the peer
 	peerStreams uint32
-	assembling  int // capacity of the buffers of messages received in part
+	whole       *buffer // of the message that is being delivered, if it may be kept
+	assembling  int     // capacity of the buffers of messages received in part
 
 	// Writing (conn_send.go).
 	out     []byte

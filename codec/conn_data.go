@@ -166,8 +166,15 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 			whole := st.msg
 			st.msg = nil
 			c.assembling -= cap(whole.b)
+			plain := st.prefix[0] == 0
+			if plain {
+				c.whole = whole
+			}
 			c.message(s, whole.b)
-			putBuffer(whole)
+			if !plain || c.whole != nil {
+				putBuffer(whole)
+			}
+			c.whole = nil
 		}
 	}
 	return nil
@@ -186,6 +193,14 @@ func (c *Conn) message(s *Stream, msg []byte) {
 	c.deliverMessage(s, msg)
 }
 
+// KeepMessage makes the message that OnMessage is being called with the handler's: its bytes stay valid (Recycle may
+// take them later). false: they are a view of what Feed was given, and have to be copied.
+func (c *Conn) KeepMessage() bool {
+	kept := c.whole != nil
+	c.whole = nil
+	return kept
+}
+
 func (c *Conn) deliverMessage(s *Stream, msg []byte) {
 	if c.client {
 		c.cli.OnMessage(s, msg)
@@ -202,12 +217,15 @@ func (c *Conn) partialLen(s *Stream) int {
 }
 
 // keep appends p to the message that is being received. Its buffer doubles, so that a stream that announces
-// much and sends little costs little. false means that the connection keeps too much already.
+// much and sends little costs little; a server that has sent a part of a reply is taken at its word. false means that the connection keeps too much already.
 func (c *Conn) keep(s *Stream, p []byte) bool {
 	st := &s.stream
 	have := c.partialLen(s)
 	if st.msg == nil || have+len(p) > cap(st.msg.b) {
 		size := max(have+len(p), min(2*have, st.msgLen))
+		if c.client && have >= st.msgLen/memberHaste {
+			size = st.msgLen
+		}
 		if c.assembling+size > c.cfg.MaxPartialBytes {
 			return false
 		}

@@ -53,6 +53,9 @@ const (
 	// received in part may keep on one connection; a stream that needs more ends with ResourceExhausted.
 	maxAssemblingMessages = 32
 
+	// memberHaste: once this part of a reply is here (client role), memory for all of it is taken.
+	memberHaste = 8
+
 	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
 	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
 	// All connections that share an InflateBudget have as much together, beyond ownInflateBytes of each, so that a

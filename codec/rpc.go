@@ -67,9 +67,13 @@ type Transport interface {
 	KeepAlive(to ClusterID, sink WatchSink) WatchHandle
 }
 
+// KeptReply is the length beyond which a reply is its receiver's: lists are not copied because of how they came.
+const KeptReply = 64 << 10
+
 // Completion receives the outcome of a Call.
 type Completion interface {
-	// Complete reports the reply. resp is valid only during the call. st is the gRPC status; sent is
+	// Complete reports the reply. resp is valid only during the call, unless it is longer than KeptReply: then it is
+	// the receiver's, who may Recycle it. st is the gRPC status; sent is
 	// false when it is certain that no byte of the request reached a server (the request then certainly
 	// was not applied).
 	Complete(resp []byte, st Status, sent bool)

@@ -24,7 +24,7 @@ func TestMetricsServer(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := &fakeHealth{}
-	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, nil, h, "v0", quiet())
+	m, err := StartMetrics([]string{"http://127.0.0.1:0", "unix://" + t.TempDir() + "/m"}, nil, h, "v0", false, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,13 +69,15 @@ func TestMetricsServer(t *testing.T) {
 			t.Errorf("/metrics lacks %s", want)
 		}
 	}
-	if code, _ := get("/nothing"); code != 404 {
-		t.Errorf("/nothing: %d", code)
+	for _, path := range []string{"/nothing", "/debug/pprof/", "/debug/pprof/profile"} {
+		if code, _ := get(path); code != 404 {
+			t.Errorf("%s: %d", path, code)
+		}
 	}
-	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, nil, h, "v0", quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
+	if _, err := StartMetrics([]string{"http://" + m.Addrs()[0].String()}, nil, h, "v0", false, quiet()); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("second server: %v", err)
 	}
-	if m, err := StartMetrics(nil, nil, h, "v0", nil); err != nil || m.Close() != nil {
+	if m, err := StartMetrics(nil, nil, h, "v0", false, nil); err != nil || m.Close() != nil {
 		t.Errorf("no URLs: %v", err)
 	}
 }
@@ -100,7 +102,7 @@ func (h *heldHealth) Ready() (bool, string) {
 func TestMetricsServerIsBounded(t *testing.T) {
 	const more = 20
 	h := &heldHealth{let: make(chan struct{})}
-	m, err := StartMetrics([]string{"http://127.0.0.1:0"}, nil, h, "v0", quiet())
+	m, err := StartMetrics([]string{"http://127.0.0.1:0"}, nil, h, "v0", false, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,5 +137,31 @@ func TestMetricsServerIsBounded(t *testing.T) {
 	}
 	if s := m.servers[0]; s.IdleTimeout <= 0 || s.ReadTimeout <= 0 || s.ReadHeaderTimeout <= 0 || s.WriteTimeout <= 0 {
 		t.Error("a connection may last for ever")
+	}
+}
+
+// TestProfiles reads profiles from the metrics URL, which has them only when asked (TestMetricsServer).
+func TestProfiles(t *testing.T) {
+	m, err := StartMetrics([]string{"http://127.0.0.1:0"}, nil, &fakeHealth{}, "v0", true, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	for path, begin := range map[string]string{
+		"/debug/pprof/": "<html>", "/debug/pprof/profile?seconds=1": "\x1f\x8b", "/debug/pprof/allocs": "\x1f\x8b",
+		"/debug/pprof/heap": "\x1f\x8b", "/debug/pprof/goroutine?debug=1": "goroutine profile:",
+	} {
+		// An encoding of our own choice, so that net/http does not unpack what is packed.
+		req, _ := http.NewRequest("GET", m.URLs()[0]+path, nil)
+		req.Header.Set("Accept-Encoding", "identity")
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != 200 || !strings.HasPrefix(string(body), begin) {
+			t.Errorf("%s: %d, %v, %.40q", path, resp.StatusCode, err, body)
+		}
 	}
 }

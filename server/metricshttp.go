@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"strings"
 	"time"
@@ -47,8 +48,8 @@ type Metrics struct {
 }
 
 // StartMetrics serves on urls (http://host:port or unix:///path; https and unixs with files, as etcd does: with the
-// certificate for clients, whose own are demanded here too). version is Spindle's own.
-func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version string, log *slog.Logger) (*Metrics, error) {
+// certificate for clients, whose own are demanded here too). version is Spindle's own. profiles adds /debug/pprof/.
+func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version string, profiles bool, log *slog.Logger) (*Metrics, error) {
 	if log == nil {
 		log = slog.Default()
 	}
@@ -77,7 +78,7 @@ func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version s
 			return nil, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
 		}
 		s := &http.Server{
-			Handler:           metricsMux(h, version),
+			Handler:           metricsMux(h, version, profiles),
 			ReadHeaderTimeout: metricsHeaderTimeout,
 			ReadTimeout:       metricsReadTimeout,
 			WriteTimeout:      metricsWriteTimeout,
@@ -127,7 +128,7 @@ func (m *Metrics) Shutdown(ctx context.Context) error {
 
 // metricsMux answers as etcd's own handlers do (server/etcdserver/api/etcdhttp): /health is JSON with
 // strings for booleans, /readyz and /livez are "ok" or 503 with the reason.
-func metricsMux(h Health, version string) http.Handler {
+func metricsMux(h Health, version string, profiles bool) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
@@ -162,6 +163,14 @@ func metricsMux(h Health, version string) http.Handler {
 			Spindle string `json:"spindle"`
 		}{etcd, minorVersion(etcd), version})
 	})
+	if profiles {
+		// A profile of many seconds moves its own write deadline. The index serves heap, allocs, goroutine and so on.
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	}
 	return mux
 }
 

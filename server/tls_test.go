@@ -403,10 +403,10 @@ func TestTLSMetrics(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := &fakeHealth{}
-	if _, err := StartMetrics([]string{"https://127.0.0.1:0"}, nil, h, "v0", quiet()); err == nil {
+	if _, err := StartMetrics([]string{"https://127.0.0.1:0"}, nil, h, "v0", false, quiet()); err == nil {
 		t.Error("https without a certificate")
 	}
-	m, err := StartMetrics([]string{"https://127.0.0.1:0", "http://127.0.0.2:0"}, files, h, "v0", quiet())
+	m, err := StartMetrics([]string{"https://127.0.0.1:0", "http://127.0.0.2:0"}, files, h, "v0", false, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,55 +1,75 @@
 package shard
 
 import (
+	"bytes"
+	"slices"
+
 	"spindle/codec"
 )
 
 // This file keeps the cost of a long list linear. For every page, whatever its limit, etcd counts the keys from
 // the page's start to the end of the range (storage/mvcc/index.go, Revisions), so a list that always named the
 // range's end would cost its members the square of its length. Therefore a part with many pages before it looks at
-// the keys alone, many pages at once, and gives its pages ends that are near. An end is only a place where the list is
-// divided: whatever state it was seen in, what the pages show is the same.
+// the keys alone, many pages at once, and gives pages ends that are near. An end is only a place where the list is
+// divided: whatever state it was seen in, what the pages show is the same. So all parts use the ends that one has
+// found: keys that are spread by a hash are divided alike everywhere. A part that is beyond all ends looks itself.
 
-// Bounds of a look, in pages of the size that is being asked for.
+// Bounds of a look, in pages of the size that they come to have.
 const (
-	// longPart is how many pages must lie before a part for a look to pay.
-	longPart = 16
+	// longPart is how many pages must lie before a part for a look to pay, if no other part has use of it; of several
+	// parts less, down to longParts.
+	longPart  = 16
+	longParts = 4
 	// segmentPages is how many pages share an end. A page counts the rest of its segment.
-	segmentPages = 8
+	segmentPages = 2
 	// lookPages is how many pages one look goes over at most, lookKeys how many keys. lookShare is how many times
 	// a stream's page (see pageBytes, which shrinks when there are many streams) the answer may be, about; the keys
-	// of one segment it always holds. It is let go of at once.
+	// of one segment it always holds. It is let go of at once, and a list has one under way.
 	lookPages = 64
-	lookKeys  = 16 << 10
-	lookShare = 4
+	lookKeys  = 64 << 10
+	lookShare = 2
 	// lookOverhead is what a key alone takes in a member's answer beside its bytes.
 	lookOverhead = 48
 )
 
-// needsEnds says that the part should look at the keys before the next page.
+// needsEnds says that a look should come before the part's next page.
 func (p *pagePart) needsEnds() bool {
-	long, _ := p.r.c.segments()
-	return p.r.spec.limit <= 0 && p.counted && len(p.ends) == 0 && !p.endless && p.total-p.fetched > long*p.limit
+	long, _ := p.r.segments()
+	return p.r.spec.limit <= 0 && p.counted && !p.endless && p.total-p.fetched > long*p.sparse() && p.nextEnd() == nil
 }
 
-// segments returns longPart and segmentPages, or less where a test makes pages small, whose lists are short.
-func (c *Core) segments() (long, pages int64) {
-	if c.cfg.PageKeys < firstPageKeys {
+// nextEnd returns the first of the ends behind the part's next key, nil if there is none.
+func (p *pagePart) nextEnd() []byte {
+	ends := p.r.ends
+	i, equal := slices.BinarySearchFunc(ends, p.from, bytes.Compare)
+	if equal {
+		i++
+	}
+	if i == len(ends) {
+		return nil
+	}
+	return ends[i]
+}
+
+// sparse is the size of pages that ends are made for: first pages are small, but there are few of them. (Where a
+// test makes pages small, it is that of the next one.)
+func (p *pagePart) sparse() int64 {
+	if p.r.c.cfg.PageKeys < firstPageKeys {
+		return p.limit
+	}
+	return max(p.limit, p.fullPage())
+}
+
+// segments returns from how many pages on a part is long, and how many of them share an end: fewer where a test
+// makes pages small, whose lists are short.
+func (r *pagedRead) segments() (long, pages int64) {
+	if r.c.cfg.PageKeys < firstPageKeys {
 		return 1, 1
 	}
-	return longPart, segmentPages
+	return max(longPart/int64(len(r.parts)), longParts), segmentPages
 }
 
-// end is where the next page ends at the latest.
-func (p *pagePart) end() []byte {
-	if len(p.ends) > 0 {
-		return p.ends[0]
-	}
-	return p.r.iv.End
-}
-
-// endsCall is the Completion of a look at the keys. The page follows, also when the look failed: then it has no
-// near end, nor have those behind it.
+// endsCall is the Completion of a look at the keys. The pages that wait for it follow, also when it failed.
 type endsCall struct {
 	p   *pagePart
 	gen int
@@ -59,7 +79,7 @@ func (q *endsCall) send() {
 	p := q.p
 	c := p.r.c
 	room := lookShare * c.pageBytes(len(p.r.parts)) / int64(len(p.from)+lookOverhead)
-	limit := min(lookPages*p.limit, max(min(lookKeys, room), segmentPages*p.limit))
+	limit := min(lookPages*p.sparse(), max(min(lookKeys, room), segmentPages*p.sparse()))
 	body := codec.AppendBytes(c.scratch[:0], 1, p.from)
 	body = codec.AppendBytes(body, 2, p.r.iv.End)
 	body = codec.AppendInt(body, 3, limit)
@@ -74,26 +94,34 @@ func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {
 	if r.over || r.gen != q.gen {
 		return
 	}
+	r.looking = false
 	if st.Code == codec.OK {
 		p.divide(resp)
 	}
-	p.endless = len(p.ends) == 0
-	(&pageCall{p: p, gen: r.gen, deadline: r.c.deadline()}).send()
+	p.endless = p.nextEnd() == nil
+	for i := range r.parts {
+		if p := &r.parts[i]; p.waits {
+			p.waits = false
+			p.ask()
+		}
+	}
 }
 
-// divide takes every so many'th key of a look as an end.
+// divide takes every so many'th key of a look as an end. They lie behind those that are known, which the part has
+// passed; a page that ended where it begins would never come to an end.
 func (p *pagePart) divide(resp []byte) {
 	it := codec.Fields{Msg: resp}
-	_, pages := p.r.c.segments()
+	_, pages := p.r.segments()
+	every := pages * p.sparse()
 	for n := int64(0); it.Next(); {
 		if it.Field.Num != 2 {
 			continue
 		}
-		if n++; n%(pages*p.limit) != 0 {
+		if n++; n%every != 0 {
 			continue
 		}
-		if kv, ok := codec.ParseKV(it.Field.Bytes); ok {
-			p.ends = append(p.ends, append([]byte(nil), kv.Key...))
+		if kv, ok := codec.ParseKV(it.Field.Bytes); ok && bytes.Compare(kv.Key, p.from) > 0 {
+			p.r.ends = append(p.r.ends, bytes.Clone(kv.Key))
 		}
 	}
 }

@@ -20,15 +20,16 @@ const (
 	// pageShrink is how much smaller a page is asked for that turned out to be too large for one answer.
 	pageShrink = 8
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
-	// many streams share pageBudget: the bytes that the pages of all streams may hold.
+	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
+	// a little less than a power of two, which is what the codec's buffers have.
 	maxPageKeys  = 2048
-	maxPageBytes = 512 << 10
+	maxPageBytes = 15 << 16
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
 	// that ordinary lists take one page; its further ones aim at wholePageBytes, and have at most wholePageKeys.
 	wholeFactor    = 32
-	wholePageBytes = 4 << 20
+	wholePageBytes = 15 << 18
 	wholePageKeys  = 16 << 10
 	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
 	maxReserve = 256 << 20
@@ -65,9 +66,10 @@ type pagePart struct {
 	full    bool
 	skipped int64
 
-	fetched int64    // keys of the pages that have come
-	ends    [][]byte // where the next pages end, see pages_ends.go; none: at the range's end
-	endless bool     // a look for them found none
+	fetched int64  // keys of the pages that have come
+	upTo    []byte // where the page that is asked for ends at the latest; nil: at the range's end
+	waits   bool   // for a look before it is asked for
+	endless bool   // a look found no ends
 
 	counted bool
 	total   int64 // keys of the shard in the whole range, at its local revision
@@ -84,17 +86,27 @@ func (p *pagePart) pageLimit() int64 {
 	if r.stream == nil && !r.spec.countOnly && r.sent < r.spec.limit {
 		return limit
 	}
-	want, aim, most := int64(r.c.cfg.PageKeys), r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
+	want := int64(r.c.cfg.PageKeys)
 	if r.whole() && want >= firstPageKeys {
-		want, aim, most = want*wholeFactor, wholePageBytes, wholePageKeys
+		want *= wholeFactor
 	}
 	if p.limit > 0 {
-		want = min(aim/max(p.perKey, 1), p.limit*pageGrowth, most)
+		want = min(p.fullPage(), p.limit*pageGrowth)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
 	}
 	return max(min(want, limit), 1)
+}
+
+// fullPage is how many keys like those of the last page a page may have in the end.
+func (p *pagePart) fullPage() int64 {
+	r := p.r
+	aim, most := r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
+	if r.whole() && r.c.cfg.PageKeys >= firstPageKeys {
+		aim, most = wholePageBytes, wholePageKeys
+	}
+	return min(aim/max(p.perKey, 1), most)
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
@@ -123,9 +135,19 @@ func (p *pagePart) fetch() {
 	p.inFlight = true
 	p.limit = p.pageLimit()
 	if p.needsEnds() {
-		(&endsCall{p: p, gen: p.r.gen}).send()
+		p.waits = true
+		if r := p.r; !r.looking {
+			r.looking = true
+			(&endsCall{p: p, gen: r.gen}).send()
+		}
 		return
 	}
+	p.ask()
+}
+
+// ask asks for the page.
+func (p *pagePart) ask() {
+	p.upTo = p.nextEnd()
 	(&pageCall{p: p, gen: p.r.gen, deadline: p.r.c.deadline()}).send()
 }
 
@@ -174,7 +196,11 @@ func (p *pagePart) appendRead(dst []byte, local int64) []byte {
 // appendFields appends the fields of the page's RangeRequest.
 func (p *pagePart) appendFields(dst []byte, local int64) []byte {
 	dst = codec.AppendBytes(dst, 1, p.from)
-	dst = codec.AppendBytes(dst, 2, p.end())
+	end := p.upTo
+	if end == nil {
+		end = p.r.iv.End
+	}
+	dst = codec.AppendBytes(dst, 2, end)
 	if p.r.spec.countOnly && !p.inside {
 		return codec.AppendBool(codec.AppendInt(dst, 4, local), 9, true)
 	}
@@ -259,7 +285,7 @@ func (q *pageCall) clean(resp []byte) {
 		case st.Code != codec.OK:
 			r.end(st)
 		default:
-			q.Complete(clean, st, true)
+			q.Complete(bytes.Clone(clean), st, true) // a long one is kept
 		}
 	}
 	end := func(part []byte) {
@@ -326,10 +352,10 @@ func (p *pagePart) take(resp []byte) bool {
 		p.rev = t.rev
 		p.clock = append(p.clock[:0], t.resps[1]...)
 		last = p.endOf(t.resps[0], 0)
-		p.ahead = append(p.ahead[:0], t.resps[0]...)
+		p.ahead = keepPage(p.ahead, t.resps[0], len(resp) > codec.KeptReply)
 	default:
 		last = p.endOf(resp, 0)
-		p.ahead = append(p.ahead[:0], resp...)
+		p.ahead = keepPage(p.ahead, resp, len(resp) > codec.KeptReply)
 	}
 	p.was = p.was[:0]
 	if last.bad || last.more && last.n == 0 {
@@ -346,10 +372,19 @@ func (p *pagePart) take(resp []byte) bool {
 	switch {
 	case p.more:
 		p.from = append(append(p.from[:0], last.key...), 0)
-	case len(p.ends) > 0:
-		p.more, p.from, p.ends = true, append(p.from[:0], p.ends[0]...), p.ends[1:]
+	case p.upTo != nil:
+		p.more, p.from = true, append(p.from[:0], p.upTo...)
 	}
 	return true
+}
+
+// keepPage returns page to be kept, which is part of a reply: that of another owner is copied to old's memory.
+func keepPage(old, page []byte, owned bool) []byte {
+	if owned {
+		codec.Recycle(old)
+		return page
+	}
+	return append(old[:0], page...)
 }
 
 // pageEnd is what stands at the end of a member's RangeResponse.
@@ -408,6 +443,10 @@ func (p *pagePart) advance() bool {
 			return false
 		}
 		p.page, p.ahead, p.full = p.ahead, p.page, false
+		if cap(p.ahead) > codec.KeptReply {
+			codec.Recycle(p.ahead)
+			p.ahead = nil
+		}
 		p.it = partIter{it: codec.Fields{Msg: p.page}}
 		if p.r.stream != nil || p.r.whole() {
 			p.fetch() // the next one comes while this one is merged

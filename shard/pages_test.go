@@ -1,8 +1,11 @@
 package shard
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"testing"
+
+	"spindle/codec"
 )
 
 // TestShares: what the shards are asked for together stays near the limit, and with keys spread by a hash
@@ -40,5 +43,58 @@ func TestShares(t *testing.T) {
 	}
 	if s := c.shareOf(1<<62, 3); s <= 0 {
 		t.Errorf("a huge limit gives %d", s)
+	}
+}
+
+// TestEndsAreShared: the ends that one part has found serve the others, each from where it is; none ends where it
+// begins, and the part that is beyond all of them, or was told of none, goes on.
+func TestEndsAreShared(t *testing.T) {
+	c := &Core{cfg: CoreConfig{PageKeys: firstPageKeys}}
+	r := &pagedRead{c: c, stream: &RangeStream{}, parts: make([]pagePart, 4)}
+	for i := range r.parts {
+		r.parts[i] = pagePart{r: r, counted: true, total: 1_000_000, fetched: 1000, limit: 500, perKey: 1 << 10, from: []byte("k0001000\x00")}
+	}
+	looker, other := &r.parts[2], &r.parts[0]
+	if !looker.needsEnds() || !other.needsEnds() {
+		t.Fatal("a long part does without ends")
+	}
+	_, pages := r.segments()
+	every := int(pages * looker.sparse())
+	var resp []byte
+	for i := 1001; i <= 1000+4*every; i++ {
+		kv, m := codec.BeginMessage(resp, 2)
+		resp = codec.EndMessage(codec.AppendBytes(kv, 1, fmt.Appendf(nil, "k%07d", i)), m)
+	}
+	looker.divide(resp)
+	if len(r.ends) != 4 {
+		t.Fatalf("%d ends, want 4", len(r.ends))
+	}
+	if other.needsEnds() || string(other.nextEnd()) != string(r.ends[0]) {
+		t.Errorf("another part has the end %q", other.nextEnd())
+	}
+	for i, end := range r.ends {
+		other.from = end
+		want := ""
+		if i+1 < len(r.ends) {
+			want = string(r.ends[i+1])
+		}
+		if got := string(other.nextEnd()); got != want {
+			t.Errorf("at the end %d the next one is %q, want %q", i, got, want)
+		}
+	}
+	if !other.needsEnds() {
+		t.Error("a part beyond all ends does not look")
+	}
+	// A look from where a part begins shows that key, which is the last end.
+	n := len(r.ends)
+	c.cfg.PageKeys, other.limit = 1, 1
+	kv, m := codec.BeginMessage(nil, 2)
+	other.divide(codec.EndMessage(codec.AppendBytes(kv, 1, other.from), m))
+	if len(r.ends) != n {
+		t.Error("a page would end where it begins")
+	}
+	other.total = other.fetched + other.limit
+	if other.needsEnds() {
+		t.Error("a look for the last page")
 	}
 }

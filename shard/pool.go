@@ -73,7 +73,7 @@ const (
 	// maxFreeCalls and maxFreeCallBytes bound what is kept for reuse: the number of call objects, and
 	// the reply buffer kept with one.
 	maxFreeCalls     = 1024
-	maxFreeCallBytes = 64 << 10
+	maxFreeCallBytes = codec.KeptReply
 )
 
 // PoolConfig says where the clusters are. Zero durations and counts take the defaults.

@@ -25,6 +25,7 @@ type process struct {
 	name string
 	cmd  *exec.Cmd
 	log  string        // file
+	web  string        // URL of its profiles; "": none
 	done chan struct{} // closed when it has ended
 	err  error         // of Wait
 }

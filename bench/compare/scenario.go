@@ -147,6 +147,9 @@ func (e *Env) load(ctx context.Context, sc *Scenario, t *target, round int, rate
 		}
 		spec.KeysExist = true
 	}
+	if e.cfg.Profile != "" {
+		defer e.profile(ctx, fmt.Sprintf("%s-%s-%d", sc.Name, t.name, round), t, spec.Warmup, spec.Duration)()
+	}
 	return load.Run(ctx, spec, io.Discard)
 }
 

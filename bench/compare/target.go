@@ -152,7 +152,15 @@ func (e *Env) up(ctx context.Context, name string, data func() (string, error)) 
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"--listen-client-urls", t.endpoint, "--listen-metrics-urls=",
+	web := ""
+	if e.cfg.Profile != "" {
+		at, err := freePort()
+		if err != nil {
+			return nil, err
+		}
+		web = "http://" + at
+	}
+	args := []string{"--listen-client-urls", t.endpoint, "--listen-metrics-urls=" + web, "--enable-pprof=" + strconv.FormatBool(web != ""),
 		"--shard-max-txn-ops", maxTxnOps, "--shard-max-request-bytes", maxRequestBytes}
 	if c != nil {
 		args = append(args, "--cert-file", c.cert, "--key-file", c.key, "--trusted-ca-file", c.ca, "--client-cert-auth=true")
@@ -182,6 +190,7 @@ func (e *Env) up(ctx context.Context, name string, data func() (string, error)) 
 	if err != nil {
 		return nil, err
 	}
+	p.web = web
 	t.procs = append(t.procs, p)
 	return t, t.await(ctx)
 }
@@ -206,10 +215,16 @@ func (e *Env) etcd(t *target, name, dir string, data func() (string, error), end
 	if c != nil {
 		args = append(args, "--cert-file", c.cert, "--key-file", c.key, "--trusted-ca-file", c.ca, "--client-cert-auth")
 	}
+	web := ""
+	if e.cfg.Profile != "" && c == nil { // on the client URL; another one would change how that is served
+		web = endpoint
+		args = append(args, "--enable-pprof")
+	}
 	p, err := startProcess(name, dir, e.self, args...)
 	if err != nil {
 		return err
 	}
+	p.web = web
 	t.procs = append(t.procs, p)
 	return nil
 }

@@ -18,6 +18,8 @@ type Config struct {
 	AdvertiseClientURLs []string
 	// ListenMetricsURLs are where /metrics and the health checks are served; may be empty.
 	ListenMetricsURLs []string
+	// EnablePprof serves Go's profiles there too, under /debug/pprof/.
+	EnablePprof bool
 
 	// TLS is what the URLs above with https or unixs are served with; nil without any.
 	TLS *tlsconn.ServerFiles

@@ -91,7 +91,7 @@ func Start(cfg Config) (*Node, error) {
 	}
 	n.status.Store(&status{reason: "connecting to the members"})
 	var err error
-	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, cfg.TLS, (*health)(n), cfg.Version, cfg.Log)
+	n.metrics, err = server.StartMetrics(cfg.ListenMetricsURLs, cfg.TLS, (*health)(n), cfg.Version, cfg.EnablePprof, cfg.Log)
 	if err != nil {
 		return nil, err
 	}

@@ -247,7 +247,9 @@ func (c *call) complete(d time.Duration, resp []byte, st codec.Status, sent bool
 				w.tracef("%s: #%d completes", c.l.host.Name, c.id)
 			}
 			done.Complete(resp, st, sent)
-			poison(resp)
+			if len(resp) <= codec.KeptReply {
+				poison(resp)
+			}
 			c.l.host.Turn()
 		})
 	})
