@@ -3,6 +3,7 @@ package server
 import (
 	"io"
 	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -209,10 +210,30 @@ func TestLingerEnds(t *testing.T) {
 // What the core has to say when it is closed reaches clients of all loops.
 func TestLastWordsReachAllLoops(t *testing.T) {
 	var s *testServer
-	s = startServer(t, Config{Loops: 3, DrainTimeout: 10 * time.Millisecond, BeforeClose: func() { s.core.release(s.Loops()[0]) }})
+	sock := filepath.Join(t.TempDir(), "s") // whose clients are spread over the loops
+	s = startServer(t, Config{ListenURLs: []string{"unix://" + sock}, Loops: 3, DrainTimeout: 10 * time.Millisecond, BeforeClose: func() {
+		for _, l := range s.Loops()[1:] { // which are late, until they are asked or stopped
+			stalled := make(chan struct{})
+			l.Post(func() {
+				close(stalled)
+				eventually(t, "the loop is asked", func() bool {
+					l.mu.Lock()
+					defer l.mu.Unlock()
+					n := len(l.letters)
+					return l.stopped || n > 0 && l.letters[n-1].kind == letterFunc
+				})
+			})
+			receive(t, "the loop is busy", stalled)
+		}
+		s.core.release(s.Loops()[0])
+	}})
 	var peers []*peer
 	for range 30 {
-		p := newPeer(t, s.dialTCP(t))
+		c, err := net.Dial("unix", sock)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := newPeer(t, c)
 		p.goAwayOK = true
 		p.request(1, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("hold")}))
 		receive(t, "the request arrives", s.core.heldC)
