@@ -41,6 +41,7 @@ type keepAlive struct {
 	home     *shardState
 	asked    []*Op
 	looked   int   // of asked: those who were there when the marker was last read
+	served   int   // of asked: those who were there when home was asked
 	rev      int64 // of the answer: what was known before home was asked
 	deadline int64
 	at       int64 // when home was asked
@@ -110,8 +111,8 @@ func (k *keepAlive) end(ttl int64, st codec.Status) {
 	hdr := c.hdr
 	hdr.Revision = k.rev
 	for i, op := range k.asked {
-		if st.Code == codec.OK && ttl <= 0 && i >= k.looked {
-			c.Submit(op) // it came later: the lease may have been granted meanwhile
+		if st.Code == codec.OK && (ttl <= 0 && i >= k.looked || ttl > 0 && i >= k.served) {
+			c.Submit(op) // it came later: the lease may have been granted, or have ended, before it did
 			continue
 		}
 		if st.Code == codec.OK {
@@ -203,6 +204,7 @@ func (q *keeper) close() {
 }
 
 func (st *keeperStream) send(k *keepAlive) {
+	k.served = len(k.asked)
 	c := st.s.c
 	k.at = c.cfg.Now()
 	st.sent = append(st.sent, k)
