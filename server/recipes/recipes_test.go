@@ -1,13 +1,16 @@
 package recipes
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -256,6 +259,25 @@ func TestCancelLeavesTheQueue(t *testing.T) {
 	r.awaitCalls(t, 0)
 }
 
+// watchers counts the watches of the etcds in this process.
+func (r *rig) watchers(t *testing.T) (n int) {
+	t.Helper()
+	resp, err := http.Get("http://" + r.etcd.Endpoints()[0] + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	for lines := bufio.NewScanner(resp.Body); lines.Scan(); {
+		if v, ok := strings.CutPrefix(lines.Text(), "etcd_debugging_mvcc_watcher_total "); ok {
+			n, err = strconv.Atoi(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return n
+}
+
 // Close ends who waits, with etcd's text, and takes their keys back.
 func TestCloseLeavesTheQueue(t *testing.T) {
 	r := newRig(t)
@@ -264,6 +286,7 @@ func TestCloseLeavesTheQueue(t *testing.T) {
 		t.Fatal(err)
 	}
 	w := r.etcd.Watch(testContext(t), "l/", clientv3.WithPrefix())
+	before := r.watchers(t)
 	failed := make(chan error, 1)
 	lease := r.lease(t)
 	go func() {
@@ -271,6 +294,15 @@ func TestCloseLeavesTheQueue(t *testing.T) {
 		failed <- err
 	}()
 	receive(t, "the waiter's key", w)
+	// Only who has learned that the key is there can take it back, and watch the one before.
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for range 4000 {
+		if r.watchers(t) > before {
+			break
+		}
+		<-tick.C
+	}
 	r.svc.Close()
 	if e := receive(t, "the key is gone", w).Events; len(e) != 1 || e[0].Type != clientv3.EventTypeDelete {
 		t.Errorf("events %v", e)

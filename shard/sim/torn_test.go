@@ -76,7 +76,7 @@ func TestWatchOfTornEvents(t *testing.T) {
 func TestWatchOfTornPast(t *testing.T) {
 	w := smallWorld(t, 1, 32)
 	p := w.proxies[0]
-	w.put(p, "x02")
+	torn := w.put(p, "x02") + 1 // the end's revision: its own, or the next put's
 	c := w.net.Members[0]
 	c.Expire("x02")
 	rev := w.put(p, "k00")
@@ -90,9 +90,9 @@ func TestWatchOfTornPast(t *testing.T) {
 	p.crash()
 	p.boot(0)
 	w.wait("the start", func() bool { return p.ready })
-	o := p.newViewer().watch(&watchring.Watcher{Key: "k", End: "y", PrevKV: true, Start: rev})
+	o := p.newViewer().watch(&watchring.Watcher{Key: "k", End: "y", PrevKV: true, Start: torn})
 	p.turn()
-	w.wait("its end", func() bool { return o.ended || o.promised >= rev })
+	w.wait("its end", func() bool { return o.ended || o.promised >= torn })
 	if !o.ended {
 		t.Errorf("it was promised everything up to %d, and got %v", o.promised, o.got)
 	}
