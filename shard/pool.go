@@ -55,8 +55,11 @@ const (
 	// outboundHighWater stops the emission of DATA on a connection whose socket does not take it,
 	// outboundLowWater resumes it, blockedTick is how often that is looked at (gnet has no event for it).
 	outboundHighWater = 1 << 20
-	outboundLowWater  = 256 << 10
-	blockedTick       = 5 * time.Millisecond
+	// maxBlockedBytes is what frames other than DATA may add to that (answers to a flood of PING, say): the connection
+	// is given up beyond.
+	maxBlockedBytes  = 4 << 20
+	outboundLowWater = 256 << 10
+	blockedTick      = 5 * time.Millisecond
 
 	// renewStreamID is the identifier of a stream from which on a connection is replaced: a client has those
 	// below 2^31, each once, and the ones that are left are for the time until the successor is ready.

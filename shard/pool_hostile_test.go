@@ -28,6 +28,9 @@ func TestPoolHostileMember(t *testing.T) {
 		attack func(fr *http2.Framer, id uint32)
 	}{
 		"SETTINGS flood": {codec.LimitIdleFrames, func(fr *http2.Framer, _ uint32) { flood(fr, func() error { return fr.WriteSettings() }) }},
+		"PING flood, deaf": {codec.LimitControl, func(fr *http2.Framer, _ uint32) {
+			flood(fr, func() error { return fr.WritePing(false, [8]byte{1}) })
+		}},
 		"empty DATA": {codec.LimitIdleFrames, func(fr *http2.Framer, id uint32) {
 			rawHeaders(fr, id, false, ":status", "200", "content-type", "application/grpc")
 			flood(fr, func() error { return fr.WriteData(id, false, nil) })

@@ -19,6 +19,7 @@ var (
 	errPingTimeout = errors.New("no answer to a ping")
 	errNotEnrolled = errors.New("the event loop did not take the socket")
 	errGoAway      = errors.New("closed gracefully by the other side")
+	errDeaf        = errors.New("it keeps asking (PING, SETTINGS) and does not read the answers")
 )
 
 // poolLink is one HTTP/2 connection, from Enroll to the end of the socket. Owned by the loop.
@@ -277,7 +278,13 @@ func (l *poolLink) flush() {
 			l.shutdown(err)
 			return
 		}
-		if blocked := l.gc.OutboundBuffered() > outboundHighWater; blocked && !l.blocked {
+		waiting := l.gc.OutboundBuffered()
+		if waiting > outboundHighWater+maxBlockedBytes {
+			l.ep.cluster.metrics.hit(codec.LimitControl)
+			l.shutdown(errDeaf)
+			return
+		}
+		if waiting > outboundHighWater && !l.blocked {
 			l.blocked = true
 			l.conn.SetBlocked(true)
 			p := l.pool

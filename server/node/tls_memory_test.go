@@ -134,14 +134,14 @@ func beIdleClients() error {
 	var conns []*tls.Conn
 	var wg sync.WaitGroup
 	errs := make(chan error, n)
-	todo := make(chan int, n)
+	next := make(chan int, n)
 	for i := range n {
-		todo <- i
+		next <- i
 	}
-	close(todo)
+	close(next)
 	for range 16 {
 		wg.Go(func() {
-			for range todo {
+			for range next {
 				c, err := idleWatch(os.Getenv("ADDR"), cfg)
 				if err != nil {
 					errs <- err
