@@ -112,7 +112,7 @@ func opDone(op *shard.Op) {
 	k := op.User.(*call)
 	k.coreDone = true
 	// What is on its way to another loop counts too; its connection counts it from then on.
-	if len(op.Resp) >= chargeStep && op.Kind == shard.OpRange && k.loop.eng.cfg.Memory.Over() {
+	if len(op.Resp) >= chargeStep && op.Kind == shard.OpRange && !op.Admitted() && k.loop.eng.cfg.Memory.Over() {
 		hitLimit(limitMemory)
 		op.Status, op.Resp = codec.ErrTooManyRequests, nil // nothing was changed by it
 	}

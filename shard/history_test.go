@@ -521,7 +521,7 @@ func TestHistoriesWaitInOrder(t *testing.T) {
 // TestHistoryCompactedBeforeTheRecord: a member is compacted at a record, and with that what waited for it is gone: a
 // read from the record's first revision cannot be complete, and says so.
 func TestHistoryCompactedBeforeTheRecord(t *testing.T) {
-	for from, want := range map[int64]string{5: "to 4 " + codec.ErrCompacted.Msg + " 6", 6: "6+b to 6"} {
+	for from, want := range map[int64]string{5: "to 4 " + codec.ErrCompacted.Msg + " 7", 6: "6+b to 6"} {
 		r := newPastRig(t, 1)
 		r.batch(0, 4, 4, map[int64]string{4: "a"})
 		r.local[0]++ // a lease ended here

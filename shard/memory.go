@@ -130,7 +130,9 @@ func (c *Core) roomFor(size int64) bool {
 }
 
 func (r *pagedRead) hold(size int64) {
-	r.held = size
+	if r.held = size; r.op != nil {
+		r.op.admitted = true
+	}
 	r.c.large.out++
 	r.c.cfg.Memory.Add(size)
 }

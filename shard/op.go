@@ -54,8 +54,13 @@ type Op struct {
 	User any
 
 	canceled bool
+	admitted bool   // its answer got room in Memory before it was put together
 	core     coreOp // what the Core keeps with a request
 }
+
+// Admitted says that the answer waited for room in Memory before it was put together, if it is a large one: it is
+// not refused for want of memory any more.
+func (op *Op) Admitted() bool { return op.admitted }
 
 // maxPooledOp is the size up to which a pooled Op keeps its buffers, in bytes each.
 const maxPooledOp = 64 << 10

@@ -23,7 +23,7 @@ const (
 	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
 	// a little less than a power of two, which is what the codec's buffers have.
 	maxPageKeys  = 2048
-	maxPageBytes = 15 << 16
+	maxPageBytes = 7 << 16
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
