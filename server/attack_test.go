@@ -26,6 +26,9 @@ func limitHitsOf(name string) uint64 {
 // TestAttacks runs every attack against a server on a socket, until one of the bounds that are meant for it
 // has been run into, beside a good client, which must not notice.
 func TestAttacks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("seconds of floods, which the race detector makes minutes")
+	}
 	cfg := Config{Loops: 2, StallTimeout: 2 * time.Second, GreetTimeout: time.Second, Memory: shard.NewMemory(4 << 20),
 		Codec: codec.ConnConfig{PingMinTime: 5 * time.Second, MaxConcurrentStreams: 1000}}
 	s := startServer(t, cfg, func(e *Engine) {

@@ -259,6 +259,9 @@ func TestTLSSlowHandshake(t *testing.T) {
 // TestTLSHandshakeFlood has hundreds of half handshakes and whole ones in a row; a good client beside them is served.
 // What that costs it is logged.
 func TestTLSHandshakeFlood(t *testing.T) {
+	if testing.Short() {
+		t.Skip("hundreds of handshakes, which the race detector makes minutes")
+	}
 	if addr := os.Getenv(floodAddr); addr != "" {
 		flood(t, addr)
 		return
