@@ -21,8 +21,8 @@ const (
 	memoryKeys   = 200_000
 	memoryValue  = 1 << 10
 	memoryWriter = 256
-	// maxStreamMemory is by how much a RangeStream of any length may raise a proxy's resident memory, in MiB. What it holds
-	// is less: the collector lets the heap grow to twice of what is in use, the ring of recent events included.
+	// maxStreamMemory is by how much a RangeStream of any length may raise a proxy's resident memory, in MiB. The aim is
+	// 64; docs/design.md says what it is now.
 	maxStreamMemory = 112
 )
 
