@@ -241,14 +241,17 @@ func TestCancelLeavesTheQueue(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(testContext(t))
 	w := r.etcd.Watch(testContext(t), "l/", clientv3.WithPrefix())
+	before := r.watchers(t)
 	failed := make(chan error, 1)
+	lease := r.lease(t)
 	go func() {
-		_, err := lock.Lock(ctx, &lpb.LockRequest{Name: []byte("l"), Lease: r.lease(t)})
+		_, err := lock.Lock(ctx, &lpb.LockRequest{Name: []byte("l"), Lease: lease})
 		failed <- err
 	}()
 	if e := receive(t, "the waiter's key", w).Events; len(e) != 1 || !e[0].IsCreate() {
 		t.Fatalf("events %v", e)
 	}
+	r.awaitWatcher(t, before)
 	cancel()
 	if err := receive(t, "the end", failed); status.Code(err) != codes.Canceled {
 		t.Errorf("got %v", err)
@@ -278,6 +281,21 @@ func (r *rig) watchers(t *testing.T) (n int) {
 	return n
 }
 
+// awaitWatcher waits for one watch more than before: who waits for a lock has learned by then that its key is
+// there, and only who knows it can take it back (etcd leaves a key whose answer was cut off to its lease).
+func (r *rig) awaitWatcher(t *testing.T, before int) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for range 4000 {
+		if r.watchers(t) > before {
+			return
+		}
+		<-tick.C
+	}
+	t.Fatal("nobody watches the key before")
+}
+
 // Close ends who waits, with etcd's text, and takes their keys back.
 func TestCloseLeavesTheQueue(t *testing.T) {
 	r := newRig(t)
@@ -294,15 +312,7 @@ func TestCloseLeavesTheQueue(t *testing.T) {
 		failed <- err
 	}()
 	receive(t, "the waiter's key", w)
-	// Only who has learned that the key is there can take it back, and watch the one before.
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for range 4000 {
-		if r.watchers(t) > before {
-			break
-		}
-		<-tick.C
-	}
+	r.awaitWatcher(t, before)
 	r.svc.Close()
 	if e := receive(t, "the key is gone", w).Events; len(e) != 1 || e[0].Type != clientv3.EventTypeDelete {
 		t.Errorf("events %v", e)
