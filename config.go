@@ -51,6 +51,8 @@ type Config struct {
 	// ShardMaxTxnOps and ShardMaxRequestBytes are what the members accept; embedded ones accept more.
 	ShardMaxTxnOps       int
 	ShardMaxRequestBytes int
+	// ShardQuotaBackendBytes is the quota of members that do not report it, 0 for unknown.
+	ShardQuotaBackendBytes int
 
 	// MaxRequestBytes, MaxConcurrentStreams and GRPCKeepalive* are etcd's; MaxClientMemory is in bytes, 0 for no limit.
 	MaxRequestBytes       int
@@ -175,6 +177,7 @@ func (c *Config) Validate() error {
 		{"max-client-memory", c.MaxClientMemory, 0, 1 << 50},
 		{"shard-max-txn-ops", c.ShardMaxTxnOps, minTxnOps, 1 << 20},
 		{"shard-max-request-bytes", c.ShardMaxRequestBytes, minRequestBytes, 1 << 30},
+		{"shard-quota-backend-bytes", c.ShardQuotaBackendBytes, 0, 1 << 50},
 	} {
 		if r.v < r.min || r.v > r.max {
 			return fmt.Errorf("--%s %d: give a number from %d to %d", r.flag, r.v, r.min, r.max)
@@ -241,7 +244,7 @@ func (c *Config) validateMembers() error {
 		if c.DataDir == "" {
 			return errors.New("--data-dir is empty: name a directory for the embedded members' data")
 		}
-		for _, name := range []string{"shard-max-txn-ops", "shard-max-request-bytes"} {
+		for _, name := range []string{"shard-max-txn-ops", "shard-max-request-bytes", "shard-quota-backend-bytes"} {
 			if from := c.given[name]; from != "" {
 				return fmt.Errorf("--%s (%s) describes member clusters that were started elsewhere: name them with --shard, or leave it out", name, from)
 			}

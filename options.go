@@ -122,6 +122,9 @@ var options = []option{
 	{groupMembers, "shard-max-request-bytes", "BYTES", "1572864",
 		"What the members were started with as --max-request-bytes. 1638400 is recommended.", false,
 		integer(func(c *Config) *int { return &c.ShardMaxRequestBytes })},
+	{groupMembers, "shard-quota-backend-bytes", "BYTES", "0",
+		"What members older than etcd 3.6 were started with as --quota-backend-bytes; newer ones tell. 0: not known, and Spindle does not keep them from running full.", false,
+		integer(func(c *Config) *int { return &c.ShardQuotaBackendBytes })},
 
 	{groupLocal, "data-dir", "DIR", "./spindle.data",
 		"Where they keep their data.", false, func(c *Config, v string) error { c.DataDir = v; return nil }},

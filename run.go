@@ -27,7 +27,8 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 		AcceptDataLoss:      cfg.AcceptDataLoss,
 		ReplaceCoordinator:  cfg.ReplaceCoordinator,
 		ShardMaxTxnOps:      cfg.ShardMaxTxnOps, ShardMaxRequestBytes: cfg.ShardMaxRequestBytes,
-		Version: version,
+		ShardQuotaBackendBytes: cfg.ShardQuotaBackendBytes,
+		Version:                version,
 
 		MaxRequestBytes: cfg.MaxRequestBytes, MaxConcurrentStreams: cfg.MaxConcurrentStreams,
 		MaxClientMemory:      int64(cfg.MaxClientMemory),

@@ -490,6 +490,7 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	c.armCompactionLags()
 	c.startAutoCompact()
 	c.startLeases()
+	c.startQuotas()
 	c.log.Info("serving", "shards", len(c.shards), "revision", c.clock.Log().N())
 }
 

@@ -1,7 +1,6 @@
 package shard
 
 import (
-	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"slices"
@@ -48,6 +47,8 @@ type CoreConfig struct {
 	// --max-request-bytes): they bound a batch.
 	MemberMaxTxnOps       int
 	MemberMaxRequestBytes int
+	// MemberQuotaBytes is the quota (etcd's --quota-backend-bytes) of members that do not report it; 0: none is known.
+	MemberQuotaBytes int64
 
 	// MemberName and ClientURLs are how this proxy shows itself in Cluster.MemberList.
 	MemberName string
@@ -549,52 +550,5 @@ func (c *Core) moveFrontiers() {
 	c.trimRing()
 	for _, s := range c.shards {
 		s.resumeStream()
-	}
-}
-
-// clockEvents is the Core as the clock sees it.
-type clockEvents Core
-
-func (e *clockEvents) Granted(shard int, token uint64, r revclock.Range) {
-	(*Core)(e).shards[shard].granted(token, r)
-}
-
-func (e *clockEvents) Folded() {
-	c := (*Core)(e)
-	c.stale = true
-}
-
-func (e *clockEvents) NowDone(ticket uint64, n int64, a []int64) {
-	c := (*Core)(e)
-	k := 0
-	for k < len(c.nowQueue) && c.nowQueue[k].ticket <= ticket {
-		k++
-	}
-	if k == 0 {
-		return
-	}
-	// Waiters may ask for another now: take them off the queue first.
-	done := c.nowQueue[:k:k]
-	c.nowQueue = c.nowQueue[k:]
-	for _, w := range done {
-		w.w.nowDone(n, a)
-	}
-}
-
-func (e *clockEvents) Started() {
-	if k := (*Core)(e).connecting; k != nil {
-		k.adopt()
-	}
-}
-
-func (e *clockEvents) Lost(err error) {
-	c := (*Core)(e)
-	switch {
-	case c.connecting != nil:
-		c.connecting.refused(err)
-	case revclock.Rebuildable(err) || revclock.Foreign(err):
-		c.connect(err.Error())
-	default:
-		c.fail(fmt.Errorf("coordinator: %w", err))
 	}
 }

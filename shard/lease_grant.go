@@ -60,6 +60,10 @@ func (g *leaseGrant) begin() {
 	} else {
 		g.m = c.drawAlias(g.x)
 	}
+	if c.home(g.x).refusesPut() {
+		g.part(codec.ErrNoSpace)
+		return
+	}
 	c.home(g.x).askOnce(codec.MethodLeaseGrant, grantRequest(g.m, g.ttl), until, func(resp []byte, st codec.Status, unknown bool) {
 		switch {
 		case st.Code == codec.OK:
@@ -144,13 +148,13 @@ func (g *leaseGrant) marked(create int64) {
 	g.part(codec.Status{})
 }
 
-// drawLease draws an ID for a lease that Spindle chooses: its home has a connection if any has, and is not that of
+// drawLease draws an ID for a lease that Spindle chooses: its home has a connection and room if any has, and is not that of
 // last, which did not answer (0: none).
 func (c *Core) drawLease(last int64) (id int64) {
 	for range maxHomeDraws {
 		id = c.cfg.Rand.Int64N(aliasBit-1) + 1
 		home := c.part.HomeOf(id)
-		if c.connected(home) && (last == 0 || len(c.shards) == 1 || home != c.part.HomeOf(last)) {
+		if c.connected(home) && !c.shards[home].refusesPut() && (last == 0 || len(c.shards) == 1 || home != c.part.HomeOf(last)) {
 			break
 		}
 	}

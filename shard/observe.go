@@ -44,6 +44,9 @@ type ShardObservation struct {
 	Revokes int
 	// Refused is why nothing is sent to the shard, "" if it is not refused.
 	Refused string
+	// Full is set while puts are refused for want of room, Size and Quota are the member's, in bytes; 0 where not known.
+	Full        bool
+	Size, Quota int64
 	// Missing is set while the coordinator cannot be rebuilt because the shard does not answer.
 	Missing bool
 	// Streaming is false while the shard's watch stream is down, Held is true while the ring is full.
@@ -72,6 +75,7 @@ func (c *Core) Observe() Observation {
 			Streaming: s.handle != nil, Held: s.holding,
 		}
 		so.Refused = s.banned
+		so.Full, so.Size, so.Quota = s.refusesPut(), s.quota.size(), s.quota.limit
 		so.Missing = o.Connecting && c.connecting.lacks(s)
 		if open := l.Open(i); len(open) > 0 {
 			so.Open, so.Oldest, so.OldestAge = len(open), open[0].First, now-open[0].Seen

@@ -26,6 +26,10 @@ func (c *Core) submitWrite(op *Op) {
 		c.finish(op, errCrossShard)
 		return
 	}
+	if c.shards[shard].noRoomFor(p) {
+		c.finish(op, codec.ErrNoSpace)
+		return
+	}
 	w := &op.core.w
 	*w = write{op: op, plan: p, since: c.cfg.Now()}
 	if p.HasLease() {
@@ -142,6 +146,7 @@ func (s *shardState) flushWrites() {
 	if s.failRefused() || s.unsure || c.connecting != nil {
 		return
 	}
+	s.failNoSpace()
 	if l, ok := c.tr.(liveness); ok && !l.Connected(s.cluster) {
 		// A range that nobody can fill would only hold the watches of all shards back.
 		if !s.offline {

@@ -49,7 +49,11 @@ type shardState struct {
 	banned      string // why it is not the shard that it was
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
-	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too
+	quota       quota
+	quotaLooks  bool   // one is under way
+	quotaSoon   bool   // the next is less than quotaLookNear away
+	quotaTurn   uint64 // of looks: an earlier timer is ignored
+	settledTo   int64  // a batch of ours that ends here was decided on the shard: all before it is, too
 
 	// Reads.
 	reads         []readItem

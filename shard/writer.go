@@ -114,6 +114,7 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	b.mapMod = s.mapMod
 	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
 	s.body = nil
+	s.sentBytes(len(b.body))
 	b.state = batchGranted
 	for _, w := range canceled {
 		s.answer(w, statusCanceled)
@@ -168,6 +169,9 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 	case definite(st) && !b.unknown:
 		s.refused(b, st)
 	default:
+		if st == codec.ErrNoSpace {
+			s.noSpace()
+		}
 		b.unknown = true
 		c.stats.LostReplies++
 		if b.seenAt > 0 {

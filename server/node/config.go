@@ -40,6 +40,8 @@ type Config struct {
 	// ShardMaxTxnOps and ShardMaxRequestBytes are what the members were started with.
 	ShardMaxTxnOps       int
 	ShardMaxRequestBytes int
+	// ShardQuotaBackendBytes is the quota of members that do not report theirs (etcd 3.5); 0: it is not known.
+	ShardQuotaBackendBytes int
 
 	// What clients may do; see the options of the same names. MaxClientMemory 0: no limit, as
 	// GRPCKeepaliveInterval 0 means no pings.

@@ -74,6 +74,9 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 		s := &o.Shards[i]
 		of := func(name string) string { return fmt.Sprintf("%s{shard=%q}", name, s.Name) }
 		gauge(of(`spindle_shard_refused`), flag(s.Refused != ""))
+		gauge(of(`spindle_shard_full`), flag(s.Full))
+		gauge(of(`spindle_shard_db_bytes`), s.Size)
+		gauge(of(`spindle_shard_quota_bytes`), s.Quota)
 		gauge(of(`spindle_shard_rebuild_waits`), flag(s.Missing))
 		gauge(of(`spindle_shard_clock_revision`), s.Clock)
 		gauge(of(`spindle_shard_clock_lag`), max(s.Handed-s.Clock, 0))

@@ -185,6 +185,7 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 		Limits:                shard.Limits{MaxRequestBytes: n.cfg.MaxRequestBytes},
 		MemberMaxTxnOps:       n.cfg.ShardMaxTxnOps,
 		MemberMaxRequestBytes: n.cfg.ShardMaxRequestBytes,
+		MemberQuotaBytes:      int64(n.cfg.ShardQuotaBackendBytes),
 		MemberName:            n.cfg.Name,
 		ClientURLs:            n.cfg.AdvertiseClientURLs,
 		AcceptDataLoss:        n.cfg.AcceptDataLoss,

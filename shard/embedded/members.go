@@ -49,6 +49,8 @@ type Config struct {
 	// DefaultLimits starts the members with etcd's own default limits for the size of a Txn and of a
 	// request. For tests.
 	DefaultLimits bool
+	// Quota is each member's, in bytes; 0 is QuotaBytes. For tests.
+	Quota int64
 	// TLS, if not nil, makes the members and the coordinator serve their clients with TLS only. For tests.
 	TLS *TLS
 }
@@ -147,6 +149,9 @@ func startMember(cfg Config, name string, closing *atomic.Bool) (*embed.Etcd, er
 	c.EnableGRPCGateway = false
 	c.TickMs, c.ElectionMs = heartbeatMs, electionMs
 	c.QuotaBackendBytes = QuotaBytes
+	if cfg.Quota != 0 {
+		c.QuotaBackendBytes = cfg.Quota
+	}
 	c.UnsafeNoFsync = cfg.NoFsync
 	if !cfg.DefaultLimits {
 		c.MaxTxnOps, c.MaxRequestBytes = MaxTxnOps, MaxRequestBytes
