@@ -55,6 +55,7 @@ type probe struct {
 	mapBytes []byte
 	mapMod   int64
 	compact  int64
+	notEmpty bool // a look for any key at all has found one
 }
 
 func newBootstrap(c *Core) *bootstrap {
@@ -113,18 +114,56 @@ func (p *probe) send() {
 		c.tr.Call(p.id, codec.MethodRange, body, c.cfg.ShardTimeout, p)
 		return
 	}
-	// A member with no key at all becomes a shard: it gets an identity, and a clock for the guard to
-	// look at. Any other one shows what it has.
+	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
+		body = appendGet(body, txnSuccess, k, 0)
+	}
+	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+}
+
+// peek looks whether a member without an identity holds anything. Only if it does not it is given one: the guard of
+// that compares all keys, and makes a member that is full read everything it has before it does anything else.
+func (p *probe) peek() {
+	b := p.b
+	body := codec.AppendString(nil, rangeKey, "\x00")
+	body = codec.AppendString(body, rangeEnd, "\x00")
+	body = codec.AppendInt(body, rangeLimit, 1)
+	body = codec.AppendBool(body, 8, true)
+	b.c.tr.Call(p.id, codec.MethodRange, body, b.c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, sent bool) {
+		if p.round != b.round || b.c.state != stateStarting {
+			return
+		}
+		_, found := firstKV(resp)
+		switch {
+		case st.Code != codec.OK:
+			p.Complete(nil, st, sent)
+		case found: // another proxy may have been faster
+			p.notEmpty = true
+			p.send()
+		default:
+			p.create()
+		}
+	}))
+}
+
+// create makes a member with no key at all a shard: it gets an identity, and a clock for the guard to look at.
+func (p *probe) create() {
+	b := p.b
+	c := b.c
 	var id revclock.ID
 	binary.BigEndian.PutUint64(id[:], c.cfg.Rand.Uint64())
 	binary.BigEndian.PutUint64(id[8:], c.cfg.Rand.Uint64())
-	body = appendCompareInt(body, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
+	body := appendCompareInt(nil, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, id))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, revclock.ID{}))
-	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
-		body = appendGet(body, txnFailure, k, 0)
-	}
-	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, sent bool) {
+		switch {
+		case p.round != b.round || c.state != stateStarting:
+		case st.Code != codec.OK:
+			p.Complete(nil, st, sent)
+		default:
+			p.send() // see what it holds now, by whomever
+		}
+	}))
 }
 
 func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
@@ -155,9 +194,11 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 			c.fail(fmt.Errorf("%s does not speak etcd's protocol", p.name))
 			return
 		}
-		if t.succeeded { // it was empty and has its identity now: see what it holds
-			p.send()
-			return
+		if len(t.resps) == 4 && !p.notEmpty {
+			if _, found := firstKV(t.resps[0]); !found {
+				p.peek()
+				return
+			}
 		}
 		if err := p.read(t); err != nil {
 			c.fail(err)
