@@ -32,7 +32,8 @@ const (
 	wholePageBytes = 15 << 18
 	wholePageKeys  = 16 << 10
 	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes: the largest message
-	// that Go's clients take. What is not written costs nothing; a larger answer grows, which copies it.
+	// that Go's clients take. What is not written costs nothing; an answer that grows is copied again and again, and one of
+	// 1 GiB that began with 256 MiB took 4 GiB.
 	maxReserve = 2 << 30
 	// pageSlack is what a shard is asked for beyond its share of a limit, plus shareSpread times the
 	// share's square root: a hash spreads keys evenly, but not exactly.

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
@@ -8,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/shard"
 )
 
 // TestForeignPutTwice: somebody puts a key on a member, and puts it again while the proxy looks at the first value.
@@ -102,5 +104,45 @@ func TestForeignPutWhileNobodyRuns(t *testing.T) {
 			p.boot(0)
 			w.wait("the value", func() bool { return tookOver(c, "k00", "by hand") })
 		})
+	}
+}
+
+// TestManyForeignPutsWhileNobodyRuns: a start takes over as many values as a proxy remembers; a list finds the others.
+func TestManyForeignPutsWhileNobodyRuns(t *testing.T) {
+	if testing.Short() || raceEnabled {
+		t.Skip("long")
+	}
+	const keys, remembered = 4096 + 300, 4096
+	w := smallWorld(t, 1, 1<<12)
+	p, c := w.proxies[0], w.net.Members[0]
+	w.put(p, "a")
+	p.crash()
+	name := func(i int) string { return fmt.Sprintf("k%05d", i) }
+	for i := 0; i < keys; {
+		txn := &pb.TxnRequest{}
+		for ; i < keys && len(txn.Success) < 100; i++ {
+			put := &pb.PutRequest{Key: []byte(name(i)), Value: []byte("by hand")}
+			txn.Success = append(txn.Success, &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put}})
+		}
+		if _, st := c.Txn(txn); st.Code != codec.OK {
+			t.Fatal(st)
+		}
+	}
+	p.boot(0)
+	left := 0 // keys before it are taken over
+	tookOverUpTo := func(n int) bool {
+		for left < n && tookOver(c, name(left), "by hand") {
+			left++
+		}
+		return left == n
+	}
+	w.wait("what a proxy remembers", func() bool { return tookOverUpTo(remembered) })
+	all := &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("l"), KeysOnly: true}
+	if _, st := w.ask(p, shard.OpRange, all); st.Code != codec.OK {
+		t.Fatal(st)
+	}
+	w.wait("the others", func() bool { return tookOverUpTo(keys) })
+	if resp, st := w.ask(p, shard.OpRange, all); st.Code != codec.OK || len(resp.(*pb.RangeResponse).Kvs) != keys {
+		t.Errorf("%d keys, want %d; %v", len(resp.(*pb.RangeResponse).Kvs), keys, st)
 	}
 }
