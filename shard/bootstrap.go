@@ -55,6 +55,7 @@ type probe struct {
 	mapBytes []byte
 	mapMod   int64
 	compact  int64
+	notEmpty bool // a look for any key at all has found one
 }
 
 func newBootstrap(c *Core) *bootstrap {
@@ -113,18 +114,56 @@ func (p *probe) send() {
 		c.tr.Call(p.id, codec.MethodRange, body, c.cfg.ShardTimeout, p)
 		return
 	}
-	// A member with no key at all becomes a shard: it gets an identity, and a clock for the guard to
-	// look at. Any other one shows what it has.
+	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
+		body = appendGet(body, txnSuccess, k, 0)
+	}
+	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+}
+
+// peek looks whether a member without an identity holds anything. Only if it does not it is given one: the guard of
+// that compares all keys, and makes a member that is full read everything it has before it does anything else.
+func (p *probe) peek() {
+	b := p.b
+	body := codec.AppendString(nil, rangeKey, "\x00")
+	body = codec.AppendString(body, rangeEnd, "\x00")
+	body = codec.AppendInt(body, rangeLimit, 1)
+	body = codec.AppendBool(body, 8, true)
+	b.c.tr.Call(p.id, codec.MethodRange, body, b.c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, sent bool) {
+		if p.round != b.round || b.c.state != stateStarting {
+			return
+		}
+		_, found := firstKV(resp)
+		switch {
+		case st.Code != codec.OK:
+			p.Complete(nil, st, sent)
+		case found: // another proxy may have been faster
+			p.notEmpty = true
+			p.send()
+		default:
+			p.create()
+		}
+	}))
+}
+
+// create makes a member with no key at all a shard: it gets an identity, and a clock for the guard to look at.
+func (p *probe) create() {
+	b := p.b
+	c := b.c
 	var id revclock.ID
 	binary.BigEndian.PutUint64(id[:], c.cfg.Rand.Uint64())
 	binary.BigEndian.PutUint64(id[8:], c.cfg.Rand.Uint64())
-	body = appendCompareInt(body, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
+	body := appendCompareInt(nil, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, id))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, revclock.ID{}))
-	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
-		body = appendGet(body, txnFailure, k, 0)
-	}
-	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, sent bool) {
+		switch {
+		case p.round != b.round || c.state != stateStarting:
+		case st.Code != codec.OK:
+			p.Complete(nil, st, sent)
+		default:
+			p.send() // see what it holds now, by whomever
+		}
+	}))
 }
 
 func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
@@ -155,9 +194,11 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 			c.fail(fmt.Errorf("%s does not speak etcd's protocol", p.name))
 			return
 		}
-		if t.succeeded { // it was empty and has its identity now: see what it holds
-			p.send()
-			return
+		if len(t.resps) == 4 && !p.notEmpty {
+			if _, found := firstKV(t.resps[0]); !found {
+				p.peek()
+				return
+			}
 		}
 		if err := p.read(t); err != nil {
 			c.fail(err)
@@ -439,10 +480,47 @@ func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
 			f(at.next, codec.Status{}) // the oldest record that is left
 		case st == codec.ErrTimeout:
 			s.c.after(s.c.jitter(20*retryDelay), func() { s.streamStart(rev, f) })
-		default:
+		case st.Code != codec.OK:
 			f(at.base, st)
+		default:
+			s.startBack(startBack, at.base, f)
 		}
 	})
+}
+
+// startBack is how many local revisions of a shard its stream goes back at least, if the member still has them. A
+// foreign put that nobody has taken over may stand before records: those of a proxy that ended a moment later, and
+// those of rebuilds, behind which half a ring of revisions is soon over.
+const startBack = 256
+
+// startBack calls f with the record that lies so many local revisions back, or with p if that is older.
+func (s *shardState) startBack(back int64, p point, f func(point, codec.Status)) {
+	c := s.c
+	local := s.rec.local - back
+	if back == 0 || local >= p.local {
+		f(p, codec.Status{})
+		return
+	}
+	if local < 1 {
+		s.startBack(back/2, p, f)
+		return
+	}
+	body := codec.AppendInt(codec.AppendString(nil, rangeKey, KeyClock), rangeRevision, local)
+	c.tr.Call(s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		kv, found := firstKV(resp)
+		rec, ok := ParseRecord(kv.Value)
+		switch {
+		case c.state != stateStarting:
+		case st == codec.ErrCompacted || st.Code == codec.OK && !found:
+			s.startBack(back/2, p, f) // the member has not as much, or the clock is younger
+		case st.Code != codec.OK:
+			c.after(c.jitter(20*retryDelay), func() { s.startBack(back, p, f) })
+		case !ok || kv.ModRevision > local:
+			f(p, codec.Status{Code: codec.Internal, Msg: "spindle: unreadable clock record on member cluster " + s.name})
+		default:
+			f(point{rec.First, rec.Last, kv.ModRevision}, codec.Status{})
+		}
+	}))
 }
 
 // open makes the ring and opens every stream.

@@ -15,7 +15,7 @@ import (
 // Bounds of foreign values.
 const (
 	// maxForeignKeys is how many keys with foreign values are remembered on a shard. Further ones are not
-	// rewritten until a read or a write meets them, or until the next start.
+	// rewritten until a read or a write meets them.
 	maxForeignKeys = 4096
 	// maxForeignBytes is what may be kept of values that clients still see. Beyond it events that replace a
 	// foreign value have no prev_kv.

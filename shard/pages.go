@@ -170,7 +170,7 @@ func (r *pagedRead) fix(h int64) {
 		hdr.Revision = h
 		r.out = codec.AppendHeaderField(r.op.Resp[:0], &hdr)
 	} else {
-		r.out = beginChunk(r.out)
+		r.out = r.out[:0]
 	}
 }
 
@@ -334,6 +334,7 @@ func (r *pagedRead) mergeOn() {
 			}
 			r.reserve()
 		}
+		r.beginChunk()
 		r.out = r.spec.appendKV(r.out, &p.it.kv.KV)
 		p.it.have = false
 		p.taken++
@@ -361,6 +362,7 @@ func (r *pagedRead) finish(more bool) {
 			count += n
 		}
 	}
+	r.beginChunk()
 	if r.stream != nil {
 		hdr := r.c.hdr
 		hdr.Revision = r.h
@@ -403,10 +405,14 @@ func (r *pagedRead) drop() {
 // chunkRoom is what stands free before a chunk's fields: the tag and length of its RangeResponse.
 const chunkRoom = 1 + 5
 
-// chunkSlack is room for the key that closes a chunk, if it is of ordinary size.
-const chunkSlack = 8 << 10
-
-func beginChunk(buf []byte) []byte { return append(buf[:0], make([]byte, chunkRoom)...) }
+// beginChunk begins a stream's next chunk, if none is begun. Its memory is that of the one before, which has been passed
+// on: a new piece for each would leave as much garbage as the list is long, and before the collector begins to look
+// for it the process grows by as much as it holds anyway, the ring above all.
+func (r *pagedRead) beginChunk() {
+	if r.stream != nil && len(r.out) == 0 {
+		r.out = append(r.out, make([]byte, chunkRoom)...)
+	}
+}
 
 // emit hands out what was merged as one RangeStreamResponse.
 func (r *pagedRead) emit() {
@@ -414,10 +420,10 @@ func (r *pagedRead) emit() {
 	at := chunkRoom - 1 - protowire.SizeVarint(uint64(n))
 	protowire.AppendVarint(protowire.AppendTag(r.out[:at], 1, protowire.BytesType), uint64(n))
 	s, chunk := r.stream, r.out[at:]
-	r.out, r.emitted = nil, true
+	if r.out = r.out[:0]; cap(r.out) > maxKeptChunk {
+		r.out = nil
+	}
+	r.emitted = true
 	s.wanted = false
 	s.Chunk(s, chunk)
-	if !r.over {
-		r.out = beginChunk(make([]byte, 0, r.c.cfg.ChunkBytes+chunkSlack))
-	}
 }

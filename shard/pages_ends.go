@@ -98,6 +98,9 @@ func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {
 	if st.Code == codec.OK {
 		p.divide(resp)
 	}
+	if len(resp) > codec.KeptReply {
+		codec.Recycle(resp)
+	}
 	p.endless = p.nextEnd() == nil
 	for i := range r.parts {
 		if p := &r.parts[i]; p.waits {

@@ -31,8 +31,10 @@ const (
 	wholeFactor    = 32
 	wholePageBytes = 15 << 18
 	wholePageKeys  = 16 << 10
-	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes.
-	maxReserve = 256 << 20
+	// maxReserve bounds the memory that is set aside for a unary answer from its first pages' sizes: the largest message
+	// that Go's clients take. What is not written costs nothing; an answer that grows is copied again and again, and one of
+	// 1 GiB that began with 256 MiB took 4 GiB.
+	maxReserve = 2 << 30
 	// pageSlack is what a shard is asked for beyond its share of a limit, plus shareSpread times the
 	// share's square root: a hash spreads keys evenly, but not exactly.
 	pageSlack   = 4
@@ -378,11 +380,16 @@ func (p *pagePart) take(resp []byte) bool {
 	return true
 }
 
-// keepPage returns page to be kept, which is part of a reply: that of another owner is copied to old's memory.
+// keepPage returns page to be kept, which is part of a reply: that of another owner is copied to old's memory, if it
+// fits.
 func keepPage(old, page []byte, owned bool) []byte {
 	if owned {
 		codec.Recycle(old)
 		return page
+	}
+	if cap(old) < len(page) {
+		codec.Recycle(old)
+		old = codec.Borrow(len(page))
 	}
 	return append(old[:0], page...)
 }

@@ -86,9 +86,12 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 func (c *poolCall) onMessage(msg []byte) {
 	c.messages++
 	if c.messages == 1 {
-		if len(msg) > codec.KeptReply && c.link.conn.KeepMessage() {
-			c.resp = msg
-			return
+		if len(msg) > codec.KeptReply {
+			if c.link.conn.KeepMessage() {
+				c.resp = msg
+				return
+			}
+			c.resp = codec.Borrow(len(msg))
 		}
 		c.resp = append(c.resp[:0], msg...)
 	}

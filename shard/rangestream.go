@@ -11,6 +11,8 @@ import (
 const (
 	// streamChunkBytes is the size that a chunk is closed at; one key may go beyond it.
 	streamChunkBytes = 256 << 10
+	// maxKeptChunk is the size up to which a chunk's memory is kept for the next one: a large key is an exception.
+	maxKeptChunk = 2 * streamChunkBytes
 	// maxRangeStreams bounds the RangeStreams that are open at a time. Beyond: ResourceExhausted
 	// "etcdserver: too many requests".
 	maxRangeStreams = 1024
@@ -25,9 +27,9 @@ var (
 // RangeStream is one RangeStream RPC. The server fills in Msg, Chunk and Done, and calls OpenRange,
 // PullRange and CancelRange, all on the Core's goroutine.
 //
-// Chunk is called with one encoded RangeStreamResponse, whose bytes are the receiver's, and not again
-// before PullRange asks for the next one: the stream holds one chunk and two pages of every shard at most,
-// whatever its client does. Done is called once, after the last chunk or with an error, with Status set.
+// Chunk is called with one encoded RangeStreamResponse, whose bytes stay as they are until PullRange asks for the next
+// one (for good if it never does), and not again before that: the stream holds one chunk and two pages of every
+// shard at most, whatever its client does. Done is called once, after the last chunk or with an error, with Status set.
 // After CancelRange neither is called. Each may be called from within OpenRange and PullRange.
 type RangeStream struct {
 	Msg    []byte // the client's RangeRequest; unchanged until Done or CancelRange

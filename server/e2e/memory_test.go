@@ -21,9 +21,9 @@ const (
 	memoryKeys   = 200_000
 	memoryValue  = 1 << 10
 	memoryWriter = 256
-	// maxStreamMemory is by how much a RangeStream of any length may raise a proxy's resident memory, in MiB. The aim is
-	// 64; docs/design.md says what it is now.
-	maxStreamMemory = 112
+	// maxStreamMemory is by how much a RangeStream of any length may raise a proxy's resident memory, in MiB. What it
+	// leaves as garbage counts: it lies there until there is as much of it as of what the proxy holds.
+	maxStreamMemory = 64
 )
 
 // TestListMemory lists many keys through a proxy that is a process of its own, over members that are not

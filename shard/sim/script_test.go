@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"bytes"
 	"testing"
 	"time"
 
@@ -87,7 +88,9 @@ func (w *script) stream(p *proxy, req *pb.RangeRequest, take func(*pb.RangeRespo
 	}
 	over := false
 	wanted := false
+	var last, copied []byte // the last chunk, whose bytes may not change before the next one is asked for
 	s := &shard.RangeStream{Msg: msg, Chunk: func(_ *shard.RangeStream, chunk []byte) {
+		last, copied = chunk, bytes.Clone(chunk)
 		m := &pb.RangeStreamResponse{}
 		if err := proto.Unmarshal(chunk, m); err != nil {
 			w.t.Fatal(err)
@@ -101,6 +104,9 @@ func (w *script) stream(p *proxy, req *pb.RangeRequest, take func(*pb.RangeRespo
 	p.turn()
 	for !over {
 		w.wait("a chunk", func() bool { return over || wanted })
+		if !bytes.Equal(last, copied) {
+			w.t.Fatal("a chunk has changed while its receiver had it")
+		}
 		if wanted && !over {
 			wanted = false
 			p.core.PullRange(s)
