@@ -155,7 +155,7 @@ func (k *call) answered() {
 		k.release()
 	}
 	c.charge()
-	c.pumpKeepAlives()
+	c.pumpKeepAlives(false)
 }
 
 // abandon ends what the core does for a call whose stream is gone. The op and the call stay until the

@@ -93,7 +93,7 @@ type clientConn struct {
 	ops      int // unary requests and keep-alives with the core, canceled ones included
 	opsBytes int // the size of their messages
 
-	keepAlives int // messages of LeaseKeepAlive streams that wait to be handed to the core
+	keepAlives int // messages of LeaseKeepAlive streams that wait to be handed to the core, and leases that are put aside
 }
 
 var (
@@ -309,7 +309,7 @@ func (c *clientConn) second(now int64) {
 	if !c.alive(now) {
 		return
 	}
-	c.pumpKeepAlives()
+	c.pumpKeepAlives(true)
 	waiting, mem := c.h2.Queued(), c.h2.QueueMemory()
 	if mem > maxStalledReplies {
 		for k := range c.streaming {

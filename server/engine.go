@@ -84,6 +84,8 @@ type Config struct {
 	GreetTimeout time.Duration
 	StallTimeout time.Duration
 	DrainTimeout time.Duration
+	// KeepAlivePatience is how long a lease's keep-alive may wait for its answer.
+	KeepAlivePatience time.Duration
 	// BeforeClose is called by Stop, on its goroutine, once the requests under way were answered and before
 	// any socket is closed: those who have enrolled sockets of their own close them here.
 	BeforeClose func()
@@ -153,6 +155,7 @@ func Start(cfg Config) (*Engine, error) {
 	cfg.GreetTimeout = orDefault(cfg.GreetTimeout, defaultGreetTimeout)
 	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
 	cfg.DrainTimeout = orDefault(cfg.DrainTimeout, defaultDrainTimeout)
+	cfg.KeepAlivePatience = orDefault(cfg.KeepAlivePatience, defaultKeepAlivePatience)
 
 	listens, err := parseListens(cfg.ListenURLs)
 	if err != nil {

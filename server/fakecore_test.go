@@ -31,6 +31,7 @@ type fakeCore struct {
 	// Loop 0's:
 	data map[string]string
 	held map[*shard.Op]string
+	back bool // of leaseBack
 
 	// heldC reports a key that was held, cancelC one whose op was canceled.
 	heldC, cancelC chan string

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"time"
+
 	"spindle/codec"
 	"spindle/shard"
 )
@@ -22,12 +24,20 @@ const (
 	// maxKeepAliveQueued is how many bytes of answers may wait for the client before no further message is
 	// handed to the core; those that are with it come on top.
 	maxKeepAliveQueued = 64 << 10
+	// maxKeepAlivesPut bounds the leases of one connection that are asked for again in a while. A further one gets no answer.
+	maxKeepAlivesPut = 1 << 14
+	// maxKeepAlivesAgain is how many of them a stream asks for in one second.
+	maxKeepAlivesAgain = 1024
+	// defaultKeepAlivePatience is how long an answer is waited for: etcd's time for a request.
+	defaultKeepAlivePatience = 5 * time.Second
 )
 
 // keepAliveStream is one LeaseKeepAlive RPC: every message is an Op of its own, and answers go out as they
-// come. A lease whose home does not answer gets none, as with an etcd that is slow, and does not end the stream
-// for the others. But when the client has named no other lease on it, the error ends the stream: there is
-// nobody else to spare, and clientv3's KeepAliveOnce waits for exactly that.
+// come. A lease that cannot be answered for now (its home is away or says nothing, or its time is over and it has not been
+// revoked yet) is put aside, and is asked for again when the client does, or within a second: so it takes no place among those
+// of others. A lease whose home does not answer for KeepAlivePatience gets no answer, as with an etcd that is slow, and does
+// not end the stream for the others. But when the client has named no other lease on it, the error ends the stream: there
+// is nobody else to spare, and clientv3's KeepAliveOnce waits for exactly that.
 //
 // A message for a lease that the core is asked for already takes no Op of its own, but gets its answer too: a client
 // sends again what was not answered, and must not fill the places of other leases with one that hangs.
@@ -44,8 +54,9 @@ type keepAliveStream struct {
 	// flying are the Ops that the core has, by lease; free those of before, to be used again.
 	flying   map[int64]*keepAliveOp
 	free     []*keepAliveOp
-	halfDone bool // the client will send no more
-	draining bool // the server ends: what the core has is answered, then the stream ends
+	put      map[int64]*keepAlivePut // put aside
+	halfDone bool                    // the client will send no more
+	draining bool                    // the server ends: what the core has is answered, then the stream ends
 
 	lease int64 // the first ID seen
 	seen  bool
@@ -57,7 +68,8 @@ type keepAliveStream struct {
 type keepAliveOp struct {
 	s        *keepAliveStream
 	id       int64
-	twins    int // further messages that its answer is for
+	twins    int   // further messages that its answer is for
+	since    int64 // when the first of them was handed to the core
 	op       *shard.Op
 	coreDone bool   // the core's loop only: Done was called
 	submit   func() // on the core's loop
@@ -65,10 +77,17 @@ type keepAliveOp struct {
 	answered func() // on the stream's loop
 }
 
+// keepAlivePut is a lease that is put aside. It counts as one of the connection's keepAlives.
+type keepAlivePut struct {
+	msgs  int   // that its answer is for
+	since int64 // when the first of them was handed to the core
+	again bool  // it is among those that wait
+}
+
 var _ StreamHandler = (*keepAliveStream)(nil)
 
 func newKeepAliveStream(*Loop) StreamHandler {
-	return &keepAliveStream{flying: make(map[int64]*keepAliveOp)}
+	return &keepAliveStream{flying: make(map[int64]*keepAliveOp), put: make(map[int64]*keepAlivePut)}
 }
 
 // Open implements StreamHandler.
@@ -104,8 +123,21 @@ func (s *keepAliveStream) Message(msg []byte) {
 	if s.head > 0 && s.head >= len(s.waiting)/2 {
 		s.waiting, s.head = s.waiting[:copy(s.waiting, s.waiting[s.head:])], 0
 	}
-	s.wait(id)
+	if p := s.put[id]; p != nil {
+		p.msgs = min(p.msgs+1, maxKeepAliveTwins)
+		s.again(id, p)
+	} else {
+		s.wait(id)
+	}
 	s.pump()
+}
+
+// again lets a lease that is put aside wait for its turn.
+func (s *keepAliveStream) again(id int64, p *keepAlivePut) {
+	if !p.again {
+		p.again = true
+		s.wait(id)
+	}
 }
 
 // wait puts a message behind those that wait.
@@ -156,7 +188,14 @@ func (s *keepAliveStream) pump() {
 		c.ops++
 		c.loop.working.Add(1)
 		k := s.take()
-		k.id, k.twins = id, 0
+		k.id, k.twins, k.since = id, 0, s.rpc.loop.eng.now()
+		if p := s.put[id]; p != nil {
+			k.since = p.since
+			if k.twins = p.msgs; p.again {
+				k.twins-- // id stands for one of them, not for one more
+			}
+			s.unput(id)
+		}
 		k.op.Msg = codec.AppendInt(k.op.Msg[:0], 1, id)
 		s.flying[id] = k
 		s.rpc.loop.atHome(k.submit)
@@ -168,7 +207,7 @@ func (s *keepAliveStream) pump() {
 		s.held = hold
 		s.rpc.Hold(hold)
 	}
-	if s.halfDone && !s.held && len(s.flying) == 0 {
+	if s.halfDone && !s.held && len(s.flying) == 0 && len(s.put) == 0 {
 		s.finish(codec.Status{})
 	}
 }
@@ -184,15 +223,42 @@ func (s *keepAliveStream) taken() {
 	s.rpc.conn.keepAlives--
 }
 
-// pumpKeepAlives looks whether messages of the connection's LeaseKeepAlive streams that wait may go now.
-func (c *clientConn) pumpKeepAlives() {
+// putAside keeps the messages that k was for until they are asked for again. It returns false if they have waited
+// long enough, or too many do.
+func (s *keepAliveStream) putAside(k *keepAliveOp) bool {
+	c := s.rpc.conn
+	if c.keepAlives >= maxKeepAlivesPut || s.rpc.loop.eng.now()-k.since >= int64(c.eng.cfg.KeepAlivePatience) {
+		return false
+	}
+	s.put[k.id] = &keepAlivePut{msgs: 1 + k.twins, since: k.since}
+	c.keepAlives++
+	return true
+}
+
+func (s *keepAliveStream) unput(id int64) {
+	delete(s.put, id)
+	s.rpc.conn.keepAlives--
+}
+
+// pumpKeepAlives looks whether messages of the connection's LeaseKeepAlive streams that wait may go now; with again set
+// also those that were put aside.
+func (c *clientConn) pumpKeepAlives(again bool) {
 	if c.keepAlives == 0 {
 		return
 	}
 	for k := range c.streaming {
-		if s, ok := k.handler.(*keepAliveStream); ok {
-			s.pump()
+		s, ok := k.handler.(*keepAliveStream)
+		if !ok {
+			continue
 		}
+		n := 0
+		for id, p := range s.put {
+			if n++; !again || s.over || n > maxKeepAlivesAgain {
+				break
+			}
+			s.again(id, p)
+		}
+		s.pump()
 	}
 }
 
@@ -255,6 +321,8 @@ func (s *keepAliveStream) answered(k *keepAliveOp) {
 			}
 		}
 		s.free = append(s.free, k)
+	case st.Code == codec.Unavailable && s.putAside(k):
+		s.free = append(s.free, k)
 	case !s.many:
 		s.finish(st)
 	default:
@@ -292,8 +360,8 @@ func (s *keepAliveStream) close() {
 	}
 	s.over = true
 	c := s.rpc.conn
-	c.keepAlives -= len(s.waiting) - s.head
-	s.waiting, s.head, s.free = nil, 0, nil
+	c.keepAlives -= len(s.waiting) - s.head + len(s.put)
+	s.waiting, s.head, s.free, s.put = nil, 0, nil, nil
 	c.h2.AddWork(len(s.flying))
 	for _, k := range s.flying {
 		// Behind submit in that mailbox, and before any other use of k: it is not used again.

@@ -23,12 +23,15 @@ import (
 )
 
 // Leases of the fakeCore. Keep-alives of [leaseHeld, leaseHeld+100000) wait like Ranges of "hold", those from leaseDeaf
-// on like Ranges of "deaf"; leaseGone has expired; the home of leaseDark does not answer.
+// on like Ranges of "deaf"; leaseGone has expired; the home of [leaseDark, leaseDark+leasesDark) does not answer, and
+// that of leaseBack does once back is set: the lease has expired.
 const (
-	leaseGone = 404
-	leaseDark = 503
-	leaseHeld = 100_000
-	leaseDeaf = 200_000
+	leaseGone  = 404
+	leaseBack  = 405
+	leaseDark  = 503
+	leasesDark = 2000
+	leaseHeld  = 100_000
+	leaseDeaf  = 200_000
 )
 
 // lease answers op, or reports that it is held.
@@ -75,11 +78,17 @@ func (f *fakeCore) lease(op *shard.Op) (held bool) {
 func (f *fakeCore) keepAlive(op *shard.Op, key string) {
 	id, _ := strconv.ParseInt(key[len("hold"):], 10, 64)
 	resp := &pb.LeaseKeepAliveResponse{ID: id, TTL: 10}
-	switch id {
-	case leaseDark:
+	switch {
+	case id == leaseBack:
+		if f.back {
+			resp.TTL = 0
+			break
+		}
+		fallthrough
+	case id >= leaseDark && id < leaseDark+leasesDark:
 		op.Status = codec.ErrTimeout
 		return
-	case leaseGone:
+	case id == leaseGone:
 		resp.TTL = 0
 	}
 	op.Resp = f.marshal(op.Resp, resp)
@@ -126,7 +135,7 @@ func sendKeepAlive(t testing.TB, st keepAliveClient, ids ...int64) {
 // not disturb the others, and a half-close is answered when everything else was.
 func TestKeepAliveManyLeases(t *testing.T) {
 	forLoops(t, func(t *testing.T, loops int) {
-		s := startServer(t, Config{Loops: loops})
+		s := startServer(t, Config{Loops: loops, KeepAlivePatience: 1})
 		st := openKeepAlive(t, testContext(t), s)
 		sendKeepAlive(t, st, 1, leaseDark, 2, leaseGone, leaseHeld, leaseDark, 3)
 		if err := st.CloseSend(); err != nil {
@@ -158,7 +167,7 @@ func TestKeepAliveManyLeases(t *testing.T) {
 // A stream that carries one lease alone ends with that lease's error, which is what clientv3's
 // KeepAliveOnce waits for.
 func TestKeepAliveOneLease(t *testing.T) {
-	s := startServer(t, Config{Loops: 1})
+	s := startServer(t, Config{Loops: 1, KeepAlivePatience: 1})
 	st := openKeepAlive(t, testContext(t), s)
 	sendKeepAlive(t, st, leaseDark, leaseDark)
 	if _, err := st.Recv(); status.Code(err) != codes.Unavailable || status.Convert(err).Message() != codec.ErrTimeout.Msg {
@@ -440,4 +449,89 @@ func TestKeepAliveDrains(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Leases that cannot be answered for now are put aside, many more than have a place with the core: others are answered,
+// nothing is withheld from the client, and what is put aside is asked for again, by the client or without it.
+func TestKeepAlivePutAside(t *testing.T) {
+	forLoops(t, func(t *testing.T, loops int) {
+		s := startServer(t, Config{Loops: loops, KeepAlivePatience: time.Hour})
+		st := openKeepAlive(t, testContext(t), s)
+		sendKeepAlive(t, st, leaseBack)
+		for i := range int64(leasesDark) {
+			sendKeepAlive(t, st, leaseDark+i)
+		}
+		sendKeepAlive(t, st, leaseDark, 7)
+		if r, err := st.Recv(); err != nil || r.ID != 7 {
+			t.Fatalf("behind leases whose home says nothing: %v, %v", r, err)
+		}
+		counts := func() (put, msgs, counted, ops int) {
+			for _, l := range s.Loops() {
+				onLoop(l, func() {
+					for c := range l.conns {
+						counted, ops = counted+c.keepAlives, ops+c.ops
+						for k := range c.streaming {
+							for _, p := range k.handler.(*keepAliveStream).put {
+								put, msgs = put+1, msgs+p.msgs
+							}
+						}
+					}
+				})
+			}
+			return put, msgs, counted, ops
+		}
+		eventually(t, "all are put aside", func() bool {
+			put, msgs, counted, ops := counts()
+			return put == leasesDark+1 && msgs == leasesDark+2 && counted == put && ops == 0
+		})
+		sendKeepAlive(t, st, leaseBack)
+		onLoop(s.Loops()[0], func() { s.core.back = true })
+		for range 2 { // without a further question
+			if r, err := st.Recv(); err != nil || r.ID != leaseBack || r.TTL != 0 {
+				t.Fatalf("the home is back: %v, %v", r, err)
+			}
+		}
+		eventually(t, "the others are still put aside", func() bool {
+			put, _, counted, _ := counts()
+			return put == leasesDark && counted >= put
+		})
+	})
+}
+
+// What is put aside is bounded, and so is the time: then it gets no answer, and the stream ends with the client's half.
+func TestKeepAlivePutAsideBound(t *testing.T) {
+	s := startServer(t, Config{Loops: 1, KeepAlivePatience: 50 * time.Millisecond})
+	l := s.Loops()[0]
+	st := openKeepAlive(t, testContext(t), s)
+	sendKeepAlive(t, st, leaseDark, leaseDark+1, leaseDark+2, leaseDark)
+	if err := st.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := st.Recv(); !errors.Is(err, io.EOF) {
+		t.Errorf("got %v, %v", r, err)
+	}
+	st = openKeepAlive(t, testContext(t), s)
+	sendKeepAlive(t, st, 7)
+	if _, err := st.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	bump := func(n int) {
+		onLoop(l, func() {
+			for c := range l.conns {
+				if len(c.streaming) > 0 {
+					c.keepAlives += n
+				}
+			}
+		})
+	}
+	bump(maxKeepAlivesPut)
+	lost := metricKeepAlivesLost.Get()
+	sendKeepAlive(t, st, leaseDark, 8)
+	if r, err := st.Recv(); err != nil || r.ID != 8 {
+		t.Errorf("got %v, %v", r, err)
+	}
+	if n := metricKeepAlivesLost.Get() - lost; n != 1 {
+		t.Errorf("%d are lost", n)
+	}
+	bump(-maxKeepAlivesPut)
 }

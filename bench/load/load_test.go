@@ -113,7 +113,7 @@ func TestWorks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			endpoint := start(t)
 			for _, w := range works {
-				if w == Idle || w == Event && name == "spindle" { // Spindle has no leases yet
+				if w == Idle {
 					continue
 				}
 				t.Run(string(w), func(t *testing.T) {
@@ -144,9 +144,14 @@ func TestWorks(t *testing.T) {
 	}
 }
 
-// What stands in etcd afterwards is what was counted, in the shape that was promised.
+// What stands in etcd and in Spindle afterwards is what was counted, in the shape that was promised.
 func TestContents(t *testing.T) {
-	endpoint := startEtcd(t)
+	for name, start := range map[string]func(testing.TB) string{"etcd": startEtcd, "spindle": startSpindle} {
+		t.Run(name, func(t *testing.T) { testContents(t, start(t)) })
+	}
+}
+
+func testContents(t *testing.T, endpoint string) {
 	s := small(endpoint, "event")
 	s.Warmup, s.ValueSize = 0, 100
 	res := try(t, s)
