@@ -61,7 +61,7 @@ func (s *shardState) beforeIn(steps int, key []byte, local, deadline int64, f fu
 	}
 	var ask func()
 	ask = func() {
-		c.tr.Call(s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		s.call(codec.MethodRange, body, completion(func(resp []byte, st codec.Status, _ bool) {
 			switch {
 			case c.state == stateFailed || c.state == stateClosed:
 				f(nil, codec.ErrStopped)

@@ -93,7 +93,7 @@ func (k *compaction) decide() {
 	}
 	c := k.c
 	s := c.shards[0]
-	c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, sent bool) {
+	s.call(codec.MethodTxn, k.recordTxn(), completion(func(resp []byte, st codec.Status, sent bool) {
 		found := st.Code == codec.OK && s.compactRecorded(k.rev, resp)
 		if k.over {
 			return
@@ -162,7 +162,7 @@ func (k *compaction) record(s *shardState) {
 		return
 	}
 	c := k.c
-	c.tr.Call(s.cluster, codec.MethodTxn, k.recordTxn(), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+	s.call(codec.MethodTxn, k.recordTxn(), completion(func(resp []byte, st codec.Status, _ bool) {
 		switch st.Code {
 		case codec.OK:
 			s.compactRecorded(k.rev, resp)
@@ -289,7 +289,7 @@ func (c *Core) lookCompacted(rev int64, f func(codec.Status)) {
 		s := c.shards[turn%len(c.shards)]
 		turn++
 		body := codec.AppendString(nil, rangeKey, KeyCompact)
-		c.tr.Call(s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		s.call(codec.MethodRange, body, completion(func(resp []byte, st codec.Status, _ bool) {
 			switch {
 			case c.state != stateReady:
 				f(codec.ErrStopped)
@@ -361,7 +361,7 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 	gen := s.gen
 	body := codec.AppendString(nil, rangeKey, KeyClock)
 	body = codec.AppendInt(body, rangeRevision, local)
-	c.tr.Call(s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+	s.call(codec.MethodRange, body, completion(func(resp []byte, st codec.Status, _ bool) {
 		if gen != s.gen || c.state != stateReady && c.state != stateStarting {
 			return
 		}

@@ -158,10 +158,11 @@ type Core struct {
 	nextToken uint64
 	scratch   []byte
 	// setScratch is for sets of shards.
-	setScratch []int
-	resps      [][]byte
-	part1      [1][]byte
-	freeReads  []*readBatch
+	setScratch   []int
+	resps        [][]byte
+	part1        [1][]byte
+	freeReads    []*readBatch
+	freeAttempts []*attempt
 
 	rangeStreams int // open
 	stats        Stats

@@ -347,7 +347,7 @@ func (r *rewrite) read() {
 		}
 		body := codec.AppendString(s.c.scratch[:0], rangeKey, r.key)
 		s.c.scratch = body
-		s.c.tr.Call(s.cluster, codec.MethodRange, body, s.c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		s.call(codec.MethodRange, body, completion(func(resp []byte, st codec.Status, _ bool) {
 			kv, found := firstKV(resp)
 			switch {
 			case st.Code != codec.OK || !r.wanted() || s.c.state != stateReady:

@@ -290,7 +290,7 @@ func (p *historyPart) compactedUnder(local int64) {
 		if h.closed || p.over {
 			return
 		}
-		c.tr.Call(p.s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		p.s.call(codec.MethodRange, body, completion(func(resp []byte, st codec.Status, _ bool) {
 			kv, found := firstKV(resp)
 			rec, ok := ParseRecord(kv.Value)
 			switch {

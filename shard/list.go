@@ -108,7 +108,7 @@ func (p *part) send() {
 		body = appendGet(body, txnSuccess, KeyCompact, 0)
 	}
 	c.scratch = body
-	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
+	p.s.call(codec.MethodTxn, body, p)
 }
 
 func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
@@ -422,7 +422,7 @@ func (l *insideLook) send() {
 		body = appendGet(body, txnSuccess, KeyCompact, 0)
 	}
 	c.scratch = body
-	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, l)
+	p.s.call(codec.MethodTxn, body, l)
 }
 
 func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {

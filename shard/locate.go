@@ -66,7 +66,7 @@ func (q *search) send() {
 	body := codec.AppendString(c.scratch[:0], rangeKey, KeyClock)
 	body = codec.AppendInt(body, rangeRevision, q.mid)
 	c.scratch = body
-	c.tr.Call(q.s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, q)
+	q.s.call(codec.MethodRange, body, q)
 }
 
 func (q *search) Complete(resp []byte, st codec.Status, sent bool) {

@@ -180,11 +180,11 @@ func (q *pageCall) send() {
 		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
 	default:
 		c.scratch = p.appendFields(body, p.local)
-		c.tr.Call(p.s.cluster, codec.MethodRange, c.scratch, c.cfg.ShardTimeout, q)
+		p.s.call(codec.MethodRange, c.scratch, q)
 		return
 	}
 	c.scratch = body
-	c.tr.Call(p.s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, q)
+	p.s.call(codec.MethodTxn, body, q)
 }
 
 // appendRead appends the page's range as an operation of a Txn.

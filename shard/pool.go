@@ -349,7 +349,7 @@ func (p *Pool) stream(to codec.ClusterID, m codec.Method, sink codec.WatchSink) 
 	return w
 }
 
-// openStream opens a stream on the next connection in turn, endpoints with a penalty last. It returns nil if
+// openStream opens a stream on the next connection in turn, those that are silent and endpoints with a penalty last. It returns nil if
 // none takes another stream.
 func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*poolLink, *codec.Stream) {
 	n := len(cl.ready)
@@ -357,7 +357,7 @@ func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*p
 		for i := range n {
 			at := (cl.next + i) % n
 			l := cl.ready[at]
-			if l.ep.penalized(now) != penalized {
+			if (l.silent || l.ep.penalized(now)) != penalized {
 				continue
 			}
 			// No grpc-timeout goes along: it would change from call to call, and so spoil the

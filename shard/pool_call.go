@@ -27,6 +27,7 @@ type poolCall struct {
 
 	link     *poolLink
 	stream   *codec.Stream
+	begun    int64 // when the request was sent
 	messages int
 	resp     []byte // copy of the reply: its status comes after it
 	req      []byte // copy of the request, while it waits in pendingCalls
@@ -69,11 +70,11 @@ func (p *Pool) releaseCall(c *poolCall) {
 
 // open puts c on a stream; false if no connection takes one.
 func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
-	l, s := c.cluster.openStream(c.method, false, now)
+	l, s := c.cluster.openStream(c.method, needsLeader(c.method), now)
 	if s == nil {
 		return false
 	}
-	c.link, c.stream = l, s
+	c.link, c.stream, c.begun = l, s, now
 	s.User = c
 	l.opened(s)
 	l.conn.Send(s, req) // an end that this causes is reported from the codec's Output
@@ -124,6 +125,9 @@ func (c *poolCall) due(now int64) {
 	l, s := c.link, c.stream
 	c.link, c.stream = nil, nil
 	l.reset(s)
+	if l.lastRecv < c.begun {
+		l.suspect(now)
+	}
 	l.ep.judge(statusDeadline)
 	c.complete(statusDeadline, true)
 }
@@ -227,6 +231,16 @@ func (q *pendingCalls) remove(c *poolCall) {
 		q.list = slices.Delete(q.list, i, i+1)
 	}
 	q.bytes -= len(c.req)
+}
+
+// needsLeader says whether a node without a leader is to refuse a method at once, which it does before it looks at the
+// request. It could only keep the request until there is a leader, or until a timeout of seconds if it is cut off.
+func needsLeader(m codec.Method) bool {
+	switch m {
+	case codec.MethodStatus, codec.MethodAlarm, codec.MethodMemberList:
+		return false
+	}
+	return true
 }
 
 // cutOff says whether st is what a node without a quorum answers.

@@ -218,7 +218,7 @@ func (ep *poolEndpoint) judge(st codec.Status) {
 		}
 		return
 	}
-	if ep.bad++; ep.bad >= penaltyAfter {
+	if ep.bad++; ep.bad >= penaltyAfter || st == codec.ErrNoLeader {
 		ep.penalize()
 	}
 }

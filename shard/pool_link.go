@@ -45,6 +45,8 @@ type poolLink struct {
 	dead     bool
 	lost     codec.Status // what streams get when it dies
 
+	silent bool // a request was not answered, and nothing else came meanwhile
+
 	dirty   bool // in Pool.dirty
 	blocked bool // in Pool.blocked
 	feeding bool // within conn.Feed or conn.Output: what ends the link waits in ending
@@ -55,6 +57,7 @@ type poolLink struct {
 	born     int64 // when it became ready
 	lastRecv int64 // when bytes came last
 	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
+	lastPing int64 // when the last one was sent
 	timer    poolTimer
 }
 
@@ -104,7 +107,7 @@ func (l *poolLink) OnTraffic(gc gnet.Conn) {
 	if len(in) == 0 {
 		return
 	}
-	l.lastRecv, l.pinged = l.pool.timers.now(), 0
+	l.lastRecv, l.pinged, l.silent = l.pool.timers.now(), 0, false
 	l.ep.cluster.metrics.received.Add(len(in))
 	var err error
 	if l.tls == nil {
@@ -246,16 +249,30 @@ func (l *poolLink) due(now int64) {
 		l.shutdown(errPingTimeout)
 	case l.pinged != 0:
 		l.pool.timers.set(&l.timer, l.pinged+timeout)
+	case l.silent:
+		l.ping(now)
 	case l.conn.Streams() == 0:
 		// The next stream sets the timer.
 	case now < l.lastRecv+interval:
 		l.pool.timers.set(&l.timer, l.lastRecv+interval)
 	default:
-		l.conn.Ping()
-		l.pinged = now
-		l.pool.timers.set(&l.timer, now+min(interval, timeout))
-		l.touch()
+		l.ping(now)
 	}
+}
+
+// suspect is told that a request had no answer, nor anything else, for all of its time: until l says something, others
+// come first. It is asked for a sign of life at once, or as soon as the member takes another ping.
+func (l *poolLink) suspect(now int64) {
+	if l.silent = true; !l.dead && l.pinged == 0 {
+		l.pool.timers.set(&l.timer, max(now, l.lastPing+int64(l.pool.cfg.PingInterval)))
+	}
+}
+
+func (l *poolLink) ping(now int64) {
+	l.conn.Ping()
+	l.pinged, l.lastPing = now, now
+	l.pool.timers.set(&l.timer, now+min(int64(l.pool.cfg.PingInterval), int64(l.pool.cfg.PingTimeout)))
+	l.touch()
 }
 
 // flush writes what the codec has to send. That is one write, unless it is more than the codec gives at a time.

@@ -190,7 +190,7 @@ func (s *shardState) flushReads() {
 		s.readItems += b.sent
 		c.stats.ReadBatches++
 		c.stats.BatchedReads += uint64(len(b.items))
-		c.tr.Call(s.cluster, codec.MethodTxn, b.body, c.cfg.ShardTimeout, b)
+		s.call(codec.MethodTxn, b.body, b)
 	}
 }
 
@@ -465,14 +465,13 @@ func (s *shardState) awaitClock(rev, deadline int64, f func(point, codec.Status)
 
 // readAt looks a second time, at the shard's local revision.
 func (s *shardState) readAt(b *readBatch, local int64) {
-	c := s.c
 	b.rev = local
 	body := b.body[:0]
 	for i := range b.items {
 		body, b.items[i].ops = s.appendRead(body, &b.items[i], local)
 	}
 	b.body = body
-	c.tr.Call(s.cluster, codec.MethodTxn, b.body, c.cfg.ShardTimeout, b)
+	s.call(codec.MethodTxn, b.body, b)
 }
 
 // answerReads answers a second look.

@@ -58,6 +58,7 @@ type shardState struct {
 	// Reads.
 	reads         []readItem
 	readsInFlight int
+	patience      patience
 	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none

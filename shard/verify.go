@@ -23,7 +23,7 @@ func (s *shardState) verify(gen uint64, compacted bool) {
 	if !compacted {
 		body = appendGet(body, txnSuccess, KeyClock, s.rec.local)
 	}
-	c.tr.Call(s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+	s.call(codec.MethodTxn, body, completion(func(resp []byte, st codec.Status, _ bool) {
 		if gen != s.gen || c.state != stateReady && c.state != stateStarting {
 			return
 		}

@@ -19,7 +19,7 @@ import (
 // retryDelay is the pause before a batch or a read that told nothing is sent again.
 const (
 	retryDelay    = 10 * time.Millisecond
-	maxRetryDelay = 500 * time.Millisecond // for a batch: the pause doubles
+	maxRetryDelay = 200 * time.Millisecond // for a batch: the pause doubles
 	// fenceJitter delays the empty batch that gives waiting unrecorded events a revision, so that of
 	// several proxies mostly one sends it.
 	fenceJitter = 10 * time.Millisecond
@@ -140,7 +140,7 @@ func (s *shardState) sendInOrder(b *batch) {
 
 func (b *batch) send() {
 	b.state = batchSent
-	b.s.c.tr.Call(b.s.cluster, codec.MethodTxn, b.body, b.s.c.cfg.ShardTimeout, b)
+	b.s.call(codec.MethodTxn, b.body, b)
 }
 
 // Complete is what became of one copy of b.
@@ -164,7 +164,8 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 		} else {
 			s.rejected(b, t)
 		}
-	case !sent, st == codec.ErrTooManyRequests && !b.unknown:
+	case !sent, st == codec.ErrNoLeader, st == codec.ErrTooManyRequests && !b.unknown:
+		// This copy was not applied: a node says that it has no leader before it looks at a request.
 		s.retry(b)
 	case definite(st) && !b.unknown:
 		s.refused(b, st)

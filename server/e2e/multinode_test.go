@@ -1,0 +1,116 @@
+package e2e
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"spindle/server/node"
+	"spindle/shard/embedded/embeddedtest"
+)
+
+// startMultinode starts a proxy over a member cluster of one node (keys below "p") and one of three (the others).
+func startMultinode(t *testing.T) (*embeddedtest.Cluster, *rpc) {
+	t.Helper()
+	m := startMembers(t, 1)
+	three := embeddedtest.Start(t, 3, nil)
+	cfg := nodeConfig(t, m)
+	cfg.Shards = append(cfg.Shards, node.Shard{Name: "three", URLs: three.URLs()})
+	cfg.Partition = rangesOf([]string{"", "p"})
+	cfg.ShardTimeout = 15 * time.Second
+	n := startNode(t, cfg)
+	return three, dial(t, n.ClientURLs()[0])
+}
+
+// Nodes of a member cluster fail, one at a time, under load: nobody sees an error, nothing is lost or done twice,
+// and other shards notice nothing.
+func TestNodesFail(t *testing.T) {
+	three, conn := startMultinode(t)
+	l := startLoad(t, conn, "one/", "three/")
+	one, affected := l.areas[0], l.areas[1]
+	other := func(i int) int { return (i + 1) % 3 }
+	long := os.Getenv("SPINDLE_MULTINODE") != ""
+	for _, f := range []struct {
+		name  string
+		short bool
+		run   func() (mend func())
+	}{
+		{"leader moved", true, func() func() {
+			three.MoveLeader(other(three.AwaitLeader(-1)))
+			return nil
+		}},
+		{"leader killed", true, func() func() {
+			i := three.AwaitLeader(-1)
+			three.Kill(i)
+			three.AwaitLeader(i)
+			return func() { three.Restart(i) }
+		}},
+		{"leader cut off", true, func() func() {
+			i := three.AwaitLeader(-1)
+			three.Cut(i)
+			three.AwaitLeader(i)
+			return func() { three.Heal(i) }
+		}},
+		{"follower mute", true, func() func() {
+			i := three.Follower()
+			three.Relay(i).Mute()
+			return func() { three.Relay(i).Pass() }
+		}},
+		{"leader stopped", false, func() func() {
+			i := three.AwaitLeader(-1)
+			three.Stop(i)
+			return func() { three.Restart(i) }
+		}},
+		{"follower stopped", false, func() func() {
+			i := three.Follower()
+			three.Stop(i)
+			return func() { three.Restart(i) }
+		}},
+		{"follower killed", false, func() func() {
+			i := three.Follower()
+			three.Kill(i)
+			return func() { three.Restart(i) }
+		}},
+		{"follower cut off", false, func() func() {
+			i := three.Follower()
+			three.Cut(i)
+			return func() { three.Heal(i) }
+		}},
+		{"leader mute", false, func() func() {
+			i := three.AwaitLeader(-1)
+			three.Relay(i).Mute()
+			return func() { three.Relay(i).Pass() }
+		}},
+	} {
+		if !long && !f.short {
+			continue
+		}
+		l.mark()
+		l.progress("before "+f.name, 20)
+		quiet := one.longest()
+		l.mark()
+		mend := f.run()
+		l.progress(f.name, 20)
+		// How long it stays so: the proxy meets the node again and again.
+		l.pause(map[bool]time.Duration{false: 500 * time.Millisecond, true: 8 * time.Second}[long])
+		l.progress(f.name, 20)
+		l.report(f.name)
+		// A busy machine makes everybody wait; what counts is how much longer it was than elsewhere, and before.
+		other := one.longest()
+		if other > 3*time.Second+quiet {
+			t.Errorf("%s: a request for the other shard took %v, %v before", f.name, other, quiet)
+		}
+		// A node keeps what it cannot finish for 6 s.
+		if took := affected.longest(); took > 5*time.Second+other {
+			t.Errorf("%s: a request took %v", f.name, took)
+		}
+		l.mark()
+		if mend != nil {
+			mend()
+			three.AwaitHealthy()
+			l.progress(f.name+", mended", 20)
+			l.report(f.name + ", mended")
+		}
+	}
+	l.end()
+}
