@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"spindle/codec"
-	"spindle/revclock"
 	"spindle/shard"
 	"spindle/watchring"
 )
@@ -19,8 +18,8 @@ const (
 	maxDrain    = 90 * time.Second // for all operations to finish once the faults have stopped
 	maxSettle   = 20 * time.Second // for every frontier to reach now once nothing is written any more
 	maxSpins    = 20000            // turns at one moment: more is a livelock
-	maxWalks    = 3 * revclock.Margin
-	maxTimeouts = 4 // times the shard timeout, for an operation to end one way or the other
+	maxWalks    = 20000            // the same for a hub: it goes over the ring at most, not over what a rebuild left out
+	maxTimeouts = 4                // times the shard timeout, for an operation to end one way or the other
 	maxCrashes  = 6
 	maxWipes    = 8
 	maxMistakes = 4
