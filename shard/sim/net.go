@@ -79,6 +79,9 @@ func NewNet(r *rand.Rand, n int) *Net {
 // Now returns the virtual time in nanoseconds.
 func (w *Net) Now() int64 { return w.now }
 
+// Event returns the number of the event that happens now. Unlike virtual time it tells what came first.
+func (w *Net) Event() int64 { return int64(w.events) }
+
 // After calls f once d has passed.
 func (w *Net) After(d time.Duration, f func()) { w.at(w.now+int64(max(d, 0)), f) }
 
@@ -152,7 +155,7 @@ func (c *Cluster) String() string {
 
 // clock lets leases expire by the clock of the world, while the cluster has a quorum.
 func (c *Cluster) clock() {
-	c.Now = c.net.Now
+	c.Now, c.Event = c.net.Now, c.net.Event
 	c.After = func(d time.Duration, f func()) {
 		c.net.After(d, func() { c.arrive(f) })
 	}

@@ -72,6 +72,8 @@ type Stats struct {
 	Viewed, Canceled int
 	// Histories counts reads of the past, PastEntries the revisions that they brought.
 	Histories, PastEntries int
+	// Judged counts operations of a key that porcupine has put in order, Undecided the keys for which it had no time.
+	Judged, Undecided int
 	// Now is the largest revision handed out in the end.
 	Now int64
 	// SlowestAlive is the longest that one took which did not need a dead shard.
@@ -96,8 +98,11 @@ func Go(cfg Config) (Stats, error) {
 			r.stats.Core = addStats(r.stats.Core, p.core.Stats())
 		}
 	}
-	if err == nil {
+	if err == nil && !cfg.LinearOnly {
 		err = r.check()
+	}
+	if err == nil {
+		err = r.linear()
 	}
 	if err != nil {
 		err = fmt.Errorf("seed %d: %w", cfg.Seed, err)

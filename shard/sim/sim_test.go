@@ -108,6 +108,8 @@ func TestSimulation(t *testing.T) {
 		sum.Crashes += stats.Crashes
 		sum.Lapped += stats.Lapped
 		sum.Compactions += stats.Compactions
+		sum.Judged += stats.Judged
+		sum.Undecided += stats.Undecided
 		sum.Wipes += stats.Wipes
 		sum.Stalls += stats.Stalls
 		sum.Mistakes += stats.Mistakes
