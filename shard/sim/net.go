@@ -20,6 +20,8 @@ type Net struct {
 	// Tamper and TamperReply, if set, may change a request or an answer on its way.
 	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
 	TamperReply func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte
+	// Sent, if set, is told of every request that leaves a host.
+	Sent func(h *Host, to codec.ClusterID, m codec.Method, req []byte)
 	// Trace, if set, is given one line for everything that happens.
 	Trace func(line string)
 
@@ -39,6 +41,7 @@ type Faults struct {
 	Unsent      float64 // no connection: certainly not applied
 	SlowReply   float64 // the reply takes long
 	SlowRequest float64 // the request takes long
+	Duplicate   float64 // it arrives a second time, later
 }
 
 // MaxLate is how long after its failure was reported a request may still arrive.
@@ -135,6 +138,7 @@ type Cluster struct {
 
 	net     *Net
 	paused  bool // no quorum: what arrives waits
+	full    bool // out of space
 	waiting []func()
 	streams []*stream
 }

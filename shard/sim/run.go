@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"time"
 
 	"spindle/codec"
@@ -24,6 +25,7 @@ const (
 	maxWipes    = 8
 	maxMistakes = 4
 	maxStalls   = 12
+	maxDeaths   = 4
 	maxViewers  = 8 // streams open at one proxy
 	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
@@ -59,6 +61,10 @@ type Stats struct {
 	// Wipes counts losses of the coordinator, Stalls proxies that stood still, Mistakes those that came to another
 	// coordinator.
 	Wipes, Stalls, Mistakes int
+	// Cuts counts partitions, Deaths clusters that died and came back, Fulls members that were out of space, Mid the stalls
+	// in the middle of something (midReplace and so on).
+	Cuts, Deaths, Fulls int
+	Mid                 [midSteps]int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
@@ -114,7 +120,7 @@ func Go(cfg Config) (Stats, error) {
 func newRun(cfg Config) *Run {
 	r := &Run{Config: cfg, expired: map[expiry]bool{}, foreigns: map[string]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
-	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
+	r.net.Trace, r.net.Tamper, r.net.TamperReply, r.net.Sent = cfg.Trace, cfg.Tamper, cfg.TamperReply, r.sent
 	for _, m := range r.net.Members {
 		m.MaxTxnOps, m.MaxRequestBytes = cfg.MaxTxnOps, cfg.MaxRequestBytes
 		m.AutoLease = leaseOf
@@ -295,6 +301,22 @@ func leaseOf(key []byte) int64 {
 
 // show notes that a client was shown rev.
 func (r *Run) show(rev int64) { r.shown = max(r.shown, rev) }
+
+// plus adds up what several runs did; of the slowest it keeps the larger.
+func (s Stats) plus(o Stats) Stats {
+	a, b := reflect.ValueOf(&s).Elem(), reflect.ValueOf(o)
+	for i := range a.NumField() {
+		if f := a.Field(i); f.Kind() == reflect.Int {
+			f.SetInt(f.Int() + b.Field(i).Int())
+		}
+	}
+	for i := range s.Mid {
+		s.Mid[i] += o.Mid[i]
+	}
+	s.Slowest, s.SlowestAlive = max(s.Slowest, o.Slowest), max(s.SlowestAlive, o.SlowestAlive)
+	s.Core = addStats(s.Core, o.Core)
+	return s
+}
 
 func addStats(a, b shard.Stats) shard.Stats {
 	a.Batches += b.Batches

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -56,7 +57,8 @@ func report(t *testing.T, cfg Config, err error) {
 	if again == nil || again.Error() != err.Error() {
 		t.Logf("the second run of the seed was another one: %v", again)
 	}
-	t.Errorf("%v\nsee all of it with %s=%d go test ./shard/sim -run TestSimulation", err, envSeed, cfg.Seed)
+	name, _, _ := strings.Cut(t.Name(), "/")
+	t.Errorf("%v\nsee all of it with %s=%d go test ./shard/sim -run %s", err, envSeed, cfg.Seed, name)
 }
 
 func clip(s string) string {
@@ -100,29 +102,7 @@ func TestSimulation(t *testing.T) {
 			report(t, cfg, err)
 		}
 		seeds++
-		sum.Events += stats.Events
-		sum.Ops += stats.Ops
-		sum.OK += stats.OK
-		sum.Unknown += stats.Unknown
-		sum.Facts += stats.Facts
-		sum.Crashes += stats.Crashes
-		sum.Lapped += stats.Lapped
-		sum.Compactions += stats.Compactions
-		sum.Judged += stats.Judged
-		sum.Undecided += stats.Undecided
-		sum.Wipes += stats.Wipes
-		sum.Stalls += stats.Stalls
-		sum.Mistakes += stats.Mistakes
-		sum.Viewed += stats.Viewed
-		sum.Streams += stats.Streams
-		sum.Chunks += stats.Chunks
-		sum.Canceled += stats.Canceled
-		sum.Leased += stats.Leased
-		sum.Ended += stats.Ended
-		sum.Histories += stats.Histories
-		sum.PastEntries += stats.PastEntries
-		sum.Slowest = max(sum.Slowest, stats.Slowest)
-		sum.Core = addStats(sum.Core, stats.Core)
+		sum = sum.plus(stats)
 	}
 	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
 }
@@ -246,7 +226,14 @@ func rebuilds(c *Config) {
 // TestRebuild runs seeds in which the coordinator loses its data again and again, while proxies stand still and
 // members cannot be reached.
 func TestRebuild(t *testing.T) {
-	limit := 20 * time.Second
+	if sum := runMany(t, rebuilds); sum.Core.Rebuilds == 0 {
+		t.Error("nothing was rebuilt")
+	}
+}
+
+// runMany runs seeds with one change to each, as TestSimulation does, for a while.
+func runMany(t *testing.T, change func(*Config)) (sum Stats) {
+	limit := 15 * time.Second
 	if testing.Short() || raceEnabled {
 		limit = 6 * time.Second
 	}
@@ -260,10 +247,9 @@ func TestRebuild(t *testing.T) {
 	if os.Getenv(envSeed) != "" {
 		first, n = envInt(t, envSeed, 0), 1
 	}
-	var sum Stats
 	for seed := first; seed < first+n && time.Since(start) < limit && failed < 3; seed++ {
 		cfg := ConfigOf(uint64(seed))
-		rebuilds(&cfg)
+		change(&cfg)
 		if os.Getenv(envSeed) != "" {
 			cfg.Trace = func(l string) { fmt.Println(clip(l)) }
 		}
@@ -273,22 +259,24 @@ func TestRebuild(t *testing.T) {
 			report(t, cfg, err)
 		}
 		seeds++
-		sum.Ops += stats.Ops
-		sum.OK += stats.OK
-		sum.Facts += stats.Facts
-		sum.Viewed += stats.Viewed
-		sum.Wipes += stats.Wipes
-		sum.Stalls += stats.Stalls
-		sum.Mistakes += stats.Mistakes
-		sum.Lapped += stats.Lapped
-		sum.Slowest = max(sum.Slowest, stats.Slowest)
-		sum.Core = addStats(sum.Core, stats.Core)
+		sum = sum.plus(stats)
 	}
 	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
-	if sum.Core.Rebuilds == 0 {
-		t.Error("nothing was rebuilt")
-	}
+	return sum
 }
+
+// faults makes what goes wrong for long the main event of a run.
+func faults(c *Config) {
+	c.Shards, c.Proxies = max(c.Shards, 2), max(c.Proxies, 2)
+	c.Chaos = max(c.Chaos, 80*time.Millisecond)
+	c.Events.Cut, c.Events.Die, c.Events.Full, c.Events.StallMid = true, true, true, true
+	c.Events.Wipe, c.Leases, c.Wide = c.Seed%2 == 0, c.Seed%3 == 0, !c.Events.Foreign
+	c.Faults.Duplicate = 0.05
+}
+
+// TestFaults runs seeds in which proxies are parted from clusters, clusters die and come back, members are full, and
+// proxies stop in the middle of what they do.
+func TestFaults(t *testing.T) { runMany(t, faults) }
 
 // TestFirstStartHazard loses the coordinator while proxies start for the first time, before any clock has left 0: what
 // was handed out by then must not be handed out again.
