@@ -165,7 +165,7 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 		}
 	case !sent, st == codec.ErrTooManyRequests && !b.unknown:
 		s.retry(b)
-	case definite(st) && !b.unknown:
+	case (definite(st) || c.cfg.Sabotage.NoSpaceUnapplied && st == codec.ErrNoSpace) && !b.unknown:
 		s.refused(b, st)
 	default:
 		b.unknown = true
