@@ -140,7 +140,16 @@ func (c *Cluster) serve(m codec.Method, req []byte) ([]byte, codec.Status) {
 			return nil, st
 		}
 	}
+	c.net.refuseRecord(m, req)
 	return nil, codec.ErrNoSpace
+}
+
+// refuseRecord notes that a compaction was told that there is no space for its record: it goes on without, for a full
+// member must be able to free space, and does not hold on every proxy then.
+func (w *Net) refuseRecord(m codec.Method, req []byte) {
+	if m == codec.MethodTxn && bytes.Contains(req, []byte("\x00compact")) {
+		w.unrecorded = append(w.unrecorded, w.now)
+	}
 }
 
 // isBatch reports whether a Txn is a batch, or the fence of a rebuild.

@@ -194,6 +194,9 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 		case 1:
 			w.After(out+w.Between(0, 300*time.Millisecond), func() { l.cluster.arrive(func() { c.arrive(-1) }) })
 		}
+		if st == codec.ErrNoSpace {
+			w.refuseRecord(m, c.req)
+		}
 		c.complete(out+back, nil, st, true)
 		send = false
 	}

@@ -29,6 +29,8 @@ type Net struct {
 	seq    uint64
 	queue  eventQueue
 	events uint64 // events that happened
+
+	unrecorded []int64 // when a compaction's record was refused
 }
 
 // Faults are the chances, per request, of what can go wrong with it; Calm has none.
