@@ -31,6 +31,7 @@ type proxy struct {
 	viewers  []*viewer
 	pump     bool // the hub has something to do
 	skew     int64
+	still    time.Duration // for how long it stood still, all times together
 }
 
 // createEntries is more than the keys of a run: each life of a proxy makes a cache, and the default one is large.
