@@ -94,6 +94,12 @@ type Sabotage struct {
 	// RebuildSkipsShard leaves a shard out of a rebuild. RebuildFencesFirst fences before the coordinator has the new
 	// epoch, and believes that then. RebuildNoFence does not fence, and believes what the coordinator names.
 	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
+	// NoSpaceUnapplied takes a member's answer that it is out of space for the proof that nothing was applied.
+	NoSpaceUnapplied bool
+	// CutOffNow lets a proxy that does not reach the coordinator go on with the epoch and the now that it knows.
+	CutOffNow bool
+	// WideAtNow reads the ranges behind a Txn at now, not at the Txn's revision.
+	WideAtNow bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
 	RecentIgnoresRanges bool
 }
@@ -416,6 +422,10 @@ func (w *nowCall) abandon(st codec.Status) {
 }
 
 func (c *Core) awaitNow(w nowWaiter) {
+	if c.cfg.Sabotage.CutOffNow && c.connecting == nil && c.clock.LastError() != "" {
+		w.nowDone(c.clock.Log().N(), c.clock.Log().AppendA(nil))
+		return
+	}
 	c.nowQueue = append(c.nowQueue, nowEntry{c.clock.Now(), c.cfg.Now(), w})
 	c.armSweep()
 }

@@ -141,6 +141,9 @@ func (w *wideTxn) ask() {
 	w.next++
 	spec := p.ranges[o.idx]
 	spec.rev, spec.serializable = w.rev, false
+	if w.c.cfg.Sabotage.WideAtNow {
+		spec.rev = 0
+	}
 	r := AcquireOp()
 	r.Kind = OpRange
 	r.Msg = spec.appendClient(r.Msg[:0], o.interval())

@@ -167,7 +167,7 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 	case !sent, st == codec.ErrNoLeader, st == codec.ErrTooManyRequests && !b.unknown:
 		// This copy was not applied: a node says that it has no leader before it looks at a request.
 		s.retry(b)
-	case definite(st) && !b.unknown:
+	case (definite(st) || c.cfg.Sabotage.NoSpaceUnapplied && st == codec.ErrNoSpace) && !b.unknown:
 		s.refused(b, st)
 	default:
 		if st == codec.ErrNoSpace {

@@ -83,7 +83,7 @@ func (h *Hub) step(g *group, limit int64) {
 		h.lapped(g, limit)
 		return
 	case e == nil:
-		g.cursor = min(limit, h.ring.Skip(rev))
+		g.cursor = h.ring.Skip(rev, limit)
 		return
 	case g.set == All || e.Shard == g.set:
 		h.match(g, e)
@@ -232,7 +232,7 @@ func (h *Hub) catchUp(w *Watcher) {
 			break
 		}
 		if e == nil {
-			w.pos = min(g.cursor, h.ring.Skip(rev))
+			w.pos = h.ring.Skip(rev, g.cursor)
 			continue
 		}
 		if g.set == All || e.Shard == g.set {

@@ -33,6 +33,7 @@ type Ring struct {
 	mask  int64
 	slots []atomic.Pointer[Entry]
 	tail  atomic.Int64 // events of revisions <= tail may be gone
+	top   atomic.Int64 // the largest revision that was published
 	bytes atomic.Int64 // sum of Size of the entries held
 	limit int64
 	jumps atomic.Pointer[[]jump] // in order; nil as long as there was none
@@ -144,10 +145,16 @@ func (r *Ring) jumpOf(rev int64) *jump {
 	return nil
 }
 
-// Skip returns the last revision of the jump that rev lies in, or rev itself when it lies in none.
-func (r *Ring) Skip(rev int64) int64 {
+// Skip is told a revision without an event, and returns up to where, limit at most, there is surely none either: the
+// end of the jump that rev lies in, or limit if nothing was published from rev on. (A million revisions that a rebuild
+// has left out are no jump where the streams did not meet at it.) The caller must know that the frontier is at or above
+// limit.
+func (r *Ring) Skip(rev, limit int64) int64 {
+	if r.top.Load() < rev {
+		return limit
+	}
 	if j := r.jumpOf(rev); j != nil {
-		return j.to
+		return min(j.to, limit)
 	}
 	return rev
 }
@@ -184,6 +191,9 @@ func (r *Ring) drop(p, rev int64) {
 // what lies a whole ring below e is gone, so a writer must not run further ahead of the frontier
 // than the ring is long, less what it wants to keep for readers.
 func (r *Ring) Publish(e *Entry) {
+	for top := r.top.Load(); top < e.Rev && !r.top.CompareAndSwap(top, e.Rev); {
+		top = r.top.Load()
+	}
 	p := r.place(e.Rev)
 	r.RaiseTail(r.revAt(p - r.Size()))
 	slot := &r.slots[p&r.mask]
@@ -217,7 +227,7 @@ func (r *Ring) Trim(upTo int64) {
 		if t >= upTo {
 			return
 		}
-		next := min(r.Skip(t+1), upTo)
+		next := r.Skip(t+1, upTo)
 		if !r.tail.CompareAndSwap(t, next) {
 			continue
 		}

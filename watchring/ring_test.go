@@ -96,8 +96,10 @@ func TestRingAgainstSlice(t *testing.T) {
 				if e != nil {
 					held += int64(e.Size)
 				}
-				if to := r.Skip(rev); to > rev && truth[to] != nil {
-					t.Fatalf("seed %d: skip from %d to %d passes an entry", seed, rev, to)
+				for to := r.Skip(rev, next-1); e == nil && to > rev; to-- {
+					if truth[to] != nil {
+						t.Fatalf("seed %d: skip from %d passes the entry of %d", seed, rev, to)
+					}
 				}
 			}
 			if held != r.Bytes() {
@@ -124,13 +126,25 @@ func TestRingJumpKeepsEntries(t *testing.T) {
 		t.Fatalf("tail %d, bytes %d", r.Tail(), r.Bytes())
 	}
 	for _, rev := range []int64{5, 1000, 4 + 1<<20} {
-		if e, lapped := r.Load(rev); e != nil || lapped || r.Skip(rev) != 4+1<<20 {
-			t.Errorf("revision %d: %v %v, skip to %d", rev, e, lapped, r.Skip(rev))
+		if e, lapped := r.Load(rev); e != nil || lapped || r.Skip(rev, 1<<30) != 4+1<<20 {
+			t.Errorf("revision %d: %v %v, skip to %d", rev, e, lapped, r.Skip(rev, 1<<30))
 		}
 	}
 	r.Publish(&Entry{Rev: 9 + 1<<20, Size: 1})
 	if r.Tail() != 1 {
 		t.Errorf("tail %d, want 1", r.Tail())
+	}
+}
+
+// TestRingSkipsWhatNobodyPublished: where a rebuild was no jump, a reader still passes what it left out in one step.
+func TestRingSkipsWhatNobodyPublished(t *testing.T) {
+	r := NewRing(8, 1<<20, 0)
+	r.Publish(&Entry{Rev: 4, Size: 1})
+	if to := r.Skip(5, 5+1<<20); to != 5+1<<20 {
+		t.Errorf("skip from 5 to %d", to)
+	}
+	if to := r.Skip(3, 5+1<<20); to != 3 {
+		t.Errorf("skip from 3 to %d, and there is an entry of 4", to)
 	}
 }
 
@@ -200,6 +214,15 @@ func TestRingConcurrent(t *testing.T) {
 						return
 					}
 					cursor = rev
+					if e == nil {
+						for cursor = ring.Skip(rev, limit); rev < cursor; rev++ {
+							if owner[rev+1] < shards && (set == All || owner[rev+1] == set) {
+								t.Errorf("set %d: revision %d of shard %d was skipped", set, rev+1, owner[rev+1])
+								done.Store(true)
+								return
+							}
+						}
+					}
 					if local.IntN(1000) == 0 {
 						break
 					}

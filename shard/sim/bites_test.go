@@ -61,6 +61,18 @@ func TestItBites(t *testing.T) {
 			c.Sabotage.RebuildFencesFirst = true
 		}},
 		{"a rebuild does not fence", func(c *Config) { loses(c); c.Sabotage.RebuildNoFence = true }},
+		{"full means not applied", func(c *Config) { long(c, ChaosEvents{Full: true}); c.Sabotage.NoSpaceUnapplied = true }},
+		{"cut off from the coordinator, and goes on", func(c *Config) { long(c, ChaosEvents{Cut: true}); c.Sabotage.CutOffNow = true }},
+		{"no guard, and copies on the way", func(c *Config) {
+			long(c, ChaosEvents{})
+			c.Sabotage.DropGuard, c.Faults = true, Faults{Duplicate: 0.1}
+		}},
+		{"a dead shard is passed", func(c *Config) { long(c, ChaosEvents{Die: true}); c.Sabotage.FrontierIgnoresRanges = true }},
+		{"a rebuild skips a shard, and proxies stop in its middle", func(c *Config) {
+			long(c, ChaosEvents{StallMid: true, Wipe: true})
+			c.Sabotage.RebuildSkipsShard = true
+		}},
+		{"ranges behind a Txn read now", func(c *Config) { c.Sabotage.WideAtNow, c.Wide, c.Shards = true, true, max(c.Shards, 2) }},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
@@ -131,6 +143,14 @@ func loses(c *Config) {
 	c.Faults = Faults{Late: 0.1, SlowRequest: 0.1}
 	c.Leases, c.AutoCompact = false, shard.AutoCompact{}
 	c.Chaos, c.Events = 40*time.Millisecond, ChaosEvents{Wipe: true, Stall: true}
+}
+
+// long makes one of the faults that last long all that goes wrong.
+func long(c *Config, events ChaosEvents) {
+	c.Shards, c.Proxies, c.Clients, c.Keys, c.Ops, c.Think = 2, 2, 4, 6, 200, 5*time.Millisecond
+	c.MaxTxnOps, c.MaxRequestBytes, c.RingSize = 128, defaultMaxRequestBytes, 1<<12
+	c.Leases, c.AutoCompact = false, shard.AutoCompact{}
+	c.Faults, c.Chaos, c.Events = Faults{}, 40*time.Millisecond, events
 }
 
 func tamperTxn(f func(to codec.ClusterID, q *pb.TxnRequest)) func(codec.ClusterID, codec.Method, []byte) []byte {

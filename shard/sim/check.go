@@ -52,7 +52,7 @@ func (r *Run) check() error {
 		if !r.touchesDead(o.req) {
 			r.stats.SlowestAlive = max(r.stats.SlowestAlive, took)
 		}
-		if took > maxTimeouts*r.Timeout {
+		if took > maxTimeouts*r.Timeout+o.client.p.still {
 			return fmt.Errorf("%s: it took %v", o, took)
 		}
 		if err := c.answer(o); err != nil {

@@ -3,6 +3,7 @@ package sim
 import (
 	"fmt"
 	"math"
+	"slices"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -140,11 +141,16 @@ func (c *checker) lateRead(o *op) *op {
 		return nil
 	}
 	for _, k := range c.r.ops {
-		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && read < z.Revision {
+		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && read < z.Revision && !c.unrecorded(k) {
 			return k
 		}
 	}
 	return nil
+}
+
+// unrecorded reports whether a compaction may have gone on without its record on some shard.
+func (c *checker) unrecorded(k *op) bool {
+	return slices.ContainsFunc(c.r.net.unrecorded, func(at int64) bool { return at >= k.begin && at <= k.end })
 }
 
 // oldest returns the smallest revision that a transaction's ranges name.

@@ -25,7 +25,8 @@ type op struct {
 	end    int64
 	floor  int64 // the largest revision that anyone had been shown when it began
 	rev    int64 // header.revision of the answer
-	facts  int   // of the history that belong to it
+	call   int64 // the event of the world in which it began
+	ret    int64 // the one in which it ended
 	stream bool  // a RangeStream
 }
 
@@ -96,7 +97,7 @@ func (c *client) issue() {
 	for c.alive && r.touchesDead(req) {
 		kind, req = c.make()
 	}
-	o := &op{id: len(r.ops), client: c, req: req, begin: r.net.now, floor: r.shown}
+	o := &op{id: len(r.ops), client: c, req: req, begin: r.net.now, call: r.net.Event(), floor: r.shown}
 	r.ops = append(r.ops, o)
 	r.issued++
 	r.open++
@@ -139,7 +140,7 @@ func (c *client) askNow(o *op) {
 		if c.cur != o {
 			return // the proxy died
 		}
-		o.ended, o.end, o.st, o.rev = true, r.net.now, st, rev
+		o.ended, o.end, o.ret, o.st, o.rev = true, r.net.now, r.net.Event(), st, rev
 		c.cur = nil
 		r.open--
 		if st.Code == codec.OK {
@@ -167,7 +168,7 @@ func (c *client) done(o *op, s *shard.Op) {
 		r.fail("%s: Done was called twice for op%d", c.name, o.id)
 		return
 	}
-	o.ended, o.end, o.st = true, r.net.now, s.Status
+	o.ended, o.end, o.ret, o.st = true, r.net.now, r.net.Event(), s.Status
 	r.open--
 	if c.cur == o {
 		c.cur, c.sop = nil, nil

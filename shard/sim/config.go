@@ -46,10 +46,15 @@ type Config struct {
 	Leases bool
 	// OneLease lets them do so all the time, with one ID.
 	OneLease bool
+	// Wide lets Txns have ranges of other shards behind what they write.
+	Wide bool
 	// Ranges gives the proxies a range map; without it keys are hashed.
 	Ranges bool
 	// AutoCompact is what the proxies compact by themselves.
 	AutoCompact shard.AutoCompact
+
+	// LinearOnly leaves the judgment to porcupine alone.
+	LinearOnly bool
 
 	Sabotage shard.Sabotage
 	// Tamper and TamperReply plant bugs on the wire; see Net.
@@ -67,6 +72,9 @@ type ChaosEvents struct {
 	// Wipe lets the coordinator lose its data, Stall lets proxies stand still, Mistake leads them to another
 	// system's coordinator.
 	Wipe, Stall, Mistake bool
+	// Cut parts proxies from clusters, in one direction or both, Die takes clusters away for long, Full lets members be
+	// out of space, StallMid stops proxies in the middle of a rebuild, a fence, a compaction or an attach.
+	Cut, Die, Full, StallMid bool
 	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
 	// key before a foreign put may be gone with a compaction.
 	Foreign bool
@@ -146,6 +154,16 @@ func ConfigOf(seed uint64) Config {
 		on := func() bool { return r.IntN(3) == 0 }
 		c.Events.Wipe, c.Events.Stall, c.Events.Mistake = on(), on(), on()
 	}
+	// From a source of its own: the seeds of before stay what they were in all else.
+	late := rand.New(rand.NewPCG(seed, 0xfa017))
+	if c.Chaos > 0 {
+		on := func() bool { return late.IntN(4) == 0 }
+		c.Events.Cut, c.Events.Die, c.Events.Full, c.Events.StallMid = on(), on(), on(), on()
+		if on() {
+			c.Faults.Duplicate = 0.1 * late.Float64()
+		}
+	}
+	c.Wide = !c.Events.Foreign && late.IntN(2) == 0 // a member counts keys that clients do not see
 	return c
 }
 

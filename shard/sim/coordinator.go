@@ -51,6 +51,7 @@ func (r *Run) stall(p *proxy, d time.Duration) {
 	r.net.tracef("%s: stands still for %v", h.Name, d)
 	h.stalled = true
 	r.stats.Stalls++
+	p.still += d
 	r.net.After(d, h.wake)
 }
 

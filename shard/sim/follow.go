@@ -80,7 +80,11 @@ func (f *follower) advance() {
 			r.follows = append(r.follows, n)
 			return
 		}
-		if e == nil || f.shard != watchring.All && e.Shard != f.shard {
+		if e == nil {
+			rev = f.ring.Skip(rev, to) // as a Hub does: a rebuild leaves out a million
+			continue
+		}
+		if f.shard != watchring.All && e.Shard != f.shard {
 			continue
 		}
 		d := &delivered{rev: rev, shard: e.Shard}

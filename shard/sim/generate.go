@@ -3,7 +3,9 @@ package sim
 import (
 	"bytes"
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -122,6 +124,40 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	return shard.OpTxn, c.txn(key, value, g)
 }
 
+// widen gives a Txn ranges that lie on other shards: behind everything that it writes, or of a key that it does not
+// write. One that only reads, or reads the past, has its ranges on one shard.
+func (c *client) widen(t *pb.TxnRequest, g *rand.Rand) bool {
+	r := c.p.r
+	if r.Shards == 1 || g.IntN(3) > 0 || !mayWrite(t) || oldest(t, math.MaxInt64) != math.MaxInt64 {
+		return false
+	}
+	for _, ops := range []*[]*pb.RequestOp{&t.Success, &t.Failure} {
+		for range g.IntN(3) {
+			q := &pb.RangeRequest{Key: []byte(r.key())}
+			at := len(*ops)
+			switch g.IntN(3) {
+			case 0:
+				for i, o := range *ops {
+					if o.GetRequestRange() == nil && mentions(requestOf(o), string(q.Key)) {
+						at = -1
+					} else if at == len(*ops) && g.IntN(3) == 0 {
+						at = i
+					}
+				}
+			case 1:
+				q.RangeEnd = []byte("y")
+				if c.shape(q, g); q.SortTarget == pb.RangeRequest_MOD {
+					q.SortTarget = pb.RangeRequest_KEY // ties may come in any order
+				}
+			}
+			if at >= 0 {
+				*ops = slices.Insert(*ops, at, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: q}})
+			}
+		}
+	}
+	return true
+}
+
 // past makes a read at a revision: of a key, of all, of nothing, or beside what a transaction writes.
 func (c *client) past(key string, rev int64, write *pb.RequestOp, g *rand.Rand) (shard.OpKind, proto.Message) {
 	q := &pb.RangeRequest{Key: []byte(key), Revision: rev}
@@ -236,6 +272,9 @@ func (c *client) txn(key string, value func() []byte, g *rand.Rand) *pb.TxnReque
 		return ops
 	}
 	t.Success, t.Failure = branch(), branch()
+	if r.Wide && c.widen(t, g) {
+		return t
+	}
 	if g.IntN(8) == 0 {
 		inner := &pb.TxnRequest{Compare: t.Compare, Success: branch()}
 		seen := map[string]bool{}

@@ -3,6 +3,9 @@ package sim
 import (
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
 	"spindle/codec"
 )
 
@@ -66,6 +69,8 @@ type Link struct {
 	Down bool
 	// Hole swallows everything, in both directions; callers only notice by their timeouts.
 	Hole bool
+	// Deaf swallows what goes to the cluster, Mute what comes from it.
+	Deaf, Mute bool
 	// StreamLag is how much later than replies the streams' messages come.
 	StreamLag time.Duration
 	// StreamHole swallows the streams' messages alone until it ends.
@@ -108,6 +113,16 @@ type call struct {
 	lost    bool
 	after   time.Duration // further delay before it arrives
 	id      uint64
+	twice   bool // it arrives a second time, and nobody hears of that
+}
+
+// repeatable reports whether a second copy of a request must do no harm: a batch, for its guard, and a tick.
+func repeatable(to codec.ClusterID, m codec.Method, req []byte) bool {
+	q := &pb.TxnRequest{}
+	if m != codec.MethodTxn || proto.Unmarshal(req, q) != nil {
+		return false
+	}
+	return to != codec.Coordinator && isBatch(q) || to == codec.Coordinator && len(q.Compare) == 1 && hasPut(q)
 }
 
 // Call implements codec.Transport.
@@ -146,7 +161,7 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 	case l.Down || w.Chance(f.Unsent):
 		c.complete(w.Between(0, time.Millisecond), nil, codec.Status{Code: codec.Unavailable, Msg: "simulated: not connected"}, false)
 		return
-	case l.Hole:
+	case l.Hole || l.Deaf:
 		send = false
 	case w.Chance(f.LoseRequest):
 		send = false
@@ -179,9 +194,13 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 		case 1:
 			w.After(out+w.Between(0, 300*time.Millisecond), func() { l.cluster.arrive(func() { c.arrive(-1) }) })
 		}
+		if st == codec.ErrNoSpace {
+			w.refuseRecord(m, c.req)
+		}
 		c.complete(out+back, nil, st, true)
 		send = false
 	}
+	c.twice = send && w.Chance(f.Duplicate) && repeatable(to, m, c.req)
 	if send {
 		w.After(out, func() {
 			if c.after > 0 {
@@ -190,6 +209,9 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 			}
 			l.cluster.arrive(func() { c.arrive(back) })
 		})
+	}
+	if w.Sent != nil {
+		w.Sent(h, to, m, c.req)
 	}
 	w.After(timeout, func() {
 		c.complete(0, nil, codec.Status{Code: codec.DeadlineExceeded, Msg: "context deadline exceeded"}, true)
@@ -203,14 +225,23 @@ func (c *call) arrive(back time.Duration) {
 	}
 	c.arrived = true
 	e := c.l.cluster
-	resp, st := e.Serve(c.m, c.req)
+	resp, st := e.serve(c.m, c.req)
+	if c.twice {
+		w := c.l.net()
+		w.After(w.Between(0, MaxLate), func() {
+			c.l.cluster.arrive(func() {
+				w.tracef("%s: #%d arrives a second time", c.l.cluster, c.id)
+				c.l.cluster.serve(c.m, c.req)
+			})
+		})
+	}
 	if w := c.l.net(); w.Trace != nil {
 		w.tracef("%s: #%d of %s applied: %s", e, c.id, c.l.host.Name, describeResponse(c.m, resp, st))
 	}
 	if w := c.l.net(); w.TamperReply != nil && st.Code == codec.OK {
 		resp = w.TamperReply(e.ID, c.m, c.req, resp)
 	}
-	if back >= 0 && !c.l.Hole {
+	if back >= 0 && !c.l.Hole && !c.l.Mute {
 		c.complete(back, resp, st, true)
 	}
 }
@@ -315,7 +346,7 @@ func (s *stream) Send(req []byte) {
 	s.out = max(s.out, w.now+int64(s.l.delay()))
 	w.at(s.out, func() {
 		s.l.cluster.arrive(func() {
-			if s.sink == nil || s.l.Hole {
+			if s.sink == nil || s.l.Hole || s.l.Deaf {
 				return
 			}
 			if s.alive {
@@ -415,7 +446,7 @@ func (s *stream) fail(st codec.Status) {
 }
 
 func (s *stream) schedulePump() {
-	if s.s == nil || s.pumping || s.held || s.l.Hole || s.l.StreamHole || !s.s.Pending() {
+	if s.s == nil || s.pumping || s.held || s.l.Hole || s.l.Mute || s.l.StreamHole || !s.s.Pending() {
 		return
 	}
 	s.pumping = true
@@ -426,7 +457,7 @@ func (s *stream) schedulePump() {
 	}
 	w.After(d, func() {
 		s.pumping = false
-		if s.sink == nil || s.held || s.l.Hole || s.l.StreamHole {
+		if s.sink == nil || s.held || s.l.Hole || s.l.Mute || s.l.StreamHole {
 			return
 		}
 		for _, m := range s.s.Pull(w.Chance(0.5)) {
@@ -437,6 +468,9 @@ func (s *stream) schedulePump() {
 
 // deliver sends m to the owner, behind what was sent before.
 func (s *stream) deliver(m []byte) {
+	if s.l.Mute {
+		return // the connection will not outlive it
+	}
 	w := s.l.net()
 	s.in = max(s.in, w.now+int64(s.l.delay()))
 	w.at(s.in, func() {

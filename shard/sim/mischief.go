@@ -97,6 +97,9 @@ func (r *Run) mischief() {
 		{ev.Foreign && r.part != nil, r.foreign},
 		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
 		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
+		{ev.Cut && p.up, func() { r.cut(p) }},
+		{ev.Die && r.stats.Deaths < maxDeaths, func() { r.die(w.cluster(id), w.Between(100*time.Millisecond, 12*time.Second)) }},
+		{ev.Full && id >= 0, func() { r.fill(w.cluster(id), max(long, 50*time.Millisecond)) }},
 		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes, func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
@@ -199,6 +202,7 @@ func (r *Run) calm() {
 	r.chaos = false
 	r.net.Faults = Faults{}
 	for _, c := range append([]*Cluster{r.net.Coord}, r.net.Members...) {
+		c.full = false
 		if c.paused {
 			c.Resume()
 		}
@@ -211,6 +215,7 @@ func (r *Run) calm() {
 		for _, id := range p.host.ids() {
 			l := p.host.Link(id)
 			l.Down, l.StreamLag = false, 0
+			l.heal()
 			if l.Hole {
 				l.Resume()
 				l.Reset()

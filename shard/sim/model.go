@@ -26,6 +26,7 @@ type Change struct {
 	Delete    bool
 	KV        *mvccpb.KeyValue // of a delete: key and mod revision only
 	At        int64            // virtual ns, where there is a clock
+	Seq       int64            // the world's event in which it happened, as op.call
 }
 
 // Etcd is a modelled etcd cluster: one key space with its whole history. Requests come in and answers go
@@ -45,6 +46,7 @@ type Etcd struct {
 	AutoLease func(key []byte) int64
 	// Now and After are the clock by which leases expire; without them none does. OnExpire is told of each.
 	Now      func() int64
+	Event    func() int64
 	After    func(time.Duration, func())
 	OnExpire func(id int64)
 	// OnChange is called after every change of the revision.
@@ -270,7 +272,7 @@ func (e *Etcd) existing(key, end []byte, rev int64) []*mvccpb.KeyValue {
 
 func (e *Etcd) add(c *Change) {
 	if e.Now != nil {
-		c.At = e.Now()
+		c.At, c.Seq = e.Now(), e.Event()
 	}
 	key := string(c.KV.Key)
 	if _, ok := e.hist[key]; !ok {

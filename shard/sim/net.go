@@ -20,6 +20,8 @@ type Net struct {
 	// Tamper and TamperReply, if set, may change a request or an answer on its way.
 	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte
 	TamperReply func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte
+	// Sent, if set, is told of every request that leaves a host.
+	Sent func(h *Host, to codec.ClusterID, m codec.Method, req []byte)
 	// Trace, if set, is given one line for everything that happens.
 	Trace func(line string)
 
@@ -27,6 +29,8 @@ type Net struct {
 	seq    uint64
 	queue  eventQueue
 	events uint64 // events that happened
+
+	unrecorded []int64 // when a compaction's record was refused
 }
 
 // Faults are the chances, per request, of what can go wrong with it; Calm has none.
@@ -39,6 +43,7 @@ type Faults struct {
 	Unsent      float64 // no connection: certainly not applied
 	SlowReply   float64 // the reply takes long
 	SlowRequest float64 // the request takes long
+	Duplicate   float64 // it arrives a second time, later
 }
 
 // MaxLate is how long after its failure was reported a request may still arrive.
@@ -78,6 +83,9 @@ func NewNet(r *rand.Rand, n int) *Net {
 
 // Now returns the virtual time in nanoseconds.
 func (w *Net) Now() int64 { return w.now }
+
+// Event returns the number of the event that happens now. Unlike virtual time it tells what came first.
+func (w *Net) Event() int64 { return int64(w.events) }
 
 // After calls f once d has passed.
 func (w *Net) After(d time.Duration, f func()) { w.at(w.now+int64(max(d, 0)), f) }
@@ -132,6 +140,7 @@ type Cluster struct {
 
 	net     *Net
 	paused  bool // no quorum: what arrives waits
+	full    bool // out of space
 	waiting []func()
 	streams []*stream
 }
@@ -152,7 +161,7 @@ func (c *Cluster) String() string {
 
 // clock lets leases expire by the clock of the world, while the cluster has a quorum.
 func (c *Cluster) clock() {
-	c.Now = c.net.Now
+	c.Now, c.Event = c.net.Now, c.net.Event
 	c.After = func(d time.Duration, f func()) {
 		c.net.After(d, func() { c.arrive(f) })
 	}

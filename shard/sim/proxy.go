@@ -31,7 +31,11 @@ type proxy struct {
 	viewers  []*viewer
 	pump     bool // the hub has something to do
 	skew     int64
+	still    time.Duration // for how long it stood still, all times together
 }
+
+// createEntries is more than the keys of a run: each life of a proxy makes a cache, and the default one is large.
+const createEntries = 1 << 10
 
 // boot starts a new life of p after d.
 func (p *proxy) boot(d time.Duration) {
@@ -67,7 +71,7 @@ func (p *proxy) boot(d time.Duration) {
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
-			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes,
+			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries,
 		}, p.host)
 		p.up, p.ready, p.timerAt = true, false, 0
 		r.net.tracef("%s: starts", host.Name)
@@ -106,7 +110,7 @@ func (p *proxy) turn() {
 		p.spinAt, p.spins, p.walks = r.net.now, 0, 0
 	}
 	if p.pump {
-		p.walks++ // a hub may walk over the revisions that a rebuild left out, a few in a turn
+		p.walks++ // a hub goes over a few revisions in a turn
 	} else {
 		p.spins++
 	}

@@ -4,10 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"time"
 
 	"spindle/codec"
-	"spindle/revclock"
 	"spindle/shard"
 	"spindle/watchring"
 )
@@ -19,12 +19,13 @@ const (
 	maxDrain    = 90 * time.Second // for all operations to finish once the faults have stopped
 	maxSettle   = 20 * time.Second // for every frontier to reach now once nothing is written any more
 	maxSpins    = 20000            // turns at one moment: more is a livelock
-	maxWalks    = 3 * revclock.Margin
-	maxTimeouts = 4 // times the shard timeout, for an operation to end one way or the other
+	maxWalks    = 20000            // the same for a hub: it goes over the ring at most, not over what a rebuild left out
+	maxTimeouts = 4                // times the shard timeout, for an operation to end one way or the other
 	maxCrashes  = 6
 	maxWipes    = 8
 	maxMistakes = 4
 	maxStalls   = 12
+	maxDeaths   = 4
 	maxViewers  = 8 // streams open at one proxy
 	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
@@ -60,6 +61,10 @@ type Stats struct {
 	// Wipes counts losses of the coordinator, Stalls proxies that stood still, Mistakes those that came to another
 	// coordinator.
 	Wipes, Stalls, Mistakes int
+	// Cuts counts partitions, Deaths clusters that died and came back, Fulls members that were out of space, Mid the stalls
+	// in the middle of something (midReplace and so on).
+	Cuts, Deaths, Fulls int
+	Mid                 [midSteps]int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.
@@ -73,6 +78,8 @@ type Stats struct {
 	Viewed, Canceled int
 	// Histories counts reads of the past, PastEntries the revisions that they brought.
 	Histories, PastEntries int
+	// Judged counts operations of a key that porcupine has put in order, Undecided the keys for which it had no time.
+	Judged, Undecided int
 	// Now is the largest revision handed out in the end.
 	Now int64
 	// SlowestAlive is the longest that one took which did not need a dead shard.
@@ -97,8 +104,11 @@ func Go(cfg Config) (Stats, error) {
 			r.stats.Core = addStats(r.stats.Core, p.core.Stats())
 		}
 	}
-	if err == nil {
+	if err == nil && !cfg.LinearOnly {
 		err = r.check()
+	}
+	if err == nil {
+		err = r.linear()
 	}
 	if err != nil {
 		err = fmt.Errorf("seed %d: %w", cfg.Seed, err)
@@ -110,7 +120,7 @@ func Go(cfg Config) (Stats, error) {
 func newRun(cfg Config) *Run {
 	r := &Run{Config: cfg, expired: map[expiry]bool{}, foreigns: map[string]bool{}}
 	r.net = NewNet(rand.New(rand.NewPCG(cfg.Seed, 1)), cfg.Shards)
-	r.net.Trace, r.net.Tamper, r.net.TamperReply = cfg.Trace, cfg.Tamper, cfg.TamperReply
+	r.net.Trace, r.net.Tamper, r.net.TamperReply, r.net.Sent = cfg.Trace, cfg.Tamper, cfg.TamperReply, r.sent
 	for _, m := range r.net.Members {
 		m.MaxTxnOps, m.MaxRequestBytes = cfg.MaxTxnOps, cfg.MaxRequestBytes
 		m.AutoLease = leaseOf
@@ -291,6 +301,22 @@ func leaseOf(key []byte) int64 {
 
 // show notes that a client was shown rev.
 func (r *Run) show(rev int64) { r.shown = max(r.shown, rev) }
+
+// plus adds up what several runs did; of the slowest it keeps the larger.
+func (s Stats) plus(o Stats) Stats {
+	a, b := reflect.ValueOf(&s).Elem(), reflect.ValueOf(o)
+	for i := range a.NumField() {
+		if f := a.Field(i); f.Kind() == reflect.Int {
+			f.SetInt(f.Int() + b.Field(i).Int())
+		}
+	}
+	for i := range s.Mid {
+		s.Mid[i] += o.Mid[i]
+	}
+	s.Slowest, s.SlowestAlive = max(s.Slowest, o.Slowest), max(s.SlowestAlive, o.SlowestAlive)
+	s.Core = addStats(s.Core, o.Core)
+	return s
+}
 
 func addStats(a, b shard.Stats) shard.Stats {
 	a.Batches += b.Batches

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -14,6 +15,15 @@ const (
 	envSeeds = "SPINDLE_SIM_SEEDS" // how many seeds TestSimulation runs
 	envFirst = "SPINDLE_SIM_FIRST" // the first of them
 )
+
+// seedsOf is how many seeds a test runs that has no time limit: fewer where others wait for it. `make sim` runs the same
+// things over many more.
+func seedsOf(n uint64) uint64 {
+	if testing.Short() || raceEnabled {
+		return max(n/10, 4)
+	}
+	return n
+}
 
 // traceTail is how many lines of a failed run's trace are shown.
 const traceTail = 80
@@ -47,7 +57,8 @@ func report(t *testing.T, cfg Config, err error) {
 	if again == nil || again.Error() != err.Error() {
 		t.Logf("the second run of the seed was another one: %v", again)
 	}
-	t.Errorf("%v\nsee all of it with %s=%d go test ./shard/sim -run TestSimulation", err, envSeed, cfg.Seed)
+	name, _, _ := strings.Cut(t.Name(), "/")
+	t.Errorf("%v\nsee all of it with %s=%d go test ./shard/sim -run %s", err, envSeed, cfg.Seed, name)
 }
 
 func clip(s string) string {
@@ -91,27 +102,7 @@ func TestSimulation(t *testing.T) {
 			report(t, cfg, err)
 		}
 		seeds++
-		sum.Events += stats.Events
-		sum.Ops += stats.Ops
-		sum.OK += stats.OK
-		sum.Unknown += stats.Unknown
-		sum.Facts += stats.Facts
-		sum.Crashes += stats.Crashes
-		sum.Lapped += stats.Lapped
-		sum.Compactions += stats.Compactions
-		sum.Wipes += stats.Wipes
-		sum.Stalls += stats.Stalls
-		sum.Mistakes += stats.Mistakes
-		sum.Viewed += stats.Viewed
-		sum.Streams += stats.Streams
-		sum.Chunks += stats.Chunks
-		sum.Canceled += stats.Canceled
-		sum.Leased += stats.Leased
-		sum.Ended += stats.Ended
-		sum.Histories += stats.Histories
-		sum.PastEntries += stats.PastEntries
-		sum.Slowest = max(sum.Slowest, stats.Slowest)
-		sum.Core = addStats(sum.Core, stats.Core)
+		sum = sum.plus(stats)
 	}
 	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
 }
@@ -122,7 +113,7 @@ func TestSimulation(t *testing.T) {
 func TestCalm(t *testing.T) {
 	slowest := time.Duration(0)
 	dense := 0
-	for seed := uint64(1); seed <= 60; seed++ {
+	for seed := uint64(1); seed <= seedsOf(60); seed++ {
 		cfg := ConfigOf(seed)
 		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
 		stats, err := Go(cfg)
@@ -147,7 +138,7 @@ func TestCalm(t *testing.T) {
 		}
 	}
 	t.Logf("slowest operation %v; revisions of %d seeds are consecutive", slowest, dense)
-	if dense < 5 {
+	if dense < 5 && !testing.Short() && !raceEnabled {
 		t.Errorf("only %d runs could be looked at for consecutive revisions", dense)
 	}
 }
@@ -157,7 +148,7 @@ func TestCalm(t *testing.T) {
 func TestDeadShard(t *testing.T) {
 	slowest := time.Duration(0)
 	ok := 0
-	for seed := uint64(1); seed <= 30; seed++ {
+	for seed := uint64(1); seed <= seedsOf(30); seed++ {
 		cfg := ConfigOf(seed)
 		cfg.Faults, cfg.Chaos, cfg.RingSize, cfg.RingBytes = Faults{}, 0, 1<<12, 0
 		cfg.Leases = false // they need their homes
@@ -186,7 +177,7 @@ func oneLease(c *Config) {
 // TestOneLease runs such seeds.
 func TestOneLease(t *testing.T) {
 	var sum Stats
-	for seed := uint64(1); seed <= 60 && !t.Failed(); seed++ {
+	for seed := uint64(1); seed <= seedsOf(60) && !t.Failed(); seed++ {
 		cfg := ConfigOf(seed)
 		oneLease(&cfg)
 		stats, err := Go(cfg)
@@ -235,7 +226,14 @@ func rebuilds(c *Config) {
 // TestRebuild runs seeds in which the coordinator loses its data again and again, while proxies stand still and
 // members cannot be reached.
 func TestRebuild(t *testing.T) {
-	limit := 20 * time.Second
+	if sum := runMany(t, rebuilds); sum.Core.Rebuilds == 0 {
+		t.Error("nothing was rebuilt")
+	}
+}
+
+// runMany runs seeds with one change to each, as TestSimulation does, for a while.
+func runMany(t *testing.T, change func(*Config)) (sum Stats) {
+	limit := 15 * time.Second
 	if testing.Short() || raceEnabled {
 		limit = 6 * time.Second
 	}
@@ -249,10 +247,9 @@ func TestRebuild(t *testing.T) {
 	if os.Getenv(envSeed) != "" {
 		first, n = envInt(t, envSeed, 0), 1
 	}
-	var sum Stats
 	for seed := first; seed < first+n && time.Since(start) < limit && failed < 3; seed++ {
 		cfg := ConfigOf(uint64(seed))
-		rebuilds(&cfg)
+		change(&cfg)
 		if os.Getenv(envSeed) != "" {
 			cfg.Trace = func(l string) { fmt.Println(clip(l)) }
 		}
@@ -262,28 +259,30 @@ func TestRebuild(t *testing.T) {
 			report(t, cfg, err)
 		}
 		seeds++
-		sum.Ops += stats.Ops
-		sum.OK += stats.OK
-		sum.Facts += stats.Facts
-		sum.Viewed += stats.Viewed
-		sum.Wipes += stats.Wipes
-		sum.Stalls += stats.Stalls
-		sum.Mistakes += stats.Mistakes
-		sum.Lapped += stats.Lapped
-		sum.Slowest = max(sum.Slowest, stats.Slowest)
-		sum.Core = addStats(sum.Core, stats.Core)
+		sum = sum.plus(stats)
 	}
 	t.Logf("%d seeds in %v: %+v", seeds, time.Since(start).Round(time.Millisecond), sum)
-	if sum.Core.Rebuilds == 0 {
-		t.Error("nothing was rebuilt")
-	}
+	return sum
 }
+
+// faults makes what goes wrong for long the main event of a run.
+func faults(c *Config) {
+	c.Shards, c.Proxies = max(c.Shards, 2), max(c.Proxies, 2)
+	c.Chaos = max(c.Chaos, 80*time.Millisecond)
+	c.Events.Cut, c.Events.Die, c.Events.Full, c.Events.StallMid = true, true, true, true
+	c.Events.Wipe, c.Leases, c.Wide = c.Seed%2 == 0, c.Seed%3 == 0, !c.Events.Foreign
+	c.Faults.Duplicate = 0.05
+}
+
+// TestFaults runs seeds in which proxies are parted from clusters, clusters die and come back, members are full, and
+// proxies stop in the middle of what they do.
+func TestFaults(t *testing.T) { runMany(t, faults) }
 
 // TestFirstStartHazard loses the coordinator while proxies start for the first time, before any clock has left 0: what
 // was handed out by then must not be handed out again.
 func TestFirstStartHazard(t *testing.T) {
 	rebuilt := uint64(0)
-	for seed := uint64(1); seed <= 40; seed++ {
+	for seed := uint64(1); seed <= seedsOf(40); seed++ {
 		cfg := ConfigOf(seed)
 		cfg.Proxies, cfg.Shards, cfg.Ops = max(cfg.Proxies, 2), max(cfg.Shards, 2), min(cfg.Ops, 100)
 		cfg.Faults = Faults{SlowRequest: 0.1} // batches that are on their way when the coordinator is lost

@@ -81,7 +81,7 @@ func (c *client) doneStream(o *op, all *pb.RangeResponse, st codec.Status) {
 		r.fail("%s: op%d ended twice", c.name, o.id)
 		return
 	}
-	o.ended, o.end, o.st = true, r.net.now, st
+	o.ended, o.end, o.ret, o.st = true, r.net.now, r.net.Event(), st
 	r.open--
 	c.cur, c.list = nil, nil
 	switch st.Code {
