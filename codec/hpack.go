@@ -77,7 +77,6 @@ func (d *headerDecoder) decode(block []byte, slot int) (*fields, error) {
 	if shape.bad != nil {
 		return nil, shape.bad
 	}
-	d.dec.SetEmitEnabled(true)
 	// hpack.Decoder refuses a second size update while the table has entries, though RFC 7541 4.2 allows
 	// two; each is a block of its own to it.
 	for ; shape.updates > 1; shape.updates-- {
@@ -117,11 +116,12 @@ func (d *headerDecoder) write(p []byte) error {
 // emit takes one field from the decoder.
 func (d *headerDecoder) emit(hf hpack.HeaderField) {
 	f := &d.cur
+	if f.overLimit {
+		return // decoded all the same: for the table, and because it must be HPACK
+	}
 	f.numField++
 	f.bytes += len(hf.Name) + len(hf.Value) + 32
-	if f.numField > d.maxFields || f.bytes > d.maxBytes {
-		f.overLimit = true
-		d.dec.SetEmitEnabled(false) // the table is kept all the same
+	if f.overLimit = f.numField > d.maxFields || f.bytes > d.maxBytes; f.overLimit {
 		return
 	}
 	if hf.Name == "" || !validValue(hf.Value) {

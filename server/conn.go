@@ -71,7 +71,8 @@ type clientConn struct {
 	dirty   bool // on the loop's dirty list
 	heard   bool // TLS only: the client has said something, or the log has said why not
 
-	remote net.Addr // TLS only: sock's, which forgets it when it is closed
+	remote   net.Addr // TLS only: sock's, which forgets it when it is closed
+	plainErr error    // TLS only: what HTTP/2 said of what was decrypted
 
 	blocked  bool  // on the loop's blocked list: the socket takes less than we have
 	buffered int   // least OutboundBuffered since it was blocked
@@ -297,7 +298,7 @@ func (c *clientConn) second(now int64) {
 		}
 		return
 	}
-	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(tlsconn.HandshakeTimeout) {
+	if c.tls != nil && !c.tls.Open() && now-c.opened >= int64(min(tlsconn.HandshakeTimeout, c.eng.cfg.GreetTimeout)) {
 		c.end(c.tlsEnded(errNoHandshake))
 		return
 	}

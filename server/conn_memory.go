@@ -17,7 +17,11 @@ func (c *clientConn) held() int {
 	if c.closed {
 		return c.opsBytes
 	}
-	return c.h2.QueueMemory() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
+	n := c.h2.QueueMemory() + c.h2.Partial() + c.opsBytes + c.sock.OutboundBuffered()
+	if c.tls != nil {
+		n += c.tls.Partial()
+	}
+	return n
 }
 
 // charge brings the count up to date.

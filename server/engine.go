@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -167,6 +168,15 @@ func Start(cfg Config) (*Engine, error) {
 	for _, ln := range listens {
 		if err := ln.probe(); err != nil {
 			return nil, err
+		}
+	}
+	for i := range listens {
+		if ln := &listens[i]; ln.network == "tcp" && strings.HasSuffix(ln.address, ":0") {
+			fd, err := ln.reserve()
+			if err != nil {
+				return nil, err
+			}
+			defer unix.Close(fd)
 		}
 	}
 	e := newEngine(cfg)

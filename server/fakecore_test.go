@@ -225,9 +225,14 @@ func onLoop(l *Loop, f func()) {
 // eventually waits until cond holds.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
+	within(t, 10*time.Second, what, cond)
+}
+
+func within(t testing.TB, d time.Duration, what string, cond func() bool) {
+	t.Helper()
 	tick := time.NewTicker(time.Millisecond)
 	defer tick.Stop()
-	late := time.After(10 * time.Second)
+	late := time.After(d)
 	for !cond() {
 		select {
 		case <-tick.C:

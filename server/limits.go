@@ -15,6 +15,11 @@ type limit uint8
 const (
 	limitConns          limit = iota // Config.MaxConns
 	limitPreface                     // Config.GreetTimeout
+	limitHandshakeTime               // tlsconn.HandshakeTimeout, or Config.GreetTimeout if that is shorter
+	limitHandshakes                  // tlsconn.ErrCrowded
+	limitHandshakeBytes              // tlsconn.ErrFlood
+	limitTLSRecords                  // tlsconn.ErrRecords
+	limitTLSErrors                   // what is no TLS, or is refused
 	limitKeepalive                   // Config.KeepaliveTimeout
 	limitStalled                     // Config.StallTimeout: the socket is not read
 	limitNoWindow                    // Config.StallTimeout: no HTTP/2 window for answers
@@ -30,7 +35,8 @@ const (
 )
 
 var limitNames = [limitCount]string{
-	limitConns: "connections", limitPreface: "preface_time", limitKeepalive: "keepalive", limitStalled: "stalled_reader",
+	limitConns: "connections", limitPreface: "preface_time", limitHandshakeTime: "handshake_time",
+	limitHandshakes: "handshakes", limitHandshakeBytes: "handshake_bytes", limitTLSRecords: "tls_records", limitTLSErrors: "tls_errors", limitKeepalive: "keepalive", limitStalled: "stalled_reader",
 	limitNoWindow: "no_window", limitBlockedControl: "blocked_control", limitMemory: "memory",
 	limitRequests: "requests_in_flight", limitAllRequests: "all_requests_in_flight", limitRequestBytes: "request_bytes_in_flight", limitReplies: "waiting_replies",
 	limitWatches: "watches", limitPendingCreates: "pending_creates",

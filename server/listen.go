@@ -165,7 +165,65 @@ func (ln listen) probe() error {
 	return nil
 }
 
-// findAddrs asks the kernel where gnet listens, which matters for port 0.
+// reserve gives a TCP listener on port 0 a port, which is the descriptor's until that is closed: every loop listens on its
+// own, and each would be given another one. Nothing listens on the descriptor.
+func (ln *listen) reserve() (fd int, err error) {
+	fail := func(err error) (int, error) {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+		return -1, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+	}
+	fd = -1
+	addr, err := net.ResolveTCPAddr("tcp", ln.local)
+	if err != nil {
+		return fail(err)
+	}
+	var at unix.Sockaddr
+	family := unix.AF_INET6
+	if ip := addr.IP.To4(); ip != nil {
+		family, at = unix.AF_INET, &unix.SockaddrInet4{Addr: [4]byte(ip)}
+	} else {
+		to := &unix.SockaddrInet6{}
+		copy(to.Addr[:], addr.IP)
+		at = to
+	}
+	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
+		return fail(err)
+	}
+	if family == unix.AF_INET6 {
+		v6only := 0
+		if len(addr.IP) > 0 {
+			v6only = 1
+		}
+		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only); err != nil {
+			return fail(err)
+		}
+	}
+	for _, opt := range []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT} {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1); err != nil {
+			return fail(err)
+		}
+	}
+	if err := unix.Bind(fd, at); err != nil {
+		return fail(err)
+	}
+	got, err := unix.Getsockname(fd)
+	if err != nil {
+		return fail(err)
+	}
+	switch got := got.(type) {
+	case *unix.SockaddrInet4:
+		addr.Port = got.Port
+	case *unix.SockaddrInet6:
+		addr.Port = got.Port
+	}
+	host, _, _ := net.SplitHostPort(ln.address)
+	ln.address, ln.local = net.JoinHostPort(host, strconv.Itoa(addr.Port)), addr.String()
+	return fd, nil
+}
+
+// findAddrs asks the kernel where gnet listens.
 func (e *Engine) findAddrs(listens []listen) error {
 	defer func() {
 		for i, a := range e.addrs {

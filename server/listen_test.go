@@ -87,7 +87,7 @@ func TestUnixBesideTCP(t *testing.T) {
 	for _, urls := range [][]string{{"http://127.0.0.1:0", "unix://" + sock}, {"unix://" + sock}} {
 		s := startServer(t, Config{ListenURLs: urls, Loops: 2, MaxConns: most})
 		if len(urls) > 1 {
-			fd, err := s.gnet.DupListener("tcp", "127.0.0.1:0")
+			fd, err := s.gnet.DupListener("tcp", s.addr())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -136,6 +136,33 @@ func TestUnixBesideTCP(t *testing.T) {
 		}
 		if _, err := os.Stat(sock); !os.IsNotExist(err) {
 			t.Errorf("the socket is left behind: %v", err)
+		}
+	}
+}
+
+// TestPortZero: all loops listen on the port that the kernel chose, so that clients come to all of them.
+func TestPortZero(t *testing.T) {
+	urls := []string{"http://127.0.0.1:0", "http://0.0.0.0:0"}
+	if hasIPv6() {
+		if l, err := net.Listen("tcp", "[::1]:0"); err == nil {
+			_ = l.Close()
+			urls = append(urls, "http://[::1]:0", "http://[::]:0")
+		}
+	}
+	s := startServer(t, Config{Loops: 3, ListenURLs: urls})
+	for i, a := range s.Addrs() {
+		for n := range 64 { // the kernel spreads them by a hash
+			c, err := net.Dial("tcp", a.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			if n%16 == 0 {
+				newPeer(t, c).ping()
+			}
+		}
+		for _, l := range s.Loops() {
+			eventually(t, "clients of "+s.URLs()[i]+" on each loop", func() bool { return l.clients.Load() >= int64(4*(i+1)) })
 		}
 	}
 }

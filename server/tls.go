@@ -81,11 +81,31 @@ const tlsRecordHandshake = 0x16
 // tlsEnded tells why no connection came about, if err says so, and passes err on. What goes wrong later is an
 // end like any other, and so is a client that goes away by itself.
 func (c *clientConn) tlsEnded(err error) error {
+	if l, ok := c.tlsLimit(err); ok {
+		hitLimit(l)
+	}
 	if err != nil && err != io.EOF && !c.heard {
 		c.heard = true
 		c.eng.refusals.say(c.remote, tlsconn.ExplainClient(err))
 	}
 	return err
+}
+
+// tlsLimit is the bound that err means, if it is TLS that ended the connection.
+func (c *clientConn) tlsLimit(err error) (limit, bool) {
+	switch err {
+	case nil, c.plainErr:
+		return 0, false
+	case errNoHandshake:
+		return limitHandshakeTime, true
+	case tlsconn.ErrCrowded:
+		return limitHandshakes, true
+	case tlsconn.ErrFlood:
+		return limitHandshakeBytes, true
+	case tlsconn.ErrRecords:
+		return limitTLSRecords, true
+	}
+	return limitTLSErrors, tlsconn.Broke(err)
 }
 
 // TLSNotify implements tlsconn.Owner.
@@ -118,7 +138,8 @@ func (c *clientConn) advance() {
 // TLSPlain implements tlsconn.Owner.
 func (c *clientConn) TLSPlain(p []byte) error {
 	c.heard = true
-	return c.h2.Feed(p)
+	c.plainErr = c.h2.Feed(p)
+	return c.plainErr
 }
 
 // output is what is to be written to the socket next; written is to be called when it was.

@@ -59,6 +59,7 @@ type Conn struct {
 	closed  bool   // by Close
 	err     error  // why it ended
 	in      []byte // bytes of the socket during Receive
+	records records
 	out     *outBuffer
 
 	// The handshake's goroutine's.
@@ -103,6 +104,14 @@ func Client(cfg *tls.Config, owner Owner) *Conn {
 	return c
 }
 
+// Partial is how many bytes of a record that is not here as a whole are kept, once the handshake is done.
+func (c *Conn) Partial() int {
+	if !c.open || c.closed {
+		return 0
+	}
+	return c.records.partial()
+}
+
 // Open says that the handshake is done: Seal may be called.
 func (c *Conn) Open() bool { return c.open }
 
@@ -117,12 +126,15 @@ func (c *Conn) Receive(p []byte) error {
 	case len(p) == 0:
 		return nil
 	case c.open:
-		return c.pump(p)
+		return c.pump(p, c.records.scan(p))
 	case !c.started:
 		if p[0] != recordHandshake {
 			return c.end(ErrPlainText)
 		}
 		c.start()
+	}
+	if err := c.records.brought(0, c.records.scan(p)); err != nil {
+		return c.end(err)
 	}
 	return c.feedHandshake(p)
 }
@@ -154,7 +166,7 @@ func (c *Conn) Advance() error {
 	c.letGo()
 	c.open = true
 	c.wake, c.quit = nil, nil
-	return c.pump(early)
+	return c.pump(early, 0) // their records were counted
 }
 
 func (c *Conn) lastWords() error {
@@ -180,8 +192,9 @@ func (c *Conn) forgetInput() {
 	c.early, c.earlyOff = nil, 0
 }
 
-// pump decrypts p, and what crypto/tls has already.
-func (c *Conn) pump(p []byte) error {
+// pump decrypts p, in which so many records end, and what crypto/tls has already.
+func (c *Conn) pump(p []byte, ended int) error {
+	bytes, useful := 0, 0
 	plain := plainBytes.Get().(*[maxPlain]byte)
 	c.in = p
 	defer func() {
@@ -189,7 +202,10 @@ func (c *Conn) pump(p []byte) error {
 		plainBytes.Put(plain)
 	}()
 	for {
-		n, err := c.tls.Read(plain[:])
+		n, err := c.tls.Read(plain[:]) // of one record
+		if bytes += n; n >= usefulRecord {
+			useful++
+		}
 		if n > 0 {
 			if err := c.owner.TLSPlain(plain[:n]); err != nil {
 				return c.end(err)
@@ -199,6 +215,9 @@ func (c *Conn) pump(p []byte) error {
 		case c.closed:
 			return c.err
 		case err == errWouldBlock:
+			if err := c.records.brought(bytes, ended-useful); err != nil {
+				return c.end(err)
+			}
 			return nil
 		case err != nil:
 			return c.end(err)

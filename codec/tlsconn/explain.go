@@ -73,6 +73,12 @@ func explainCert(err *tls.CertificateVerificationError, caFlag, name string) str
 	return subject + err.Err.Error()
 }
 
+// Broke says that err, of a Conn, is the other side's fault: it broke TLS, or was refused. It did not just go away, nor
+// did it refuse us.
+func Broke(err error) bool {
+	return err != nil && !errors.Is(err, ErrClosed) && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !fromPeer(err)
+}
+
 // fromPeer says that the other side sent an alert.
 func fromPeer(err error) bool {
 	var op *net.OpError

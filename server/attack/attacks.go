@@ -28,9 +28,11 @@ func rangeOf(key, end string) []byte {
 	return protowire.AppendString(protowire.AppendTag(p, 2, protowire.BytesType), end)
 }
 
+var errEnough = errors.New("enough")
+
 var bomb = gzipped(64 << 20)
 
-// All returns every attack. A list of all keys from key up to end is what those ask for that make the server
+// All returns every attack that needs no TLS; inside it they do the same. A list of all keys from key up to end is what those ask for that make the server
 // work and do not read the answer.
 func All(key, end string) []*Attack {
 	list := rangeOf(key, end)
@@ -120,6 +122,12 @@ func All(key, end string) []*Attack {
 		}, Turn: func(c *Conn) error {
 			return errors.Join(c.headers(rangePath, false), c.message(0, len(list), list, true))
 		}},
+		{Name: "lists, a byte at a time", Limits: []string{"memory", "waiting_replies", "no_window", "stalled_reader"}, Conns: 50, Drip: true, Open: func(c *Conn) error {
+			return errors.Join(c.Fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1}),
+				c.Fr.WriteWindowUpdate(0, 1<<31-1-65535))
+		}, Turn: func(c *Conn) error {
+			return errors.Join(c.headers(rangePath, false), c.message(0, len(list), list, true))
+		}},
 		{Name: "watches", Limits: []string{"watches", "pending_creates", "streams"}, Conns: 2, Open: func(c *Conn) error {
 			return c.headers(watchPath, false)
 		}, Turn: repeat(func(c *Conn) error {
@@ -129,7 +137,7 @@ func All(key, end string) []*Attack {
 			return c.message(0, len(msg), msg, false)
 		})},
 		{Name: "silence", Limits: []string{"preface_time"}, Conns: 500, Raw: true},
-		{Name: "connect and leave", Conns: 4, Raw: true, Turn: func(c *Conn) error { return errors.New("enough") }},
+		{Name: "connect and leave", Conns: 4, Raw: true, Turn: func(c *Conn) error { return errEnough }},
 	}
 }
 

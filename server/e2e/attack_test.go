@@ -12,8 +12,13 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 
+	"spindle/codec/tlsconn/tlstest"
 	"spindle/server/attack"
 	"spindle/shard/embedded"
 )
@@ -26,8 +31,8 @@ const (
 	maxAttackRSS = 1200
 )
 
-// TestAttackReport runs every attack for SPINDLE_ATTACK (3s, say) against a proxy that is a process of its own, and
-// shows what the attackers sent, what the proxy spent, and what a good client beside them saw. `make attack`.
+// TestAttackReport runs every attack, in plain text and inside mutual TLS, for SPINDLE_ATTACK (3s, say) against a proxy
+// that is a process of its own, and shows what the attackers sent, what the proxy spent, and what a good client beside them saw. `make attack`.
 func TestAttackReport(t *testing.T) {
 	each, err := time.ParseDuration(os.Getenv("SPINDLE_ATTACK"))
 	if err != nil {
@@ -40,56 +45,86 @@ func TestAttackReport(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.Close)
+	ca, other := tlstest.NewCA(t, "ca"), tlstest.NewCA(t, "other")
+	pair := ca.Issue("server")
 	url, metricsURL := freeURL(t), freeURL(t)
-	args := append(proxyArgs(m, url, metricsURL), "--max-client-memory", strconv.Itoa(attackMemory))
+	secureURL := strings.Replace(freeURL(t), "http:", "https:", 1)
+	args := append(proxyArgs(m, url+","+secureURL, metricsURL), "--max-client-memory", strconv.Itoa(attackMemory),
+		"--cert-file", pair.Cert, "--key-file", pair.Key, "--trusted-ca-file", ca.File)
 	p := startProcess(t, t.TempDir(), args...)
 	p.awaitReady(t)
 	fill(t, url, attackKeys)
-	addr := strings.TrimPrefix(url, "http://")
+	plain := attack.Target{Addr: strings.TrimPrefix(url, "http://")}
+	secure := attack.Target{Addr: strings.TrimPrefix(secureURL, "https://"), TLS: ca.Client(ca.Issue("client")),
+		Stranger: ca.Client(other.Issue("stranger"))}
 
-	t.Logf("%-20s %6s %8s %9s | %7s %8s %8s | %9s %9s %5s | %s", "attack", "conns", "bursts", "sent MiB",
+	t.Logf("%-26s %6s %8s %9s | %7s %8s %8s | %9s %9s %7s | %s", "attack", "conns", "bursts", "sent MiB",
 		"CPU s", "RSS MiB", "peak MiB", "p99 quiet", "p99 under", "errs", "stopped by")
 	for _, a := range attack.All("m/", "m0") {
-		if only := os.Getenv("SPINDLE_ATTACK_ONLY"); only != "" && a.Name != only {
-			continue
-		}
-		quiet, _, errs := goodClient(t, url, time.Second, nil)
-		if errs > 0 {
-			t.Errorf("before %s: %d errors", a.Name, errs)
-		}
-		before, cpu := limitHits(t, metricsURL), cpuOf(t, p)
-		rss := resetPeak(t, p)
-		var sent attack.Sent
-		quit, done := make(chan struct{}), make(chan struct{})
-		go func() { defer close(done); attack.Run(a, addr, quit, &sent) }()
-		under, n, errs := goodClient(t, url, each, p.done)
-		close(quit)
-		<-done
-		after := limitHits(t, metricsURL)
-		var stopped []string
-		for name, v := range after {
-			if v > before[name] {
-				stopped = append(stopped, fmt.Sprintf("%s %d", name, v-before[name]))
-			}
-		}
-		slices.Sort(stopped)
-		peak := statusOf(t, p, "VmHWM")
-		t.Logf("%-20s %6d %8d %9.1f | %7.2f %8d %8d | %9v %9v %2d/%d | %s", a.Name, sent.Conns.Load(), sent.Turns.Load(),
-			float64(sent.Bytes.Load())/(1<<20), cpuOf(t, p)-cpu, rss, peak, quiet.Round(10*time.Microsecond),
-			under.Round(10*time.Microsecond), errs, n, strings.Join(stopped, ", "))
-		if peak > maxAttackRSS {
-			t.Errorf("%s: the proxy took %d MiB", a.Name, peak)
-		}
-		if errs > 0 {
-			t.Errorf("%s: %d of the good client's %d requests failed", a.Name, errs, n)
-		}
+		attackOne(t, p, metricsURL, a, plain, each)
+	}
+	t.Log("inside mutual TLS:")
+	for _, a := range append(attack.All("m/", "m0"), attack.OverTLS()...) {
+		attackOne(t, p, metricsURL, a, secure, each)
 	}
 }
 
-// goodClient puts and gets one key again and again for d, and returns the 99th percentile of what it waited.
-func goodClient(t testing.TB, url string, d time.Duration, gone <-chan struct{}) (p99 time.Duration, n, errs int) {
+// attackOne runs one attack and shows its line.
+func attackOne(t *testing.T, p *process, metricsURL string, a *attack.Attack, to attack.Target, each time.Duration) {
+	if only := os.Getenv("SPINDLE_ATTACK_ONLY"); only != "" && a.Name != only {
+		return
+	}
+	good := dialTarget(t, to)
+	quiet, _, errs := goodClient(t, good, time.Second, nil)
+	if errs > 0 {
+		t.Errorf("before %s: %d errors", a.Name, errs)
+	}
+	before, cpu := limitHits(t, metricsURL), cpuOf(t, p)
+	rss := resetPeak(t, p)
+	var sent attack.Sent
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() { defer close(done); attack.Run(a, to, quit, &sent) }()
+	under, n, errs := goodClient(t, good, each, p.done)
+	close(quit)
+	<-done
+	after := limitHits(t, metricsURL)
+	var stopped []string
+	for name, v := range after {
+		if v > before[name] {
+			stopped = append(stopped, fmt.Sprintf("%s %d", name, v-before[name]))
+		}
+	}
+	slices.Sort(stopped)
+	peak := statusOf(t, p, "VmHWM")
+	t.Logf("%-26s %6d %8d %9.1f | %7.2f %8d %8d | %9v %9v %2d/%-4d | %s", a.Name, sent.Conns.Load(), sent.Turns.Load(),
+		float64(sent.Bytes.Load())/(1<<20), cpuOf(t, p)-cpu, rss, peak, quiet.Round(10*time.Microsecond),
+		under.Round(10*time.Microsecond), errs, n, strings.Join(stopped, ", "))
+	if peak > maxAttackRSS {
+		t.Errorf("%s: the proxy took %d MiB", a.Name, peak)
+	}
+	if errs > 0 {
+		t.Errorf("%s: %d of the good client's %d requests failed", a.Name, errs, n)
+	}
+}
+
+// dialTarget is a good client of the attacked.
+func dialTarget(t testing.TB, to attack.Target) pb.KVClient {
 	t.Helper()
-	c := dial(t, url)
+	creds := insecure.NewCredentials()
+	if to.TLS != nil {
+		creds = credentials.NewTLS(to.TLS.Clone())
+	}
+	conn, err := grpc.NewClient("passthrough:///"+to.Addr, grpc.WithTransportCredentials(creds))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return pb.NewKVClient(conn)
+}
+
+// goodClient puts and gets one key again and again for d, and returns the 99th percentile of what it waited.
+func goodClient(t testing.TB, c pb.KVClient, d time.Duration, gone <-chan struct{}) (p99 time.Duration, n, errs int) {
+	t.Helper()
 	var took []time.Duration
 	for end := time.Now().Add(d); time.Now().Before(end); n++ {
 		select {
@@ -99,9 +134,9 @@ func goodClient(t testing.TB, url string, d time.Duration, gone <-chan struct{})
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		start := time.Now()
-		_, err := c.kv.Put(ctx, &pb.PutRequest{Key: []byte("good"), Value: []byte("v")})
+		_, err := c.Put(ctx, &pb.PutRequest{Key: []byte("good"), Value: []byte("v")})
 		if err == nil {
-			_, err = c.kv.Range(ctx, &pb.RangeRequest{Key: []byte("good")})
+			_, err = c.Range(ctx, &pb.RangeRequest{Key: []byte("good")})
 		}
 		cancel()
 		if err != nil {
