@@ -3,12 +3,14 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"testing"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 
@@ -301,19 +303,22 @@ func (f *foreignRig) round(round int, logs []*eventLog, stop func()) {
 		f.await(l, "the put of a key with a lease", isPut(leased, "with a lease"))
 	}
 	home := homes[leased]
-	r, err := home.Leases(callContext(t))
-	if err != nil || len(r.Leases) == 0 {
-		t.Fatalf("leases: %v, %v", r, err)
-	}
 	kv, err := home.Get(callContext(t), leased)
-	if err != nil || len(kv.Kvs) != 1 || kv.Kvs[0].Lease == 0 {
-		t.Fatalf("the key has lost its lease: %v, %v", kv, err)
-	}
-	if bytes.HasPrefix(kv.Kvs[0].Value, []byte("with")) {
-		t.Error("seen, and not stamped")
-	}
-	if _, err := home.Revoke(callContext(t), clientv3.LeaseID(kv.Kvs[0].Lease)); err != nil {
+	if err != nil {
 		t.Fatal(err)
+	}
+	// A proxy takes a lease without a marker for a left-over copy, and may have ended it by now: about a second after
+	// its start it looks for such.
+	if len(kv.Kvs) == 1 {
+		if kv.Kvs[0].Lease == 0 {
+			t.Fatalf("the key has lost its lease: %v", kv)
+		}
+		if bytes.HasPrefix(kv.Kvs[0].Value, []byte("with")) {
+			t.Error("seen, and not stamped")
+		}
+		if _, err := home.Revoke(callContext(t), clientv3.LeaseID(kv.Kvs[0].Lease)); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+			t.Fatal(err)
+		}
 	}
 	for _, l := range logs {
 		for i, want := range wants {
