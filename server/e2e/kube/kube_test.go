@@ -134,3 +134,82 @@ func TestWatchBelowCompaction(t *testing.T) {
 		}
 	}
 }
+
+// Objects with a TTL, which nobody keeps alive: events in numbers, which share leases and lie on all members, vanish, each
+// once, in order, with their last state; a master lease lives as long as it is written anew in time, on a new lease each time.
+func TestTTL(t *testing.T) {
+	ctx := context.Background()
+	s, client := newStore(t)
+	const events, ttl = 40, 3
+	created := map[string]string{}
+	for i := range events {
+		name, out := fmt.Sprintf("event-%02d", i), &example.Pod{}
+		pod := &example.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, Labels: map[string]string{"n": name}}}
+		if err := s.Create(ctx, podKey(name), pod, out, ttl); err != nil {
+			t.Fatal(err)
+		}
+		created[name] = out.ResourceVersion
+	}
+	first := createPod(t, s, "stays")
+	w, err := s.Watch(ctx, "/pods/ns/", storage.ListOptions{ResourceVersion: first, Predicate: storage.Everything, Recursive: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Stop()
+
+	master := func(n int) {
+		t.Helper()
+		lives := uint64(ttl + 3)
+		err := s.GuaranteedUpdate(ctx, "/pods/masters/10.0.0.1", &example.Pod{}, true, nil,
+			func(in runtime.Object, _ storage.ResponseMeta) (runtime.Object, *uint64, error) {
+				pod := in.(*example.Pod)
+				pod.Namespace, pod.Name, pod.Generation = "masters", "10.0.0.1", int64(n)
+				return pod, &lives, nil
+			}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	master(0)
+	there := func(name string) bool {
+		r, err := client.Get(ctx, "/registry/pods/masters/10.0.0.1")
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		return len(r.Kvs) == 1
+	}
+	last, deleted := uint64(0), map[string]bool{}
+	for n := 1; len(deleted) < events; n++ {
+		e := nextEvent(t, w)
+		pod, ok := e.Object.(*example.Pod)
+		if !ok || e.Type != watch.Deleted || deleted[pod.Name] || created[pod.Name] == "" || pod.Labels["n"] != pod.Name {
+			t.Fatalf("%s %#v", e.Type, e.Object)
+		}
+		rev, err := s.Versioner().ObjectResourceVersion(pod)
+		if err != nil || rev < last {
+			t.Fatalf("%s was deleted at %d, behind %d: %v", pod.Name, rev, last, err)
+		}
+		last, deleted[pod.Name] = rev, true
+		if n == 1 || n == events/2 {
+			master(n) // the lease before loses its key, and takes nothing with it
+		}
+	}
+	list := &example.PodList{}
+	if err := s.GetList(ctx, "/pods/ns/", storage.ListOptions{Predicate: storage.Everything, Recursive: true}, list); err != nil || len(list.Items) != 1 {
+		t.Errorf("%v, %d objects are left", err, len(list.Items))
+	}
+	if !there("after the events") {
+		t.Error("the master lease went with an old lease")
+	}
+	deadline := time.Now().Add(eventTimeout)
+	for there("in the end") {
+		if time.Now().After(deadline) {
+			t.Fatal("the master lease does not end")
+		}
+		<-time.After(50 * time.Millisecond)
+	}
+	leases, err := client.Leases(ctx)
+	if err != nil || len(leases.Leases) > 1 {
+		t.Errorf("leases are left: %v, %v", leases, err)
+	}
+}
