@@ -106,6 +106,9 @@ func TestItBites(t *testing.T) {
 			})
 		}},
 		{"now is a stale read", func(c *Config) {
+			// It takes a watch of the coordinator that lags, or the proxy knows better.
+			long(c, ChaosEvents{Lag: true, StreamHole: true})
+			c.Shards, c.Chaos = 4, 15*time.Millisecond
 			old := map[string][]byte{}
 			c.TamperReply = func(from codec.ClusterID, m codec.Method, req, resp []byte) []byte {
 				q := &pb.TxnRequest{}

@@ -7,15 +7,16 @@
 //     a test compares it with etcd itself, request by request.
 //   - Net, Host, Link (net.go, link.go) are virtual time, and the connections of proxies to clusters with their
 //     faults: lost, late, refused requests, lost replies, resets, holes, lagging and standing streams.
-//   - Run (config.go, run.go, proxy.go, client.go, stream.go, generate.go, follow.go, viewer.go, mischief.go, dead.go) is one
+//   - Run (config.go, run.go, proxy.go, client.go, stream.go, generate.go, follow.go, viewer.go, mischief.go, faults.go, coordinator.go,
+//     dead.go) is one
 //     run: proxies that crash and return, clients that contend for few keys, readers of the ring, watches on
 //     a Hub, keys that expire, somebody who writes to members directly, members that are compacted behind everybody's back.
 //   - The check (history.go, eval.go, check.go, check_watch.go, check_foreign.go, lease_client.go) reads from the clusters' full histories what
 //     happened at every revision, with its own reading of the stored formats, and compares with it everything
-//     that any client was told.
+//     that any client was told. porcupine judges each key again (linear.go), without a look at what the members hold.
 //
-// Keys named x.. carry a lease of the members' own, and may expire. What a run does not have: a coordinator that loses
-// its data, members restored from backups.
+// Keys named x.. carry a lease of the members' own, and may expire. What a run does not have: members restored
+// from backups.
 //
 // Nothing here is built into Spindle itself, so it may use etcd's generated protobuf code.
 package sim

@@ -81,9 +81,9 @@ func TestSimulation(t *testing.T) {
 		}
 		return
 	}
-	n, limit := envInt(t, envSeeds, 0), 25*time.Second
+	n, limit := envInt(t, envSeeds, 0), 20*time.Second
 	if testing.Short() || raceEnabled {
-		limit = 8 * time.Second
+		limit = 6 * time.Second
 	}
 	if n > 0 {
 		limit = 24 * time.Hour
@@ -193,7 +193,7 @@ func TestOneLease(t *testing.T) {
 
 // TestDeterminism runs seeds twice and compares the traces.
 func TestDeterminism(t *testing.T) {
-	for seed := uint64(1); seed <= 5; seed++ {
+	for seed := uint64(1); seed <= min(5, seedsOf(50)/2); seed++ {
 		trace := func() (lines []string) {
 			cfg := ConfigOf(seed)
 			cfg.Trace = func(l string) { lines = append(lines, l) }
@@ -233,9 +233,9 @@ func TestRebuild(t *testing.T) {
 
 // runMany runs seeds with one change to each, as TestSimulation does, for a while.
 func runMany(t *testing.T, change func(*Config)) (sum Stats) {
-	limit := 15 * time.Second
+	limit := 12 * time.Second
 	if testing.Short() || raceEnabled {
-		limit = 6 * time.Second
+		limit = 4 * time.Second
 	}
 	n := envInt(t, envSeeds, 0)
 	if n > 0 {
