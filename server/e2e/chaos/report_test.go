@@ -1,0 +1,122 @@
+package chaos
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// round is what happened in one round of faults.
+type round struct {
+	faults []*fault
+	// begun, ended (mended and serving again) and recovered: every shard was written through every proxy, and the watches of
+	// everything have shown all that was written before the end.
+	begun, ended, recovered time.Duration
+	writes, watches         time.Duration // from the end until then
+}
+
+func (r *round) kind() string {
+	if len(r.faults) > 1 {
+		return "two at once"
+	}
+	return r.faults[0].kind
+}
+
+func (r *round) affects(p, s int) bool {
+	return slices.ContainsFunc(r.faults, func(f *fault) bool { return f.affects(p, s) })
+}
+
+// row is a line of the report: all rounds of a kind.
+type row struct {
+	rounds          int
+	errors          map[string]int
+	others, own     time.Duration
+	writes, watches time.Duration
+	acked, events   int
+}
+
+// report makes the table of what clients noticed.
+func report(rounds []*round, l *load) string {
+	rows := map[string]*row{}
+	total := &row{errors: map[string]int{}}
+	for _, rd := range rounds {
+		w := rows[rd.kind()]
+		if w == nil {
+			w = &row{errors: map[string]int{}}
+			rows[rd.kind()] = w
+		}
+		for _, w := range []*row{w, total} {
+			w.add(rd, l)
+		}
+	}
+	var b strings.Builder
+	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(t, "fault\trounds\terrors\tlongest pause, others\taffected\trecovered, writes\twatches\twrites\tevents")
+	line := func(name string, w *row) {
+		var errs []string
+		for _, k := range slices.Sorted(maps.Keys(w.errors)) {
+			errs = append(errs, fmt.Sprintf("%d %s", w.errors[k], k))
+		}
+		if len(errs) == 0 {
+			errs = []string{"none"}
+		}
+		ms := func(d time.Duration) string { return fmt.Sprint(d.Round(time.Millisecond)) }
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), ms(w.others), ms(w.own), ms(w.writes), ms(w.watches), w.acked, w.events)
+	}
+	for _, k := range kinds {
+		if w := rows[k.name]; w != nil {
+			line(k.name, w)
+		}
+	}
+	if w := rows["two at once"]; w != nil {
+		line("two at once", w)
+	}
+	line("all", total)
+	t.Flush()
+	return b.String()
+}
+
+// add counts a round, after the end of the load.
+func (w *row) add(rd *round, l *load) {
+	w.rounds++
+	w.writes, w.watches = max(w.writes, rd.writes), max(w.watches, rd.watches)
+	for p := range proxies {
+		for s := range shards {
+			pause := longestPause(l.acks[p][s], rd.begun, rd.recovered)
+			if rd.affects(p, s) {
+				w.own = max(w.own, pause)
+			} else {
+				w.others = max(w.others, pause)
+			}
+		}
+	}
+	for _, q := range l.rec.requests {
+		if q.ret < rd.begun || q.ret > rd.recovered {
+			continue
+		}
+		if q.acked {
+			w.acked++
+		}
+		if q.code != 0 && !strings.Contains(q.text, "compacted") && !strings.Contains(q.text, "lease not found") {
+			w.errors[q.code.String()]++
+		}
+	}
+	for _, e := range l.rec.history {
+		if e.heard >= rd.begun && e.heard <= rd.recovered {
+			w.events++
+		}
+	}
+}
+
+// longestPause returns the longest time between two acknowledgements that lies in from..to in part.
+func longestPause(acks []time.Duration, from, to time.Duration) (longest time.Duration) {
+	for i := 1; i < len(acks); i++ {
+		if acks[i] >= from && acks[i-1] <= to {
+			longest = max(longest, acks[i]-acks[i-1])
+		}
+	}
+	return longest
+}
