@@ -85,6 +85,7 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 // onMessage takes the reply.
 func (c *poolCall) onMessage(msg []byte) {
 	c.messages++
+	c.link.answered()
 	if c.messages == 1 {
 		if len(msg) > codec.KeptReply && c.link.conn.KeepMessage() {
 			c.resp = msg
@@ -121,6 +122,7 @@ func (c *poolCall) due(now int64) {
 	l, s := c.link, c.stream
 	c.link, c.stream = nil, nil
 	l.reset(s)
+	l.unanswered(now)
 	l.ep.judge(statusDeadline)
 	c.complete(statusDeadline, true)
 }

@@ -56,6 +56,8 @@ type poolLink struct {
 	lastRecv int64 // when bytes came last
 	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
 	timer    poolTimer
+	asked    int64     // see pool_deaf.go
+	deaf     poolTimer // in the heap while that question waits
 }
 
 var (
@@ -357,6 +359,7 @@ func (l *poolLink) die(err error) {
 	l.dead = true
 	l.gc = nil
 	p.timers.cancel(&l.timer)
+	p.timers.cancel(&l.deaf)
 	if i := slices.Index(p.links, l); i >= 0 {
 		p.links = slices.Delete(p.links, i, i+1)
 	}
@@ -441,8 +444,8 @@ func (l *poolLink) OnGoAway() {
 	}
 }
 
-// OnPong implements codec.ClientEvents. Any bytes are a sign of life; there is nothing to add.
-func (l *poolLink) OnPong() {}
+// OnPong implements codec.ClientEvents. Any bytes are a sign of life, but only answers show that the other side hears.
+func (l *poolLink) OnPong() { l.answered() }
 
 // tickTimer is the Pool as owner of tickTimer.
 type tickTimer Pool

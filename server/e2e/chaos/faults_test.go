@@ -22,11 +22,14 @@ type fault struct {
 
 func (f *fault) String() string { return f.kind + ", " + f.target }
 
-// kinds are all faults. Each makes one of its kind, of which the random numbers decide the target.
-var kinds = []struct {
+// kind makes faults of a kind; the random numbers decide the target.
+type kind struct {
 	name string
 	make func(s *system, r *rand.Rand) *fault
-}{
+}
+
+// kinds are all of them.
+var kinds = []kind{
 	{"proxy killed", func(s *system, r *rand.Rand) *fault { return s.proxyKilled(r.IntN(proxies)) }},
 	{"leader killed", func(s *system, r *rand.Rand) *fault { return s.nodeKilled(true, r.IntN(3)) }},
 	{"follower killed", func(s *system, r *rand.Rand) *fault { return s.nodeKilled(false, r.IntN(3)) }},
@@ -267,16 +270,17 @@ func (set linkSet) cut() *fault {
 
 // schedule is the endless order of faults that a seed gives: every kind once in each turn, some together with another.
 type schedule struct {
-	r    *rand.Rand
-	sys  *system
-	turn []int // kinds that are left of this turn
+	r     *rand.Rand
+	sys   *system
+	kinds []kind
+	turn  []int // those that are left of this turn
 }
 
 func (s *schedule) next() *fault {
 	if len(s.turn) == 0 {
-		s.turn = s.r.Perm(len(kinds))
+		s.turn = s.r.Perm(len(s.kinds))
 	}
-	k := kinds[s.turn[0]]
+	k := s.kinds[s.turn[0]]
 	s.turn = s.turn[1:]
 	f := k.make(s.sys, s.r)
 	f.kind = k.name
@@ -291,7 +295,7 @@ func (s *schedule) round(longest time.Duration) ([]*fault, time.Duration) {
 		return faults, lasts
 	}
 	// A second one of any kind, which touches other things.
-	k := kinds[s.r.IntN(len(kinds))]
+	k := s.kinds[s.r.IntN(len(s.kinds))]
 	second := k.make(s.sys, s.r)
 	second.kind = k.name
 	for _, a := range faults[0].parts {
