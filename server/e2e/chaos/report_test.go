@@ -19,10 +19,14 @@ type round struct {
 }
 
 func (r *round) kind() string {
-	if len(r.faults) > 1 {
+	switch len(r.faults) {
+	case 0:
+		return "none"
+	case 1:
+		return r.faults[0].kind
+	default:
 		return "two at once"
 	}
-	return r.faults[0].kind
 }
 
 func (r *round) affects(p, s int) bool {
@@ -66,13 +70,14 @@ func report(rounds []*round, l *load) string {
 		ms := func(d time.Duration) string { return fmt.Sprint(d.Round(time.Millisecond)) }
 		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), ms(w.others), ms(w.own), ms(w.writes), ms(w.watches), w.acked, w.events)
 	}
+	names := []string{"none"}
 	for _, k := range kinds {
-		if w := rows[k.name]; w != nil {
-			line(k.name, w)
-		}
+		names = append(names, k.name)
 	}
-	if w := rows["two at once"]; w != nil {
-		line("two at once", w)
+	for _, name := range append(names, "two at once") {
+		if w := rows[name]; w != nil {
+			line(name, w)
+		}
 	}
 	line("all", total)
 	t.Flush()
