@@ -81,8 +81,9 @@ func TestChaos(t *testing.T) {
 			t.Fatal(err)
 		}
 		rounds = append(rounds, rd)
-		t.Logf("%8.3f round %d, for %v: %q; went on %v later, watches %v", rd.begun.Seconds(), len(rounds), d.Round(time.Millisecond), faults,
-			rd.writes.Round(time.Millisecond), rd.watches.Round(time.Millisecond))
+		others, own, where := rd.pauses(l)
+		t.Logf("%8.3f round %d, for %v: %q; mended after %v, writes went on %v later, watches %v; longest pauses: affected %v, others %v (%s)",
+			rd.begun.Seconds(), len(rounds), ms(d), faults, ms(rd.ended-rd.begun), ms(rd.writes), ms(rd.watches), ms(own), ms(others), where)
 		if rd.recovered == 0 {
 			t.Fatalf("%8.3f: not everything goes on %v after the end of the faults: %s", rec.now().Seconds(), recoverTimeout, l.stuck(rd.ended))
 		}

@@ -33,6 +33,24 @@ func (r *round) affects(p, s int) bool {
 	return slices.ContainsFunc(r.faults, func(f *fault) bool { return f.affects(p, s) })
 }
 
+// pauses says how long the longest pauses were where the faults should not and where they may have been noticed.
+func (r *round) pauses(l *load) (others, own time.Duration, where string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for p := range proxies {
+		for s := range shards {
+			pause := longestPause(l.acks[p][s], r.begun, r.recovered)
+			switch {
+			case r.affects(p, s):
+				own = max(own, pause)
+			case pause > others:
+				others, where = pause, fmt.Sprintf("proxy-%d to %s", p, shardNames[s])
+			}
+		}
+	}
+	return others, own, where
+}
+
 // row is a line of the report: all rounds of a kind.
 type row struct {
 	rounds          int
@@ -67,8 +85,7 @@ func report(rounds []*round, l *load) string {
 		if len(errs) == 0 {
 			errs = []string{"none"}
 		}
-		ms := func(d time.Duration) string { return fmt.Sprint(d.Round(time.Millisecond)) }
-		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), ms(w.others), ms(w.own), ms(w.writes), ms(w.watches), w.acked, w.events)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%v\t%v\t%v\t%v\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), ms(w.others), ms(w.own), ms(w.writes), ms(w.watches), w.acked, w.events)
 	}
 	names := []string{"none"}
 	for _, k := range kinds {
@@ -84,20 +101,14 @@ func report(rounds []*round, l *load) string {
 	return b.String()
 }
 
+func ms(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
+
 // add counts a round, after the end of the load.
 func (w *row) add(rd *round, l *load) {
 	w.rounds++
 	w.writes, w.watches = max(w.writes, rd.writes), max(w.watches, rd.watches)
-	for p := range proxies {
-		for s := range shards {
-			pause := longestPause(l.acks[p][s], rd.begun, rd.recovered)
-			if rd.affects(p, s) {
-				w.own = max(w.own, pause)
-			} else {
-				w.others = max(w.others, pause)
-			}
-		}
-	}
+	others, own, _ := rd.pauses(l)
+	w.others, w.own = max(w.others, others), max(w.own, own)
 	for _, q := range l.rec.requests {
 		if q.ret < rd.begun || q.ret > rd.recovered {
 			continue
@@ -116,12 +127,14 @@ func (w *row) add(rd *round, l *load) {
 	}
 }
 
-// longestPause returns the longest time between two acknowledgements that lies in from..to in part.
+// longestPause returns the longest time without an acknowledgement within from..to.
 func longestPause(acks []time.Duration, from, to time.Duration) (longest time.Duration) {
-	for i := 1; i < len(acks); i++ {
-		if acks[i] >= from && acks[i-1] <= to {
-			longest = max(longest, acks[i]-acks[i-1])
+	last := from
+	for _, at := range acks {
+		if at > from && at < to {
+			longest = max(longest, at-last)
+			last = at
 		}
 	}
-	return longest
+	return max(longest, to-last)
 }

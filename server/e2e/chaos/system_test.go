@@ -36,6 +36,9 @@ const (
 	trioTickMs, trioElectMs = 100, 1000
 )
 
+// debugging shows what the processes say, in detail, whatever comes of it.
+var debugging = os.Getenv("SPINDLE_TEST_DEBUG") != ""
+
 var shardNames = [shards]string{"solo-a", "trio", "solo-b"}
 
 // member is one etcd node, or the coordinator.
@@ -162,6 +165,9 @@ func startSystem(t *testing.T, start time.Time) *system {
 			"--coordinator=" + s.coordinator.in[i].url(), "--shard-timeout=" + shardTimeout.String(),
 			fmt.Sprint("--shard-max-txn-ops=", memberTxnOps), fmt.Sprint("--shard-max-request-bytes=", memberReq),
 		}
+		if debugging {
+			p.args = append(p.args, "--log-level=debug")
+		}
 		for place, name := range shardNames {
 			var urls []string
 			for _, m := range s.nodes(place) {
@@ -180,12 +186,13 @@ func startSystem(t *testing.T, start time.Time) *system {
 }
 
 func (s *system) stop(t *testing.T) {
+	show := t.Failed() || debugging
 	for _, p := range s.proxies {
 		if p != nil {
 			if p.proc != nil {
 				p.proc.kill()
 			}
-			if t.Failed() {
+			if show {
 				t.Logf("%s:\n%s", p.name, p.log)
 			}
 			p.in.l.Close()
@@ -198,7 +205,7 @@ func (s *system) stop(t *testing.T) {
 		if m.proc != nil {
 			m.proc.kill()
 		}
-		if t.Failed() && testing.Verbose() {
+		if show && testing.Verbose() {
 			t.Logf("%s:\n%s", m.spec.Name, m.log)
 		}
 		for _, r := range m.in {
