@@ -209,15 +209,26 @@ func (l *load) stuck(since time.Duration) string {
 func (l *load) finish() error {
 	close(l.stop)
 	l.clients.Wait()
+	// A lease ends when nobody keeps it alive any more, and its keys with it.
 	leases := &pb.RangeRequest{Key: []byte(root + "lease/"), RangeEnd: prefixEnd(root + "lease/")}
 	deadline := time.Now().Add(recoverTimeout)
-	for l.left(leases) > 0 {
+	for {
+		q, _ := l.listPage(0, leases)
+		if len(q.reads) == 1 && q.reads[0].count == 0 {
+			break
+		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("keys of leases are still there %v after the last keepalive", recoverTimeout)
+			return fmt.Errorf("keys of leases are still there %v after the last keepalive: %v", recoverTimeout, q)
 		}
 		l.breathe()
 	}
-	l.put(0, 0, l.hot[0][0])
+	// The last write of all, after which nothing is under way.
+	for err := l.put(0, 0, l.hot[0][0]); err != nil; err = l.put(0, 0, l.hot[0][0]) {
+		if time.Now().After(deadline) {
+			return err
+		}
+		l.breathe()
+	}
 	l.final.Store(l.newest.Load())
 	l.watches.Wait()
 	everything := func() *pb.RangeRequest { return &pb.RangeRequest{Key: []byte(root), RangeEnd: prefixEnd(root)} }
@@ -232,21 +243,6 @@ func (l *load) finish() error {
 		}
 	}
 	return nil
-}
-
-// left returns how many keys a range has.
-func (l *load) left(req *pb.RangeRequest) int64 {
-	n := int64(-1)
-	l.listPage(0, req)
-	l.rec.mu.Lock()
-	defer l.rec.mu.Unlock()
-	if q := l.rec.requests[len(l.rec.requests)-1]; len(q.reads) == 1 {
-		n = q.reads[0].count
-	}
-	if n < 0 {
-		return 1 // an error: ask again
-	}
-	return n
 }
 
 // oddErrors returns errors that no fault excuses.

@@ -53,14 +53,14 @@ func (r *round) pauses(l *load) (others, own time.Duration, where string) {
 
 // row is a line of the report: all rounds of a kind.
 type row struct {
-	rounds          int
-	errors          map[string]int
-	others, own     time.Duration
-	writes, watches time.Duration
-	acked, events   int
+	rounds        int
+	errors        map[string]int
+	acked, events int
+	// One of each round: the longest pauses, and how long it took to go on.
+	others, own, writes, watches []time.Duration
 }
 
-// report makes the table of what clients noticed.
+// report makes the table of what clients noticed: of times the median and the longest of the rounds.
 func report(rounds []*round, l *load) string {
 	rows := map[string]*row{}
 	total := &row{errors: map[string]int{}}
@@ -76,7 +76,7 @@ func report(rounds []*round, l *load) string {
 	}
 	var b strings.Builder
 	t := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "fault\trounds\terrors\tlongest pause, others\taffected\trecovered, writes\twatches\twrites\tevents")
+	fmt.Fprintln(t, "fault (times: median / longest, ms)\trounds\terrors\tpause, others\tpause, affected\twrites after\twatches after\twrites\tevents")
 	line := func(name string, w *row) {
 		var errs []string
 		for _, k := range slices.Sorted(maps.Keys(w.errors)) {
@@ -85,7 +85,7 @@ func report(rounds []*round, l *load) string {
 		if len(errs) == 0 {
 			errs = []string{"none"}
 		}
-		fmt.Fprintf(t, "%s\t%d\t%s\t%v\t%v\t%v\t%v\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), ms(w.others), ms(w.own), ms(w.writes), ms(w.watches), w.acked, w.events)
+		fmt.Fprintf(t, "%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\n", name, w.rounds, strings.Join(errs, ", "), spread(w.others), spread(w.own), spread(w.writes), spread(w.watches), w.acked, w.events)
 	}
 	names := []string{"none"}
 	for _, k := range kinds {
@@ -103,12 +103,26 @@ func report(rounds []*round, l *load) string {
 
 func ms(d time.Duration) time.Duration { return d.Round(time.Millisecond) }
 
+// spread shows the median and the longest, in milliseconds.
+func spread(all []time.Duration) string {
+	if len(all) == 0 {
+		return "-"
+	}
+	sorted := slices.Sorted(slices.Values(all))
+	return fmt.Sprintf("%d / %d", sorted[len(sorted)/2].Milliseconds(), sorted[len(sorted)-1].Milliseconds())
+}
+
 // add counts a round, after the end of the load.
 func (w *row) add(rd *round, l *load) {
 	w.rounds++
-	w.writes, w.watches = max(w.writes, rd.writes), max(w.watches, rd.watches)
+	w.writes, w.watches = append(w.writes, rd.writes), append(w.watches, rd.watches)
 	others, own, _ := rd.pauses(l)
-	w.others, w.own = max(w.others, others), max(w.own, own)
+	if others > 0 {
+		w.others = append(w.others, others)
+	}
+	if own > 0 {
+		w.own = append(w.own, own)
+	}
 	for _, q := range l.rec.requests {
 		if q.ret < rd.begun || q.ret > rd.recovered {
 			continue

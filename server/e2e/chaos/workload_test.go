@@ -164,7 +164,7 @@ func (l *load) write(r *rand.Rand, p, s int) {
 		case n < 55:
 			l.swap(r, p, s)
 		case n < 60:
-			l.put(p, s, l.hot[s][r.IntN(hotKeys)])
+			_ = l.put(p, s, l.hot[s][r.IntN(hotKeys)])
 		case n < 80:
 			l.putGroup(r, p, s)
 		case n < 90 || len(mine) == 0:
@@ -279,10 +279,10 @@ func (l *load) swap(r *rand.Rand, p, s int) {
 }
 
 // put writes a key, whatever is there.
-func (l *load) put(p, s int, key string) {
+func (l *load) put(p, s int, key string) error {
 	w := write{key: key, value: l.value()}
 	q := &request{proxy: p, shard: s, what: "put", writes: []write{w}, swap: &swap{key: key, kind: swapPut, value: w.value}}
-	_ = l.do(q, func(ctx context.Context, q *request) error {
+	return l.do(q, func(ctx context.Context, q *request) error {
 		resp, err := l.kv(p).Put(ctx, &pb.PutRequest{Key: []byte(key), Value: []byte(w.value)})
 		if err != nil {
 			return err
@@ -360,14 +360,14 @@ func (l *load) list(r *rand.Rand, p int) {
 			req.Serializable = r.IntN(2) == 0
 		}
 		for page := req; page != nil; {
-			page = l.listPage(p, page)
+			_, page = l.listPage(p, page)
 		}
 	}
 }
 
-// listPage sends one range, and returns the next page's.
-func (l *load) listPage(p int, req *pb.RangeRequest) (next *pb.RangeRequest) {
-	q := &request{proxy: p, shard: -1, what: "list", stale: req.Serializable}
+// listPage sends one range. It returns the next page's, too; nil if there is none.
+func (l *load) listPage(p int, req *pb.RangeRequest) (q *request, next *pb.RangeRequest) {
+	q = &request{proxy: p, shard: -1, what: "list", stale: req.Serializable}
 	_ = l.do(q, func(ctx context.Context, q *request) error {
 		resp, err := l.kv(p).Range(ctx, req)
 		if err != nil {
@@ -382,7 +382,7 @@ func (l *load) listPage(p int, req *pb.RangeRequest) (next *pb.RangeRequest) {
 		}
 		return nil
 	})
-	return next
+	return q, next
 }
 
 // prefixEnd returns the end of the range of all keys that begin with prefix.
