@@ -16,6 +16,9 @@ FUZZMEM ?= 4194304
 # How long `make soak` runs.
 SOAK ?= 3m
 
+# How long `make chaos` breaks things.
+CHAOS ?= 5m
+
 # How long `make attack` runs each attack.
 ATTACK ?= 3s
 
@@ -68,6 +71,10 @@ kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: 
 .PHONY: soak
 soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
 	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
+
+.PHONY: chaos
+chaos: ## Kill, stop and cut off real processes under a checked load for CHAOS=5m: what clients noticed of each fault
+	SPINDLE_CHAOS=$(CHAOS) $(GO) test -count 1 -v -timeout 24h -run 'TestChaos$$' ./server/e2e/chaos
 
 .PHONY: attack
 attack: ## Every attack on the server for ATTACK=3s: what was sent, what the proxy spent, what a good client saw

@@ -61,7 +61,9 @@ type Stats struct {
 // Retries of requests to the coordinator.
 const (
 	backoffMin = int64(10 * time.Millisecond)
-	backoffMax = int64(time.Second)
+	// The connections wait longer between two dials. This wait comes on top of that one when the coordinator is back, so it
+	// is short.
+	backoffMax = int64(100 * time.Millisecond)
 	// maxHoles bounds the attempts to find a snapshot that the coordinator's history still reaches back to.
 	maxHoles = 8
 )

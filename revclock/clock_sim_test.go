@@ -500,7 +500,7 @@ func TestUnavailableIsRetriedForever(t *testing.T) {
 	if p.started || p.lost != nil || p.c.LastError() != "reading the coordinator: connection refused" {
 		t.Fatal(p.started, p.lost, p.c.LastError())
 	}
-	if n := p.c.Stats().CallErrors; n < 50 || n > 200 {
+	if n := p.c.Stats().CallErrors; n < 50 || n > 1000 {
 		t.Fatalf("%d attempts in a minute", n)
 	}
 	s.w.refuse = codec.Status{}

@@ -86,6 +86,7 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 // onMessage takes the reply.
 func (c *poolCall) onMessage(msg []byte) {
 	c.messages++
+	c.link.answered()
 	if c.messages == 1 {
 		if len(msg) > codec.KeptReply {
 			if c.link.conn.KeepMessage() {
@@ -128,6 +129,7 @@ func (c *poolCall) due(now int64) {
 	if l.lastRecv < c.begun {
 		l.suspect(now)
 	}
+	l.unanswered(now)
 	l.ep.judge(statusDeadline)
 	c.complete(statusDeadline, true)
 }

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"errors"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -93,6 +94,52 @@ func TestPoolBlackHole(t *testing.T) {
 		t.Error("not counted")
 	}
 	r.freeze(false)
+	e.connected(0)
+	if got := e.call(codec.MethodTxn, []byte("x")); got.st.Code != codec.OK {
+		t.Errorf("afterwards: %+v", got)
+	}
+}
+
+// A connection on which requests vanish while events go on coming is given up.
+func TestPoolDeafPeer(t *testing.T) {
+	m := newFakeMember(t, func(path string, s fakeStream) error {
+		req, err := s.recv()
+		if err != nil || !strings.HasSuffix(path, "/Watch") {
+			return errors.Join(err, s.send(req))
+		}
+		for s.Context().Err() == nil {
+			if err := s.send(req); err != nil {
+				return err
+			}
+			<-time.After(5 * time.Millisecond)
+		}
+		return nil
+	})
+	r := newRelay(t, "127.0.0.1:0", m.addr())
+	e := newPoolEnv(t, []string{r.url()}, func(c *PoolConfig) {
+		c.PingInterval, c.PingTimeout = 50*time.Millisecond, 50*time.Millisecond
+	})
+	e.connected(0)
+	e.watch([]byte("event"))
+	if got := e.call(codec.MethodTxn, []byte("x")); got.st.Code != codec.OK {
+		t.Fatalf("%+v", got)
+	}
+	// A member that is merely slow keeps its connection: it answers the ping.
+	l := e.pool.clusters[0].ready[0]
+	e.loop.do(func() { l.unanswered(e.pool.timers.now()) })
+	e.until("the pong", func() bool { return l.deaf.place == 0 })
+	e.loop.do(func() {
+		if l.dead {
+			t.Error("given up, though it answers pings")
+		}
+	})
+	r.swallow(true)
+	done := e.begin(0, codec.MethodTxn, []byte("x"), 100*time.Millisecond)
+	if got := done.wait(t); got.st.Code == codec.OK {
+		t.Fatalf("%+v", got)
+	}
+	e.until("the connection is given up", func() bool { return l.dead })
+	r.swallow(false)
 	e.connected(0)
 	if got := e.call(codec.MethodTxn, []byte("x")); got.st.Code != codec.OK {
 		t.Errorf("afterwards: %+v", got)

@@ -59,6 +59,8 @@ type poolLink struct {
 	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
 	lastPing int64 // when the last one was sent
 	timer    poolTimer
+	asked    int64     // see pool_deaf.go
+	deaf     poolTimer // in the heap while that question waits
 }
 
 var (
@@ -374,6 +376,7 @@ func (l *poolLink) die(err error) {
 	l.dead = true
 	l.gc = nil
 	p.timers.cancel(&l.timer)
+	p.timers.cancel(&l.deaf)
 	if i := slices.Index(p.links, l); i >= 0 {
 		p.links = slices.Delete(p.links, i, i+1)
 	}
@@ -458,8 +461,8 @@ func (l *poolLink) OnGoAway() {
 	}
 }
 
-// OnPong implements codec.ClientEvents. Any bytes are a sign of life; there is nothing to add.
-func (l *poolLink) OnPong() {}
+// OnPong implements codec.ClientEvents. Any bytes are a sign of life, but only answers show that the other side hears.
+func (l *poolLink) OnPong() { l.answered() }
 
 // tickTimer is the Pool as owner of tickTimer.
 type tickTimer Pool

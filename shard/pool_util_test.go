@@ -191,6 +191,7 @@ type relay struct {
 	cond   *sync.Cond
 	target string
 	frozen bool
+	deaf   bool // what the pool sends vanishes
 	conns  []net.Conn
 	wg     sync.WaitGroup
 }
@@ -221,15 +222,15 @@ func newRelay(t testing.TB, addr, target string) *relay {
 			r.mu.Lock()
 			r.conns = append(r.conns, in, out)
 			r.mu.Unlock()
-			r.wg.Go(func() { r.copy(in, out) })
-			r.wg.Go(func() { r.copy(out, in) })
+			r.wg.Go(func() { r.copy(in, out, false) })
+			r.wg.Go(func() { r.copy(out, in, true) })
 		}
 	})
 	t.Cleanup(r.stop)
 	return r
 }
 
-func (r *relay) copy(dst, src net.Conn) {
+func (r *relay) copy(dst, src net.Conn, requests bool) {
 	defer dst.Close()
 	defer src.Close()
 	buf := make([]byte, 16<<10)
@@ -239,8 +240,9 @@ func (r *relay) copy(dst, src net.Conn) {
 		for r.frozen {
 			r.cond.Wait()
 		}
+		lost := r.deaf && requests
 		r.mu.Unlock()
-		if n > 0 {
+		if n > 0 && !lost {
 			if _, err := dst.Write(buf[:n]); err != nil {
 				return
 			}
@@ -257,6 +259,13 @@ func (r *relay) freeze(on bool) {
 	r.mu.Lock()
 	r.frozen = on
 	r.cond.Broadcast()
+	r.mu.Unlock()
+}
+
+// swallow lets what the pool sends vanish from now on, and what the member sends through.
+func (r *relay) swallow(on bool) {
+	r.mu.Lock()
+	r.deaf = on
 	r.mu.Unlock()
 }
 
