@@ -172,8 +172,9 @@ type poolCluster struct {
 	id        codec.ClusterID
 	label     string // "member cluster shard-1" or "coordinator"
 	endpoints []*poolEndpoint
-	ready     []*poolLink // may take new streams
-	next      int         // round robin in ready
+	leaving   []*poolEndpoint // removed; used until another one answers
+	ready     []*poolLink     // may take new streams
+	next      int             // round robin in ready
 	pending   pendingCalls
 	down      codec.Status // what calls get while ready is empty
 	closed    bool
@@ -342,6 +343,7 @@ func (p *Pool) stream(to codec.ClusterID, m codec.Method, sink codec.WatchSink) 
 			break
 		}
 		w.link, w.stream = l, s
+		l.watches = append(l.watches, w)
 		s.User = w
 		l.opened(s)
 		l.touch()
@@ -374,6 +376,7 @@ func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*p
 // linkReady takes l into use.
 func (cl *poolCluster) linkReady(p *Pool, l *poolLink) {
 	cl.ready = append(cl.ready, l)
+	cl.leave()
 	if len(cl.ready) == 1 {
 		for _, f := range p.onConnected {
 			f(cl.id)
