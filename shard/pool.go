@@ -27,7 +27,7 @@ const (
 	defaultPingTimeout = 3 * time.Second
 	// defaultBackoffMin and defaultBackoffMax bound the wait before the next dial.
 	defaultBackoffMin = 50 * time.Millisecond
-	defaultBackoffMax = time.Second
+	defaultBackoffMax = 500 * time.Millisecond
 	// backoffResetAge is how long a connection must have lived for the next dial to wait
 	// defaultBackoffMin again: a server that accepts and hangs up at once is not dialed in a tight loop.
 	backoffResetAge = time.Second
@@ -177,6 +177,7 @@ type poolCluster struct {
 	next      int             // round robin in ready
 	pending   pendingCalls
 	down      codec.Status // what calls get while ready is empty
+	downSince int64        // when it became empty
 	closed    bool
 	metrics   *clusterMetrics
 }
@@ -279,6 +280,14 @@ func (p *Pool) OnConnected(f func(codec.ClusterID)) { p.onConnected = append(p.o
 func (p *Pool) Connected(id codec.ClusterID) bool {
 	cl := p.clusters[id]
 	return cl != nil && len(cl.ready) > 0
+}
+
+// Down says for how long a cluster has had no usable connection, and why; 0 while it has one.
+func (p *Pool) Down(id codec.ClusterID) (why string, since time.Duration) {
+	if cl := p.clusters[id]; cl != nil && len(cl.ready) == 0 {
+		return cl.down.Msg, time.Duration(p.timers.now() - cl.downSince)
+	}
+	return "", 0
 }
 
 // Call implements codec.Transport. Its statuses are the server's own, untouched, and these of the pool:
@@ -388,6 +397,7 @@ func (cl *poolCluster) linkReady(p *Pool, l *poolLink) {
 func (cl *poolCluster) linkGone(p *Pool, l *poolLink) {
 	if i := slices.Index(cl.ready, l); i >= 0 {
 		cl.ready = slices.Delete(cl.ready, i, i+1)
+		cl.downSince = p.timers.now()
 	}
 	if len(cl.ready) > 0 {
 		return

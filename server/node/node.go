@@ -192,6 +192,7 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 	}, n.pool)
 	n.engine.SetCore(n.core)
 	n.stopDrive = loop.Drive(n.core)
+	n.pool.OnConnected(n.core.Connected)
 	loop.OnTurnEnd(n.turnEnd)
 	n.awaitConnections()
 }
