@@ -72,6 +72,9 @@ type Config struct {
 
 	// given holds the names of the options that did not keep their default, and where from.
 	given map[string]string
+	// values holds what each option was set from, its default included; file is the configuration file, "" for none.
+	values map[string][]string
+	file   string
 }
 
 // ShardConfig names one member cluster.

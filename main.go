@@ -26,7 +26,13 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	// The second signal, if somebody is in a hurry, ends the process at once.
 	context.AfterFunc(ctx, stop)
-	if err := run(ctx, cfg, os.Stderr); err != nil {
+	var hup chan os.Signal
+	if cfg.file != "" {
+		hup = make(chan os.Signal, 1)
+		signal.Notify(hup, syscall.SIGHUP)
+	}
+	again := reloadable{file: cfg.file, load: func() (*Config, error) { return parse(os.Args[1:], os.Environ()) }}
+	if err := run(ctx, cfg, hup, again, os.Stderr); err != nil {
 		fail(err)
 	}
 }

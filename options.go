@@ -197,7 +197,7 @@ func parse(args []string, environ []string) (*Config, error) {
 			return nil, err
 		}
 	}
-	c := &Config{given: map[string]string{}, Ranges: ranges}
+	c := &Config{given: map[string]string{}, values: map[string][]string{}, file: fileName, Ranges: ranges}
 	for _, o := range options {
 		var values []string
 		from := ""
@@ -214,6 +214,7 @@ func parse(args []string, environ []string) (*Config, error) {
 		if from != "" {
 			c.given[o.name] = from
 		}
+		c.values[o.name] = values
 		if !o.repeat && len(values) > 1 {
 			return nil, fmt.Errorf("--%s is given twice: give it once", o.name)
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -15,8 +16,9 @@ import (
 	"spindle/shard/embedded"
 )
 
-// run serves until ctx ends (nil) or something cannot go on (one sentence that says what to do).
-func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
+// run serves until ctx ends (nil) or something cannot go on (one sentence that says what to do). What comes from hup has
+// it read the configuration again.
+func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadable, stderr io.Writer) error {
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: cfg.LogLevel}))
 	nc := node.Config{
 		ListenClientURLs:    cfg.ListenClientURLs,
@@ -96,6 +98,8 @@ func run(ctx context.Context, cfg *Config, stderr io.Writer) error {
 			return err
 		case err := <-membersFailed:
 			return err
+		case <-hup:
+			cfg = reload(n, log, cfg, again)
 		case <-ctx.Done():
 			log.Info("stopping")
 			return nil

@@ -27,7 +27,7 @@ const (
 	defaultPingTimeout = 3 * time.Second
 	// defaultBackoffMin and defaultBackoffMax bound the wait before the next dial.
 	defaultBackoffMin = 50 * time.Millisecond
-	defaultBackoffMax = time.Second
+	defaultBackoffMax = 500 * time.Millisecond
 	// backoffResetAge is how long a connection must have lived for the next dial to wait
 	// defaultBackoffMin again: a server that accepts and hangs up at once is not dialed in a tight loop.
 	backoffResetAge = time.Second
@@ -172,10 +172,12 @@ type poolCluster struct {
 	id        codec.ClusterID
 	label     string // "member cluster shard-1" or "coordinator"
 	endpoints []*poolEndpoint
-	ready     []*poolLink // may take new streams
-	next      int         // round robin in ready
+	leaving   []*poolEndpoint // removed; used until another one answers
+	ready     []*poolLink     // may take new streams
+	next      int             // round robin in ready
 	pending   pendingCalls
 	down      codec.Status // what calls get while ready is empty
+	downSince int64        // when it became empty
 	closed    bool
 	metrics   *clusterMetrics
 }
@@ -280,6 +282,14 @@ func (p *Pool) Connected(id codec.ClusterID) bool {
 	return cl != nil && len(cl.ready) > 0
 }
 
+// Down says for how long a cluster has had no usable connection, and why; 0 while it has one.
+func (p *Pool) Down(id codec.ClusterID) (why string, since time.Duration) {
+	if cl := p.clusters[id]; cl != nil && len(cl.ready) == 0 {
+		return cl.down.Msg, time.Duration(p.timers.now() - cl.downSince)
+	}
+	return "", 0
+}
+
 // Call implements codec.Transport. Its statuses are the server's own, untouched, and these of the pool:
 //   - Unavailable, naming the cluster: no connection (sent false), or the connection was lost (sent true,
 //     unless the request was still in this process);
@@ -342,6 +352,7 @@ func (p *Pool) stream(to codec.ClusterID, m codec.Method, sink codec.WatchSink) 
 			break
 		}
 		w.link, w.stream = l, s
+		l.watches = append(l.watches, w)
 		s.User = w
 		l.opened(s)
 		l.touch()
@@ -374,6 +385,7 @@ func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*p
 // linkReady takes l into use.
 func (cl *poolCluster) linkReady(p *Pool, l *poolLink) {
 	cl.ready = append(cl.ready, l)
+	cl.leave()
 	if len(cl.ready) == 1 {
 		for _, f := range p.onConnected {
 			f(cl.id)
@@ -385,6 +397,7 @@ func (cl *poolCluster) linkReady(p *Pool, l *poolLink) {
 func (cl *poolCluster) linkGone(p *Pool, l *poolLink) {
 	if i := slices.Index(cl.ready, l); i >= 0 {
 		cl.ready = slices.Delete(cl.ready, i, i+1)
+		cl.downSince = p.timers.now()
 	}
 	if len(cl.ready) > 0 {
 		return

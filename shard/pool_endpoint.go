@@ -74,6 +74,7 @@ type poolEndpoint struct {
 	url     string
 	addr    endpointAddr
 	slots   []*poolSlot
+	gone    bool // removed: it is not dialed any more
 
 	ready   int       // links that may take streams
 	lastErr string    // why the newest attempt or connection failed; "" after success
@@ -294,7 +295,7 @@ func (s *poolSlot) dial() {
 // dialed takes the socket of an attempt; secure is for TLS above it, nil for none.
 func (s *poolSlot) dialed(nc net.Conn, secure *tls.Config, err error) {
 	p := s.ep.pool
-	if p.closed || err != nil {
+	if p.closed || s.ep.gone || err != nil {
 		if nc != nil {
 			_ = nc.Close() // nothing was sent on it
 		}
@@ -317,7 +318,7 @@ func (s *poolSlot) dialed(nc net.Conn, secure *tls.Config, err error) {
 // so that proxies do not knock in step.
 func (s *poolSlot) retry(err error) {
 	p := s.ep.pool
-	if p.closed {
+	if p.closed || s.ep.gone {
 		return
 	}
 	if err != nil {

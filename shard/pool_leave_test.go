@@ -103,3 +103,29 @@ func TestPoolSilentConnection(t *testing.T) {
 		t.Errorf("%d connections were given up for their silence", n)
 	}
 }
+
+// Down tells for how long nothing has been connected.
+func TestPoolDown(t *testing.T) {
+	m := newFakeMember(t, echo)
+	addr := freePort(t)
+	e := newPoolEnv(t, []string{"http://" + addr})
+	down := func() (why string, since time.Duration) {
+		e.loop.do(func() { why, since = e.pool.Down(0) })
+		return
+	}
+	e.until("it is down for a while", func() bool { _, since := e.pool.Down(0); return since > 20*time.Millisecond })
+	if why, _ := down(); why == "" {
+		t.Error("it does not say why")
+	}
+	r := newRelay(t, addr, m.addr())
+	e.connected(0)
+	if why, since := down(); why != "" || since != 0 {
+		t.Errorf("connected: %q, %v", why, since)
+	}
+	begun := time.Now()
+	r.stop()
+	e.until("down again", func() bool { return !e.pool.Connected(0) })
+	if why, since := down(); why == "" || since > time.Since(begun) {
+		t.Errorf("down again: %q, for %v", why, since)
+	}
+}

@@ -19,6 +19,7 @@ var (
 	errPingTimeout = errors.New("no answer to a ping")
 	errNotEnrolled = errors.New("the event loop did not take the socket")
 	errGoAway      = errors.New("closed gracefully by the other side")
+	errRemoved     = errors.New("removed from the configuration")
 	errDeaf        = errors.New("it keeps asking (PING, SETTINGS) and does not read the answers")
 )
 
@@ -53,11 +54,12 @@ type poolLink struct {
 	writing bool // within gc.Write: so does what OnClose says
 	ending  error
 
-	charged  int   // bytes of it in Memory
-	born     int64 // when it became ready
-	lastRecv int64 // when bytes came last
-	pinged   int64 // when the ping that waits for bytes was sent, 0 for none
-	lastPing int64 // when the last one was sent
+	watches  []*poolWatch // whose streams are on it
+	charged  int          // bytes of it in Memory
+	born     int64        // when it became ready
+	lastRecv int64        // when bytes came last
+	pinged   int64        // when the ping that waits for bytes was sent, 0 for none
+	lastPing int64        // when the last one was sent
 	timer    poolTimer
 	asked    int64     // see pool_deaf.go
 	deaf     poolTimer // in the heap while that question waits
@@ -203,7 +205,9 @@ func (l *poolLink) opened(s *codec.Stream) {
 
 // renew has the slot dial for a successor. Until that is ready l takes streams as before, so no call notices.
 func (l *poolLink) renew() {
-	l.renewing = true
+	if l.renewing = true; l.ep.gone {
+		return
+	}
 	l.slot.old = l
 	l.vacate(true)
 	l.slot.dial()
@@ -356,7 +360,7 @@ func (l *poolLink) shutdown(err error) {
 		return
 	}
 	if l.gc != nil {
-		if err == errPoolClosed || err == errGoAway {
+		if err == errPoolClosed || err == errGoAway || err == errRemoved {
 			l.conn.GoAway()
 		}
 		if out := l.output(); len(out) > 0 {

@@ -71,6 +71,11 @@ func (m *clusterMetrics) ended(code codec.Code) {
 	c.Inc()
 }
 
+// forget takes the gauge of an endpoint that was removed from the page.
+func (m *clusterMetrics) forget(endpoint string) {
+	m.set.UnregisterMetric(fmt.Sprintf(metricPoolConnected, m.name, endpoint))
+}
+
 // connected is the gauge of an endpoint's usable connections (a Counter, since several pools add to it).
 func (m *clusterMetrics) connected(endpoint string) *metrics.Counter {
 	return m.set.GetOrCreateCounter(fmt.Sprintf(metricPoolConnected, m.name, endpoint))

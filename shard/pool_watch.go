@@ -23,7 +23,7 @@ func (w *poolWatch) onMessage(msg []byte) {
 // onEnd is the end of the stream.
 func (w *poolWatch) onEnd(st codec.Status) {
 	ep := w.link.ep
-	w.link, w.stream = nil, nil
+	w.detach()
 	if st == codec.ErrNoLeader {
 		// hasleader did its work: whoever opens the stream again should get another node.
 		ep.penalize()
@@ -67,6 +67,6 @@ func (w *poolWatch) Close() {
 		return // a dying connection reports this stream's end to onEnd, which says it to nobody
 	}
 	l, s := w.link, w.stream
-	w.link, w.stream = nil, nil
+	w.detach()
 	l.reset(s)
 }

@@ -84,13 +84,14 @@ type shardState struct {
 	held           [][]byte // messages that wait for the ring to have room
 	ahead          int64    // first revision of the record that waits for room in the ring, 0 for none
 	holding        bool
-	holdUntil      int64 // ns; then those that stand in the way do not count any more
-	waits          point // the record that is held: its revisions
-	heard          bool  // the stream has brought something since it was opened
-	late           bool  // it was waited for in vain; until its next record nobody waits for it
-	furthest       int64 // the largest pos there was
-	reopens        int   // in a row, without a record
-	stall          stall // what the stream lacks
+	holdUntil      int64  // ns; then those that stand in the way do not count any more
+	waits          point  // the record that is held: its revisions
+	heard          bool   // the stream has brought something since it was opened
+	late           bool   // it was waited for in vain; until its next record nobody waits for it
+	furthest       int64  // the largest pos there was
+	reopens        int    // in a row, without a record
+	reopening      uint64 // the gen for which it is to be opened after a pause; 0: none
+	stall          stall  // what the stream lacks
 	openTimer      int64
 	pendingTimer   bool
 	lease          leaseShard
@@ -162,11 +163,8 @@ func (s *shardState) reopen() {
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
 	s.unsure = true
-	s.c.after(s.c.jitter(d), func() {
-		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
-			s.verify(gen, false)
-		}
-	})
+	s.reopening = gen
+	s.c.after(s.c.jitter(d), func() { s.openAgain(gen) })
 }
 
 // lookupForeign opens the stream again when it is known what foreign values have replaced.

@@ -97,12 +97,16 @@ func (s *shardState) refuse(why string) {
 	})
 }
 
-// failRefused answers what waits for a shard that is refused. It returns false for any other.
+// failRefused answers what waits for a shard that is refused, or dead. It returns false for any other.
 func (s *shardState) failRefused() bool {
-	if s.banned == "" {
+	why := s.dead()
+	if s.banned != "" {
+		why = "member cluster " + s.name + " is refused: " + s.banned
+	}
+	if why == "" {
 		return false
 	}
-	st := codec.Status{Code: codec.Unavailable, Msg: "etcdserver: member cluster " + s.name + " is refused: " + s.banned}
+	st := codec.Status{Code: codec.Unavailable, Msg: "etcdserver: " + why}
 	queue, reads := s.queue, s.reads
 	s.queue, s.reads = nil, nil
 	for _, w := range queue {

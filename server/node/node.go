@@ -193,6 +193,7 @@ func (n *Node) wire(loop *server.Loop, pcfg shard.PoolConfig) {
 	}, n.pool)
 	n.engine.SetCore(n.core)
 	n.stopDrive = loop.Drive(n.core)
+	n.pool.OnConnected(n.core.Connected)
 	loop.OnTurnEnd(n.turnEnd)
 	n.awaitConnections()
 }
@@ -359,6 +360,22 @@ func advertised(addrs []net.Addr, urls []string) []string {
 		}
 	}
 	return out
+}
+
+// SetEndpoints changes where the nodes of member clusters and of the coordinator are looked for; shards are told by
+// their names, and those that Start was not given are left out. See shard.Pool.SetEndpoints. Any goroutine.
+func (n *Node) SetEndpoints(shards []Shard, coordinator []string) {
+	n.engine.Loops()[0].Post(func() {
+		if n.pool == nil {
+			return
+		}
+		for _, s := range shards {
+			if i := slices.IndexFunc(n.cfg.Shards, func(o Shard) bool { return o.Name == s.Name }); i >= 0 {
+				n.pool.SetEndpoints(codec.ClusterID(i), s.URLs)
+			}
+		}
+		n.pool.SetEndpoints(codec.Coordinator, coordinator)
+	})
 }
 
 // Close stops the proxy. Requests under way get a moment to finish. It may be called more than once.
