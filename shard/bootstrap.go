@@ -341,7 +341,8 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		c.shards[i] = &shardState{c: c, idx: i, cluster: p.id, name: ms.Name, mapMod: p.mapMod,
 			window:     int64(c.cfg.ReorderWindow),
 			compactRec: p.compact,
-			rec:        point{p.clock.First, p.clock.Last, p.clockAt}}
+			rec:        point{p.clock.First, p.clock.Last, p.clockAt},
+			known:      point{p.clock.First, p.clock.Last, p.clockAt}}
 		compact = max(compact, p.compact)
 	}
 	c.compacted, c.compactRec = compact, compact
@@ -349,6 +350,12 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		ClusterID: binary.BigEndian.Uint64(m.Shards[0].Identity[:]) | 1,
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
 		RaftTerm:  headerTerm,
+	}
+	if t, ok := c.tr.(checking); ok {
+		// What was read may have come by one of several endpoints, and the others may lead elsewhere.
+		for _, s := range c.shards {
+			t.Distrust(s.cluster)
+		}
 	}
 	c.connect("starting")
 }

@@ -60,7 +60,7 @@ const (
 	rebuildPatience = 150 * time.Millisecond
 	// lookAgain is the mean pause between two looks while somebody else rebuilds.
 	lookAgain = 20 * time.Millisecond
-	// refusedPause is the mean pause between two looks at a coordinator that cannot be used.
+	// refusedPause is the mean pause between two looks at a coordinator, or a member, that cannot be used.
 	refusedPause = time.Second
 	// connectCall bounds one request of connecting.
 	connectCall = 2 * time.Second
@@ -229,7 +229,7 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 		l.err = err.Error()
 		k.tell()
 		turn := l.turn
-		c.after(c.jitter(refusedAgain), func() {
+		c.after(c.jitter(refusedPause), func() {
 			if k.live(turn) {
 				l.send()
 			}
@@ -261,6 +261,7 @@ func (l *look) read(resp []byte) error {
 		return fmt.Errorf("member cluster %s has been at revision %d and is at %d: it was restored from an older backup", l.s.name, l.s.rec.last, l.rec.Last)
 	}
 	l.local = clock.ModRevision
+	l.s.saw(point{l.rec.First, l.rec.Last, l.local})
 	kv, found := firstKV(t.resps[2])
 	if !found {
 		return fmt.Errorf("member cluster %s has lost its partition map: restore it", l.s.name)

@@ -95,6 +95,8 @@ type Sabotage struct {
 	RebuildSkipsShard, RebuildFencesFirst, RebuildNoFence bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
 	RecentIgnoresRanges bool
+	// TrustConnections uses connections to members without looking where they lead, and batches and reads take what clock they find.
+	TrustConnections bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -246,6 +248,9 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	c.creates = NewCreateCache(cfg.CreateEntries)
 	c.recent = newRecentIndex(cfg.RingSize)
 	c.leases = newLeases(c)
+	if t, ok := tr.(checking); ok {
+		t.CheckWith(c.NewCheck)
+	}
 	return c
 }
 

@@ -44,9 +44,9 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
-	unsure      bool   // its stream has ended, and it was not looked at since: nothing is written
 	lossy       bool   // it was behind at the start, and the operator accepts that
 	banned      string // why it is not the shard that it was
+	known       point  // the newest record that anything has shown, for verify.go
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
 	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too
@@ -61,6 +61,7 @@ type shardState struct {
 	// The stream.
 	handle         codec.WatchHandle
 	gen            uint64 // of the stream: a sink of an older one is ignored
+	reopening      bool   // it waits to be opened again
 	streaming      bool   // the stream has reached what the start saw
 	rec            point  // the last record seen
 	pos            int64  // local revision up to which everything was seen
@@ -108,7 +109,7 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
-	s.unsure = false
+	s.reopening = false
 	s.clearPending()
 	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
@@ -156,10 +157,10 @@ func (s *shardState) reopen() {
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
-	s.unsure = true
+	s.reopening = true
 	s.c.after(s.c.jitter(d), func() {
-		if gen == s.gen && (s.c.state == stateReady || s.c.state == stateStarting) {
-			s.verify(gen, false)
+		if gen == s.gen && s.reopening && (s.c.state == stateReady || s.c.state == stateStarting) {
+			s.openStream()
 		}
 	})
 }
@@ -405,6 +406,7 @@ func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
 func (s *shardState) recorded(local int64, rec *Record) {
 	c := s.c
 	s.rec = point{rec.First, rec.Last, local}
+	s.saw(s.rec)
 	s.reopens, s.stall.times, s.late = 0, 0, false
 	if len(s.points) >= maxPoints {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)

@@ -70,6 +70,8 @@ type ChaosEvents struct {
 	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
 	// key before a foreign put may be gone with a compaction.
 	Foreign bool
+	// Restore lets members be restored to an older state for a while.
+	Restore bool
 }
 
 // ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
@@ -146,6 +148,7 @@ func ConfigOf(seed uint64) Config {
 		on := func() bool { return r.IntN(3) == 0 }
 		c.Events.Wipe, c.Events.Stall, c.Events.Mistake = on(), on(), on()
 	}
+	c.Events.Restore = c.Chaos > 0 && rand.New(rand.NewPCG(seed, 0x4e57)).IntN(4) == 0
 	return c
 }
 

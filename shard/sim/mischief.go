@@ -78,7 +78,7 @@ func (r *Run) mischief() {
 		}},
 		{ev.Expire && id >= 0, func() {
 			c := w.cluster(id)
-			if c.paused {
+			if c.paused || c.newest != nil {
 				return
 			}
 			var keys []string
@@ -97,6 +97,7 @@ func (r *Run) mischief() {
 		{ev.Foreign && r.part != nil, r.foreign},
 		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
 		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
+		{ev.Restore && id >= 0 && r.stats.Restores < maxRestores && !(ev.Wipe && ev.Crash), func() { r.restore(w.cluster(id), long) }},
 		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes, func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
@@ -115,7 +116,7 @@ func (r *Run) mischief() {
 func (r *Run) foreign() {
 	w := r.net
 	c := r.memberOf(r.key())
-	if c.paused {
+	if c.paused || c.newest != nil {
 		return
 	}
 	t := &pb.TxnRequest{}
@@ -160,7 +161,7 @@ func (r *Run) memberOf(key string) *Cluster {
 func (r *Run) forceCompact(c *Cluster) {
 	at := c.Rev() - int64(r.net.Rand.IntN(10))
 	clock := c.at([]byte(keyClock), c.Rev())
-	if c.paused || clock == nil || at <= c.Compacted() {
+	if c.paused || c.newest != nil || clock == nil || at <= c.Compacted() {
 		return
 	}
 	c.compact = at
@@ -199,6 +200,7 @@ func (r *Run) calm() {
 	r.chaos = false
 	r.net.Faults = Faults{}
 	for _, c := range append([]*Cluster{r.net.Coord}, r.net.Members...) {
+		r.unrestore(c)
 		if c.paused {
 			c.Resume()
 		}

@@ -117,6 +117,9 @@ func (p *proxy) turn() {
 	core := p.core
 	core.Flush()
 	if why := core.Failed(); why != "" {
+		if r.restored() {
+			r.stats.Failures-- // it says so at its start, and is started again
+		}
 		r.stats.Failures++
 		if r.stats.Failures > maxFailures {
 			r.fail("%s gave up: %s", p.host.Name, why)

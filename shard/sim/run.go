@@ -25,6 +25,7 @@ const (
 	maxWipes    = 8
 	maxMistakes = 4
 	maxStalls   = 12
+	maxRestores = 6
 	maxViewers  = 8 // streams open at one proxy
 	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
@@ -60,6 +61,8 @@ type Stats struct {
 	// Wipes counts losses of the coordinator, Stalls proxies that stood still, Mistakes those that came to another
 	// coordinator.
 	Wipes, Stalls, Mistakes int
+	// Restores counts members that were restored to an older state.
+	Restores int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.

@@ -101,6 +101,7 @@ func TestSimulation(t *testing.T) {
 		sum.Compactions += stats.Compactions
 		sum.Wipes += stats.Wipes
 		sum.Stalls += stats.Stalls
+		sum.Restores += stats.Restores
 		sum.Mistakes += stats.Mistakes
 		sum.Viewed += stats.Viewed
 		sum.Streams += stats.Streams
@@ -268,6 +269,7 @@ func TestRebuild(t *testing.T) {
 		sum.Viewed += stats.Viewed
 		sum.Wipes += stats.Wipes
 		sum.Stalls += stats.Stalls
+		sum.Restores += stats.Restores
 		sum.Mistakes += stats.Mistakes
 		sum.Lapped += stats.Lapped
 		sum.Slowest = max(sum.Slowest, stats.Slowest)
