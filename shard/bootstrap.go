@@ -494,6 +494,7 @@ func (b *bootstrap) streamMoved(s *shardState) {
 			s.touch()
 		}
 	}
+	c.armNaming()
 	c.armCompactionLags()
 	c.startAutoCompact()
 	c.startLeases()

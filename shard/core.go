@@ -151,6 +151,7 @@ type Core struct {
 	nowQueue     []nowEntry
 	sweeping     bool
 	probing      bool
+	naming       bool // a timer will look whether clocks have to be named
 	historyTimer bool // one will look whether a History can give its place up
 	waiters      []frontierWaiter
 	frontierRose bool

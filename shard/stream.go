@@ -47,6 +47,7 @@ type shardState struct {
 	lossy       bool   // it was behind at the start, and the operator accepts that
 	banned      string // why it is not the shard that it was
 	known       point  // the newest record that anything has shown, for verify.go
+	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
 	settledTo   int64 // a batch of ours that ends here was decided on the shard: all before it is, too

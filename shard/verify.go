@@ -143,6 +143,9 @@ func (k *Check) differs(resp []byte) string {
 func (s *shardState) saw(p point) {
 	if p.local > s.known.local {
 		s.known = p
+		if s.c.state == stateReady {
+			s.c.armNaming()
+		}
 	}
 }
 
