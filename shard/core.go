@@ -114,7 +114,9 @@ type Core struct {
 
 	state  coreState
 	reason string // why not ready
-	boot   *bootstrap
+	// refusals says which shards are refused and why, a line for each.
+	refusals string
+	boot     *bootstrap
 
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown
@@ -262,13 +264,14 @@ func (c *Core) Start() {
 	c.boot.begin()
 }
 
-// Ready reports whether requests are served, and if not, why: a sentence for an operator.
+// Ready reports whether requests are served, and if not, why: a sentence for an operator. If they are, the second result
+// tells which shards are refused, a line for each.
 func (c *Core) Ready() (bool, string) {
 	if c.state == stateReady {
 		if c.connecting != nil {
 			return false, c.connecting.waitingFor()
 		}
-		return true, ""
+		return true, c.refusals
 	}
 	if c.state == stateStarting && c.boot != nil {
 		return false, c.boot.waitingFor()

@@ -44,8 +44,12 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
+	absent      string // why it was left out at the start, and was not taken in since
+	begun       bool   // its stream was opened once
 	lossy       bool   // it was behind at the start, and the operator accepts that
+	accepted    bool   // what it has lost is accepted: it is fenced, and the past is compacted
 	banned      string // why it is not the shard that it was
+	astray      string // why one of its endpoints is not used, as the log was told last
 	known       point  // the newest record that anything has shown, for verify.go
 	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"strings"
 
 	"spindle/codec"
 )
@@ -44,6 +45,7 @@ type Check struct {
 	// compacted says that history was compacted behind known: then the clock must be past it.
 	compacted bool
 	why       string
+	absent    bool // the shard was left out at the start: nothing of it is known but what the coordinator says
 }
 
 // checking is a Transport that looks at each new connection before it is used.
@@ -62,7 +64,7 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 	}
 	for _, s := range c.shards {
 		if s.cluster == to {
-			return &Check{s: s, known: s.known, floor: s.floor()}
+			return &Check{s: s, known: s.known, floor: s.floor(), absent: s.known.local == 0}
 		}
 	}
 	return nil
@@ -73,7 +75,10 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 func (k *Check) AppendRequest(dst []byte) []byte {
 	dst = appendGet(dst, txnSuccess, KeyID, 0)
 	dst = appendGet(dst, txnSuccess, KeyClock, 0)
-	if !k.compacted {
+	switch {
+	case k.absent:
+		dst = appendGet(dst, txnSuccess, KeyMap, 0)
+	case !k.compacted:
 		dst = appendGet(dst, txnSuccess, KeyClock, k.known.local)
 	}
 	return dst
@@ -90,11 +95,14 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 		k.compacted = true
 		return CheckAgain
 	case st == codec.ErrFutureRev:
-		k.why = fmt.Sprintf("its own revision has been %d and is below that now: it was restored from an older backup, or is another cluster", k.known.local)
+		k.why = fmt.Sprintf("its own revision has been %d and is below that now: it was restored from an older backup or wiped, or is another cluster", k.known.local)
 	case st.Code != codec.OK:
 		return CheckLater
 	default:
 		k.why = k.differs(resp)
+	}
+	if k.why == "" && s.absent != "" && (c.connecting != nil || c.state != stateReady) {
+		return CheckLater // what it has to be compared with is not certain
 	}
 	if k.why == "" {
 		s.accept()
@@ -126,11 +134,18 @@ func (k *Check) differs(resp []byte) string {
 	if !found || !ok || rec.Last < max(k.floor, k.known.last) || kv.ModRevision < k.known.local {
 		return fmt.Sprintf("it has been at revision %d and is at %d: it was restored from an older backup", max(k.floor, k.known.last), rec.Last)
 	}
-	if k.compacted {
+	if len(t.resps) < 3 && !k.compacted {
+		return "it does not speak etcd's protocol"
+	}
+	if k.absent {
+		kv, _ = firstKV(t.resps[2])
+		if m, err := ParseMap(kv.Value); err != nil || !m.SameShards(k.s.c.m) || m.Epoch != k.s.c.m.Epoch {
+			return "its partition map is missing, or not of the coordinator's epoch: it was restored from an older backup"
+		}
 		return ""
 	}
-	if len(t.resps) < 3 {
-		return "it does not speak etcd's protocol"
+	if k.compacted {
+		return ""
 	}
 	kv, found = firstKV(t.resps[2])
 	if rec, ok = ParseRecord(kv.Value); !found || !ok || rec.Last != k.known.last || kv.ModRevision != k.known.local {
@@ -175,7 +190,12 @@ func (s *shardState) accept() {
 	if s.banned != "" {
 		c.log.Info("a member cluster is accepted again", "shard", s.name)
 		s.banned = ""
+		c.explainRefusals()
 		s.touch()
+	}
+	if s.absent != "" {
+		s.returned()
+		return
 	}
 	if gen := s.gen; s.reopening {
 		c.after(0, func() {
@@ -191,14 +211,36 @@ func (s *shardState) accept() {
 func (s *shardState) refuse(why string) {
 	c := s.c
 	if l, ok := c.tr.(liveness); ok && l.Connected(s.cluster) {
-		c.log.Error("an endpoint of a member cluster leads to something else, and is not used", "shard", s.name, "why", why)
+		if why != s.astray {
+			s.astray = why // its connection is made anew all the time
+			c.log.Error("an endpoint of a member cluster leads to something else, and is not used", "shard", s.name, "why", why)
+		}
 		return
 	}
+	s.ban(why)
+}
+
+// ban fails the shard's requests.
+func (s *shardState) ban(why string) {
+	c := s.c
 	if s.banned == "" {
-		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss", "shard", s.name, "why", why)
+		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss="+c.cfg.Names[s.cluster],
+			"shard", s.name, "why", why)
 	}
 	s.banned = why
+	c.explainRefusals()
 	s.touch()
+}
+
+// explainRefusals says which shards are refused, for Ready.
+func (c *Core) explainRefusals() {
+	c.refusals = ""
+	for _, s := range c.shards {
+		if s.banned != "" {
+			c.refusals += "member cluster " + s.name + " is refused: " + s.banned + "\n"
+		}
+	}
+	c.refusals = strings.TrimSuffix(c.refusals, "\n")
 }
 
 // wentBack is told that an answer has shown a clock below what was known when its request was sent.

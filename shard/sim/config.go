@@ -51,6 +51,9 @@ type Config struct {
 	// AutoCompact is what the proxies compact by themselves.
 	AutoCompact shard.AutoCompact
 
+	// Accept is the proxies' AcceptDataLoss.
+	Accept []string
+
 	Sabotage shard.Sabotage
 	// Tamper and TamperReply plant bugs on the wire; see Net.
 	Tamper      func(to codec.ClusterID, m codec.Method, req []byte) []byte

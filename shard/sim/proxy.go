@@ -67,7 +67,7 @@ func (p *proxy) boot(d time.Duration) {
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
-			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes,
+			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, AcceptDataLoss: r.Accept,
 		}, p.host)
 		p.up, p.ready, p.timerAt = true, false, 0
 		r.net.tracef("%s: starts", host.Name)
