@@ -103,7 +103,7 @@ var options = []option{
 		"Let an empty coordinator take the place of the one that the member clusters name, although its cluster ID is another one. Stop the old one first.", false,
 		boolean(func(c *Config) *bool { return &c.ReplaceCoordinator })},
 	{groupMembers, "accept-data-loss", "NAME[,NAME...]", "",
-		"Member clusters that were restored from an older backup: start although what they have lost is lost for good. Stop every other proxy first.", false,
+		"Member clusters that were restored from an older backup, or emptied: start although what they have lost is lost for good. Stop every other proxy first.", false,
 		wordList(func(c *Config) *[]string { return &c.AcceptDataLoss })},
 	{groupMembers, "shard-cacert", "FILE", "",
 		"CAs of the certificates of https:// endpoints, members' and coordinator's. Default: the system's. Read again when it changes.", false,

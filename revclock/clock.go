@@ -227,7 +227,7 @@ func (c *Clock) Deadline() int64 {
 	due(c.watch.handle == nil, c.watch.retry.at)
 	due(c.watch.handle != nil, c.watch.stallAt)
 	if c.state == stateRunning {
-		due(c.ticks.waiting > 0 && !c.ticks.active, c.ticks.retry.at)
+		due((c.ticks.waiting > 0 || c.ticks.naming) && !c.ticks.active, c.ticks.retry.at)
 		due(c.now.ticket > c.now.asked && !c.now.busy, c.now.retry.at)
 		due(c.snapshotDue() && !c.snap.busy, c.snap.retry.at)
 	}

@@ -10,6 +10,7 @@ import (
 type tickState struct {
 	slots   []tickSlot // by shard
 	waiting int        // slots that are in no tick
+	naming  bool       // a slot has a clock to name
 	retry   retry
 	nonce   uint64 // of the latest tick
 	last    int64  // mod revision of t at the last tick that is folded in
@@ -26,6 +27,7 @@ type tickState struct {
 type tickSlot struct {
 	state slotState
 	req   Request
+	named int64 // a clock that the next tick is to name although nothing is asked for, 0 for none
 }
 
 type slotState uint8
@@ -53,11 +55,19 @@ func (c *Clock) Request(r Request) bool {
 	return true
 }
 
+// Name has the next tick name a shard's clock, as one that was seen committed, although no revisions are asked for. If the
+// tick is lost it goes unnamed.
+func (c *Clock) Name(shard int, clock int64) {
+	if c.state == stateRunning && clock > 0 {
+		c.ticks.slots[shard].named, c.ticks.naming = clock, true
+	}
+}
+
 // sendTick sends everything that waits as one tick. There is one at a time: what comes meanwhile
 // shares the next one.
 func (c *Clock) sendTick(now int64) {
 	t := &c.ticks
-	if t.active || t.waiting == 0 || now < t.retry.at {
+	if t.active || t.waiting == 0 && !t.naming || now < t.retry.at {
 		return
 	}
 	t.nonce++
@@ -65,16 +75,23 @@ func (c *Clock) sendTick(now int64) {
 	for i := range t.slots {
 		s := &t.slots[i]
 		if s.state != slotWaiting {
+			if clock := min(s.named, c.log.shards[i].a); clock > c.log.shards[i].c {
+				t.tick.Items = append(t.tick.Items, TickItem{Shard: i, Committed: clock})
+			}
+			s.named = 0
 			continue
 		}
-		s.state = slotTicking
+		s.state, s.named = slotTicking, 0
 		t.tick.Items = append(t.tick.Items, TickItem{
 			Shard: i, Count: s.req.Count, Turn: s.req.Turn,
 			// The record of a batch may have been faster than its tick; the log's A is what everybody knows.
 			Committed: min(s.req.Committed, c.log.shards[i].a), Filter: s.req.Filter,
 		})
 	}
-	t.waiting = 0
+	t.waiting, t.naming = 0, false
+	if len(t.tick.Items) == 0 {
+		return // somebody else has named it
+	}
 	t.active, t.rev, t.lost, t.base = true, 0, 0, t.last
 	t.value = AppendTick(t.value[:0], &t.tick)
 	c.stats.Ticks++

@@ -41,7 +41,8 @@ var (
 //	0x01 ‖ proxy[16] ‖ uvarint nonce ‖ uvarint n ‖
 //	n × (uvarint shard index, uvarint count<<1 | turn, uvarint C_i, uvarint len ‖ filter)
 //
-// Shards are ascending, and there is at least one. The revision that the coordinator gives the put makes
+// An item with count 0 hands out nothing, and says C_i alone: it has neither turn nor filter, and C_i is not 0. Shards are
+// ascending, and there is at least one. The revision that the coordinator gives the put makes
 // its place in the log.
 type Tick struct {
 	Proxy ID
@@ -52,7 +53,7 @@ type Tick struct {
 // TickItem is the part of one shard in a tick.
 type TickItem struct {
 	Shard     int
-	Count     int // 1 to MaxCount
+	Count     int // 1 to MaxCount; 0: only Committed is said
 	Turn      bool
 	Committed int64 // C_i
 	Filter    []byte
@@ -91,8 +92,8 @@ func (t *Tick) Parse(v []byte) error {
 	for ; n > 0; n-- {
 		shard, count, committed := p.Uvarint(), p.Uvarint(), p.Uvarint()
 		filter := p.Bytes()
-		if p.Bad || shard >= maxShards || int(shard) <= last || count>>1 == 0 || count>>1 > MaxCount ||
-			committed > math.MaxInt64 || len(filter) > MaxFilter {
+		if p.Bad || shard >= maxShards || int(shard) <= last || count>>1 > MaxCount ||
+			count>>1 == 0 && (count != 0 || committed == 0 || len(filter) > 0) || committed > math.MaxInt64 || len(filter) > MaxFilter {
 			return errTick
 		}
 		last = int(shard)

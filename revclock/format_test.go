@@ -84,6 +84,8 @@ func TestParseRefuses(t *testing.T) {
 		"no shard":       AppendTick(nil, &Tick{Nonce: 1}),
 		"no nonce":       AppendTick(nil, &Tick{Items: []TickItem{{Count: 1}}}),
 		"no count":       AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Count: 0}}}),
+		"only a turn":    AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Turn: true, Committed: 1}}}),
+		"only a filter":  AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Committed: 1, Filter: []byte{1}}}}),
 		"large count":    AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Count: MaxCount + 1}}}),
 		"large filter":   AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Count: 1, Filter: make([]byte, MaxFilter+1)}}}),
 		"shard twice":    AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Shard: 1, Count: 1}, {Shard: 1, Count: 1}}}),
@@ -138,6 +140,10 @@ func TestRoundTrip(t *testing.T) {
 		for range 1 + r.IntN(5) {
 			shard += 1 + r.IntN(3)
 			it := TickItem{Shard: shard, Count: 1 + r.IntN(MaxCount), Turn: r.IntN(2) == 0, Committed: rev(), Filter: []byte{}}
+			if r.IntN(4) == 0 {
+				in.Items = append(in.Items, TickItem{Shard: shard, Committed: 1 + rev()/2, Filter: []byte{}})
+				continue
+			}
 			for range r.IntN(20) {
 				it.Filter = append(it.Filter, byte(r.Uint32()))
 			}

@@ -120,6 +120,11 @@ func (l *Log) Fold(tick []byte, rev, now int64, waiting uint64) (folded bool, er
 		if it.Committed > sh.a {
 			return false, errBehind
 		}
+		if it.Count == 0 {
+			sh.c = max(sh.c, it.Committed)
+			l.ranges = append(l.ranges, Range{})
+			continue
+		}
 		r := Range{
 			First: l.n + 1, Last: l.n + int64(it.Count), Holder: t.Proxy, Nonce: t.Nonce, Rev: rev, Turn: it.Turn,
 			Seen: now, Orphan: t.Proxy == l.self && t.Nonce != waiting,

@@ -243,3 +243,22 @@ func TestOrderForgetsTheLeast(t *testing.T) {
 		t.Fatal("forgot the slowest")
 	}
 }
+
+// An item with count 0 hands out nothing: it says how far a shard is that is idle.
+func TestLogNamesClocks(t *testing.T) {
+	lt := &logTest{t: t, l: NewLog(ID{1}, 2), rev: 10}
+	l := lt.l
+	lt.tick(1, 100, TickItem{Shard: 0, Count: 2}, TickItem{Shard: 1, Count: 1})
+	lt.tick(2, 200, TickItem{Shard: 0, Committed: 3}, TickItem{Shard: 1, Count: 1, Committed: 4})
+	if l.N() != 5 || l.C(0) != 3 || l.C(1) != 4 {
+		t.Fatal(l.N(), l.C(0), l.C(1))
+	}
+	if a, h := l.A(0); a != 3 || h != (ID{1}) {
+		t.Fatal(a, h)
+	}
+	wantFirsts(t, l.Open(0), 2)
+	wantFirsts(t, l.Open(1), 4, 5)
+	if _, err := l.Fold(AppendTick(nil, &Tick{Nonce: 1, Items: []TickItem{{Shard: 0, Committed: 4}}}), 13, 0, 0); err != errBehind {
+		t.Fatal(err)
+	}
+}

@@ -25,6 +25,9 @@ type Found struct {
 	Rev     int64 // of the coordinator's etcd
 	// Epoch, Snapshot and Tick are the values of e, s and t, nil where the key is missing.
 	Epoch, Snapshot, Tick []byte
+	// Believed says that there is a tick of this epoch. Ticks come from who has believed it, and so has seen it named by
+	// every shard's map.
+	Believed bool
 }
 
 // AppendFoundTxn appends the read.
@@ -46,7 +49,8 @@ func ParseFound(resp []byte) (f Found, ok bool) {
 		}
 		return append([]byte{}, o.kv.Value...)
 	}
-	return Found{Cluster: r.cluster, Rev: r.rev, Epoch: value(&r.ops[0]), Snapshot: value(&r.ops[1]), Tick: value(&r.ops[2])}, true
+	return Found{Cluster: r.cluster, Rev: r.rev, Epoch: value(&r.ops[0]), Snapshot: value(&r.ops[1]), Tick: value(&r.ops[2]),
+		Believed: r.ops[0].found && r.ops[2].found && r.ops[2].kv.ModRevision > r.ops[0].kv.ModRevision}, true
 }
 
 // Empty reports whether the coordinator holds nothing at all.

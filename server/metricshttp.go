@@ -34,7 +34,7 @@ const (
 
 // Health is what the metrics server tells about the proxy. It is asked on goroutines of net/http.
 type Health interface {
-	// Ready says whether requests are answered, and why not.
+	// Ready says whether clients are served, and if not, why; if they are, what is not, "" for nothing.
 	Ready() (ready bool, reason string)
 	// EtcdVersion is the version of etcd that clients are shown, "3.6.0" say.
 	EtcdVersion() string
@@ -148,11 +148,15 @@ func metricsMux(h Health, version string, profiles bool) http.Handler {
 		}{answer, reason})
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if ready, reason := h.Ready(); !ready {
+		ready, reason := h.Ready()
+		if !ready {
 			http.Error(w, "[-]ready failed: "+reason, http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprint(w, "ok\n")
+		if reason != "" {
+			fmt.Fprintln(w, reason)
+		}
 	})
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok\n") })
 	mux.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {

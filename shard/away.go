@@ -36,17 +36,13 @@ func (c *Core) Connected(id codec.ClusterID) {
 		s.offline = false
 		s.reopens = 0
 		s.touch()
-		if s.reopening != 0 && s.reopening == s.gen {
-			s.openAgain(s.gen)
-		}
+		s.openAgain(s.gen)
 	}
 }
 
 // openAgain opens the stream whose pause is over, if it is still wanted and nothing else has opened it.
 func (s *shardState) openAgain(gen uint64) {
-	if gen != s.gen || s.reopening != gen || s.c.state != stateReady && s.c.state != stateStarting {
-		return
+	if gen == s.gen && s.reopening && (s.c.state == stateReady || s.c.state == stateStarting) {
+		s.openStream()
 	}
-	s.reopening = 0
-	s.verify(gen, false)
 }

@@ -231,15 +231,18 @@ func appendPutOp(dst []byte, branch int, key string, value []byte) []byte {
 type batchTxn struct {
 	record  *Record
 	mapMod  int64 // the shard's revision of \0map that this proxy believes in
+	floor   int64 // the clock that the shard has been at
 	noGuard bool  // planted bug
 }
 
-// appendBatch writes the whole Txn of a batch: guard, one nested Txn a request, the record; and, when
+// appendBatch writes the whole Txn of a batch: guard (a record begins with its Last, and is longer: above be64(floor) means
+// floor or more), one nested Txn a request, the record; and, when
 // the guard fails, the clock and the map's revision, to tell why.
 func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 	var bound [8]byte
 	if !b.noGuard {
 		dst = appendCompareValue(dst, KeyClock, resultLess, AppendRevBound(bound[:0], uint64(b.record.First)))
+		dst = appendCompareValue(dst, KeyClock, resultGreater, AppendRevBound(bound[:0], uint64(b.floor)))
 		dst = appendCompareInt(dst, KeyMap, "", resultEqual, targetMod, cmpMod, b.mapMod)
 	}
 	for _, w := range writes {

@@ -133,12 +133,12 @@ func TestBatchBytes(t *testing.T) {
 	w.plan.PutSlots[0].Known = true
 	w.plan.PutSlots[0].Guard = true
 	rec := &Record{First: 6, Last: 7, Spare: true, Kind: KindBatch, Epoch: revclock.ID{1}, Proxy: revclock.ID{2}, Batch: 3}
-	body := appendBatch(nil, &batchTxn{record: rec, mapMod: 5}, []*write{w, nil})
+	body := appendBatch(nil, &batchTxn{record: rec, mapMod: 5, floor: 4}, []*write{w, nil})
 	var txn etcdserverpb.TxnRequest
 	if err := proto.Unmarshal(body, &txn); err != nil {
 		t.Fatal(err)
 	}
-	if len(txn.Compare) != 2 || len(txn.Success) != 2 || len(txn.Failure) != 2 {
+	if len(txn.Compare) != 3 || len(txn.Success) != 2 || len(txn.Failure) != 2 {
 		t.Fatalf("%d compares, %d and %d operations", len(txn.Compare), len(txn.Success), len(txn.Failure))
 	}
 	guard := txn.Compare[0]
@@ -146,7 +146,11 @@ func TestBatchBytes(t *testing.T) {
 		!bytes.Equal(guard.GetValue(), []byte{0, 0, 0, 0, 0, 0, 0, 6}) {
 		t.Fatalf("guard: %v", guard)
 	}
-	if m := txn.Compare[1]; m.Target != etcdserverpb.Compare_MOD || string(m.Key) != KeyMap || m.GetModRevision() != 5 {
+	if f := txn.Compare[1]; f.Result != etcdserverpb.Compare_GREATER || f.Target != etcdserverpb.Compare_VALUE || string(f.Key) != KeyClock ||
+		!bytes.Equal(f.GetValue(), []byte{0, 0, 0, 0, 0, 0, 0, 4}) {
+		t.Fatalf("floor: %v", f)
+	}
+	if m := txn.Compare[2]; m.Target != etcdserverpb.Compare_MOD || string(m.Key) != KeyMap || m.GetModRevision() != 5 {
 		t.Fatalf("map: %v", m)
 	}
 	put := txn.Success[1].GetRequestPut()

@@ -26,16 +26,18 @@ import (
 // Every step is a compare-and-create, so any number of proxies may do this at once. What does not answer
 // is asked again for ever; what does not fit fails the Core with a sentence for the operator.
 type bootstrap struct {
-	c       *Core
-	round   int // of probing; replies of older ones are ignored
-	probes  []probe
-	coord   probe
-	waiting int
-	clocks  []int64 // clock of each shard as probed, by index in the map
-	started bool    // the clock is
-	unread  int     // streams that have not come to the probed clock
-	begun   int     // shards whose stream's start is still looked for
-	tail    int64
+	c         *Core
+	round     int // of probing; replies of older ones are ignored
+	probes    []probe
+	coord     probe
+	waiting   int
+	clocks    []int64 // clock of each shard as probed, by index in the map
+	started   bool    // the clock is
+	unread    int     // streams that have not come to the probed clock
+	begun     int     // shards whose stream's start is still looked for
+	tail      int64
+	looked    int           // rounds that have shown a map and an empty member
+	readopted []revclock.ID // shards whose data is lost, which is accepted
 }
 
 // probe is what one cluster answered. It is the Completion of its call.
@@ -46,6 +48,8 @@ type probe struct {
 	name     string
 	answered bool
 	err      string // why not
+	empty    bool   // there is no key at all
+	why      string // it is refused
 	cluster  uint64
 	local    int64
 	identity revclock.ID
@@ -120,8 +124,8 @@ func (p *probe) send() {
 	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
 }
 
-// peek looks whether a member without an identity holds anything. Only if it does not it is given one: the guard of
-// that compares all keys, and makes a member that is full read everything it has before it does anything else.
+// peek looks whether a member without an identity holds anything at all. The guard of firstTxn compares all keys, and
+// would make a member that is full read everything it has before it does anything else.
 func (p *probe) peek() {
 	b := p.b
 	body := codec.AppendString(nil, rangeKey, "\x00")
@@ -140,30 +144,21 @@ func (p *probe) peek() {
 			p.notEmpty = true
 			p.send()
 		default:
-			p.create()
+			p.empty = true
+			p.finish()
 		}
 	}))
 }
 
-// create makes a member with no key at all a shard: it gets an identity, and a clock for the guard to look at.
-func (p *probe) create() {
-	b := p.b
-	c := b.c
+// firstTxn makes a shard of a member with no key at all: it gets an identity, and a clock for the guard to look at.
+func (p *probe) firstTxn() []byte {
+	r := p.b.c.cfg.Rand
 	var id revclock.ID
-	binary.BigEndian.PutUint64(id[:], c.cfg.Rand.Uint64())
-	binary.BigEndian.PutUint64(id[8:], c.cfg.Rand.Uint64())
+	binary.BigEndian.PutUint64(id[:], r.Uint64())
+	binary.BigEndian.PutUint64(id[8:], r.Uint64())
 	body := appendCompareInt(nil, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, id))
-	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, revclock.ID{}))
-	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, sent bool) {
-		switch {
-		case p.round != b.round || c.state != stateStarting:
-		case st.Code != codec.OK:
-			p.Complete(nil, st, sent)
-		default:
-			p.send() // see what it holds now, by whomever
-		}
-	}))
+	return appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, revclock.ID{}))
 }
 
 func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
@@ -196,6 +191,7 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 		}
 		if len(t.resps) == 4 && !p.notEmpty {
 			if _, found := firstKV(t.resps[0]); !found {
+				p.cluster, p.local = t.cluster, t.rev
 				p.peek()
 				return
 			}
@@ -205,9 +201,14 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 			return
 		}
 	}
+	p.finish()
+}
+
+// finish takes what p has found for its answer.
+func (p *probe) finish() {
 	p.answered, p.err = true, ""
-	if b.waiting--; b.waiting == 0 {
-		b.fitMap()
+	if p.b.waiting--; p.b.waiting == 0 {
+		p.b.fitMap()
 	}
 }
 
@@ -258,16 +259,30 @@ func (b *bootstrap) fitMap() {
 	for i := range b.probes {
 		ps[i] = &b.probes[i]
 	}
-	slices.SortFunc(ps, func(x, y *probe) int { return bytes.Compare(x.identity[:], y.identity[:]) })
+	slices.SortFunc(ps, byIdentity)
+	if text := anyMap(ps); text != nil {
+		m, err := ParseMap(text)
+		if err != nil {
+			c.fail(err)
+			return
+		}
+		if b.wiped(m, ps) {
+			return
+		}
+		slices.SortFunc(ps, byIdentity)
+	} else if b.identify() {
+		return
+	}
 	for i := 1; i < len(ps); i++ {
 		if ps[i].identity == ps[i-1].identity {
 			c.fail(fmt.Errorf("%s and %s are the same cluster: give each --shard its own", ps[i-1].name, ps[i].name))
 			return
 		}
 	}
-	first := ps[0]
+	sound := soundProbes(ps)
+	first := sound[0]
 	if first.mapBytes == nil {
-		for _, p := range ps[1:] {
+		for _, p := range sound[1:] {
 			if p.mapBytes != nil {
 				// Another proxy may be creating the maps right now, and first was read before it got its own.
 				if m, err := ParseMap(p.mapBytes); err == nil && slices.ContainsFunc(m.Shards, func(s MapShard) bool { return s.Identity == first.identity }) {
@@ -299,11 +314,13 @@ func (b *bootstrap) fitMap() {
 		c.fail(err)
 		return
 	}
-	for _, p := range ps[1:] {
+	for _, p := range sound[1:] {
 		if p.mapBytes == nil {
 			// Without an epoch: none can have been believed yet.
 			n := *m
-			n.Epoch = revclock.ID{}
+			if !slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[p.id]) {
+				n.Epoch = revclock.ID{}
+			}
 			b.createMap(p, AppendMap(nil, &n))
 			return
 		}
@@ -382,14 +399,27 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		c.shards[i] = &shardState{c: c, idx: i, cluster: p.id, name: ms.Name, mapMod: p.mapMod,
 			window:     int64(c.cfg.ReorderWindow),
 			compactRec: p.compact,
-			rec:        point{p.clock.First, p.clock.Last, p.clockAt}}
+			rec:        point{p.clock.First, p.clock.Last, p.clockAt},
+			known:      point{p.clock.First, p.clock.Last, p.clockAt},
+			lossy:      slices.Contains(b.readopted, ms.Identity), accepted: slices.Contains(b.readopted, ms.Identity)}
 		compact = max(compact, p.compact)
+	}
+	for _, s := range c.shards {
+		if p := ps[slices.IndexFunc(ps, func(p *probe) bool { return p.id == s.cluster })]; p.why != "" {
+			s.leave(p.why)
+		}
 	}
 	c.compacted, c.compactRec = compact, compact
 	c.hdr = codec.Header{
 		ClusterID: binary.BigEndian.Uint64(m.Shards[0].Identity[:]) | 1,
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
 		RaftTerm:  headerTerm,
+	}
+	if t, ok := c.tr.(checking); ok {
+		// What was read may have come by one of several endpoints, and the others may lead elsewhere.
+		for _, s := range c.shards {
+			t.Distrust(s.cluster)
+		}
 	}
 	c.connect("starting")
 }
@@ -406,6 +436,9 @@ func (b *bootstrap) believed(k *connecting) {
 	b.started = true
 	for i, s := range b.c.shards {
 		l := &k.looks[i]
+		if l.out {
+			continue
+		}
 		b.clocks[i], s.rec = l.rec.Last, point{l.rec.First, l.rec.Last, l.local}
 	}
 	b.compareClocks()
@@ -417,7 +450,7 @@ func (b *bootstrap) compareClocks() {
 	c := b.c
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen || s.lossy {
+		if b.clocks[i] >= seen || s.lossy || s.absent != "" {
 			continue
 		}
 		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
@@ -436,9 +469,11 @@ func (b *bootstrap) compareClocks() {
 			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
 				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
 				b.clocks[i], s.rec, s.lossy = rec.Last, point{rec.First, rec.Last, kv.ModRevision}, true
+				s.accepted = true
 				b.compareClocks()
 			case rec.Last < seen:
-				c.fail(fmt.Errorf("member cluster %s is at revision %d, but has been at %d: it was restored from an older backup, or is not the one it was; restore its newest state, or start with --accept-data-loss=%s to go on without what is lost", s.name, rec.Last, seen, c.cfg.Names[s.cluster]))
+				s.leave(fmt.Sprintf("it is at revision %d, but has been at %d: it was restored from an older backup", rec.Last, seen))
+				b.compareClocks()
 			default:
 				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
 				b.compareClocks()
@@ -446,7 +481,9 @@ func (b *bootstrap) compareClocks() {
 		}))
 		return
 	}
-	b.findStarts()
+	if !c.allRefused() {
+		b.findStarts()
+	}
 }
 
 // findStarts looks for the record behind which each stream begins.
@@ -454,8 +491,16 @@ func (b *bootstrap) findStarts() {
 	c := b.c
 	n := c.clock.Log().N()
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
-	b.begun = len(c.shards)
+	b.begun = 0
 	for _, s := range c.shards {
+		if s.absent == "" {
+			b.begun++
+		}
+	}
+	for _, s := range c.shards {
+		if s.absent != "" {
+			continue
+		}
 		s.streamStart(b.tail, func(p point, st codec.Status) {
 			if st.Code != codec.OK {
 				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
@@ -475,7 +520,7 @@ func (b *bootstrap) findStarts() {
 func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
 	s.locate(rev, func(at located, st codec.Status) {
 		switch {
-		case s.c.state != stateStarting:
+		case s.c.state != stateStarting && s.c.state != stateReady:
 		case st == codec.ErrCompacted:
 			f(at.next, codec.Status{}) // the oldest record that is left
 		case st == codec.ErrTimeout:
@@ -531,15 +576,15 @@ func (b *bootstrap) open() {
 	if c.compacted > 0 {
 		c.frontier.SetCompacted(c.compacted)
 	}
-	b.unread = len(c.shards)
 	for _, s := range c.shards {
-		s.points = append(s.points[:0], s.rec)
-		// A stream may begin below the tail: its record was the newest when it was probed. The frontier says
-		// what was seen, wherever the ring begins.
-		l := c.clock.Log()
-		l.SetClock(s.idx, s.rec.last)
-		c.frontier.Set(s.idx, l.Frontier(s.idx))
-		s.openStream()
+		if s.absent == "" {
+			b.unread++
+		}
+	}
+	for _, s := range c.shards {
+		if s.absent == "" {
+			s.openFirst()
+		}
 	}
 	for _, s := range c.shards {
 		b.streamMoved(s)
@@ -550,7 +595,7 @@ func (b *bootstrap) open() {
 // has come to what was there at the start.
 func (b *bootstrap) streamMoved(s *shardState) {
 	c := b.c
-	if c.state != stateStarting || s.streaming || s.rec.last < b.clocks[s.idx] {
+	if c.state != stateStarting || s.streaming || !s.begun || s.rec.last < b.clocks[s.idx] {
 		return
 	}
 	s.streaming = true
@@ -560,11 +605,14 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	}
 	c.state, c.reason, c.boot = stateReady, "", nil
 	for _, s := range c.shards {
-		if s.lossy { // its clock comes to where it has been
+		if s.accepted { // its clock comes to where it has been
 			s.wantFence = true
 			s.touch()
+			c.forgetPast(s, c.clock.Log().N())
+
 		}
 	}
+	c.armNaming()
 	c.armCompactionLags()
 	c.startAutoCompact()
 	c.startLeases()

@@ -41,6 +41,7 @@ type connecting struct {
 	wrong string          // why the coordinator cannot be used at all
 	mute  string          // why it did not answer
 	now   *rebuild
+	sure  bool        // the epoch was believed by somebody: shards that are refused may be left out
 	trust revclock.ID // planted bugs: an epoch that is believed whatever the maps say
 }
 
@@ -60,7 +61,7 @@ const (
 	rebuildPatience = 150 * time.Millisecond
 	// lookAgain is the mean pause between two looks while somebody else rebuilds.
 	lookAgain = 20 * time.Millisecond
-	// refusedPause is the mean pause between two looks at a coordinator that cannot be used.
+	// refusedPause is the mean pause between two looks at a coordinator, or a member, that cannot be used.
 	refusedPause = time.Second
 	// connectCall bounds one request of connecting.
 	connectCall = 2 * time.Second
@@ -72,6 +73,7 @@ type look struct {
 	turn     uint64
 	s        *shardState
 	answered bool
+	out      bool // the shard is refused, and left out
 	err      string
 	rec      Record
 	local    int64 // of the record
@@ -122,7 +124,7 @@ func (k *connecting) waitingFor() string {
 		return k.wrong
 	}
 	for i := range k.looks {
-		if l := &k.looks[i]; k.phase == phaseLook && !l.answered && l.err != "" {
+		if l := &k.looks[i]; k.phase == phaseLook && !l.answered && !l.out && l.err != "" {
 			return "the coordinator is to be read anew, and that needs every shard: waiting for " + strings.Join(k.missing(), ", ")
 		}
 	}
@@ -140,7 +142,7 @@ func (k *connecting) waitingFor() string {
 // missing names the shards that have not answered.
 func (k *connecting) missing() (names []string) {
 	for i := range k.looks {
-		if l := &k.looks[i]; !l.answered {
+		if l := &k.looks[i]; !l.answered && !l.out {
 			names = append(names, memberAnd(l.s, l.err))
 		}
 	}
@@ -151,7 +153,7 @@ func (k *connecting) missing() (names []string) {
 func (k *connecting) lacks(s *shardState) bool {
 	switch {
 	case k.phase == phaseLook:
-		return !k.looks[s.idx].answered && k.looks[s.idx].err != ""
+		return !k.looks[s.idx].answered && (k.looks[s.idx].out || k.looks[s.idx].err != "")
 	case k.phase == phaseFence && s.idx < len(k.now.fences):
 		return !k.now.fences[s.idx].done && k.now.fences[s.idx].err != ""
 	}
@@ -187,12 +189,17 @@ func (k *connecting) lookLater(d time.Duration) {
 // look reads the clock and the map of every shard.
 func (k *connecting) look() {
 	k.turn++
-	k.phase, k.open = phaseLook, len(k.looks)
+	k.phase, k.open, k.sure = phaseLook, 0, false
 	for i, s := range k.c.shards {
-		k.looks[i] = look{k: k, turn: k.turn, s: s, err: k.looks[i].err}
+		k.looks[i] = look{k: k, turn: k.turn, s: s, err: k.looks[i].err, out: s.absent != ""}
+		if !k.looks[i].out {
+			k.open++
+		}
 	}
 	for i := range k.looks {
-		k.looks[i].send()
+		if l := &k.looks[i]; !l.out {
+			l.send()
+		}
 	}
 }
 
@@ -229,7 +236,7 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 		l.err = err.Error()
 		k.tell()
 		turn := l.turn
-		c.after(c.jitter(refusedAgain), func() {
+		c.after(c.jitter(refusedPause), func() {
 			if k.live(turn) {
 				l.send()
 			}
@@ -261,6 +268,7 @@ func (l *look) read(resp []byte) error {
 		return fmt.Errorf("member cluster %s has been at revision %d and is at %d: it was restored from an older backup", l.s.name, l.s.rec.last, l.rec.Last)
 	}
 	l.local = clock.ModRevision
+	l.s.saw(point{l.rec.First, l.rec.Last, l.local})
 	kv, found := firstKV(t.resps[2])
 	if !found {
 		return fmt.Errorf("member cluster %s has lost its partition map: restore it", l.s.name)
@@ -283,11 +291,15 @@ func (k *connecting) judge() {
 		k.replace()
 		return
 	}
-	first := k.looks[0].m
+	first := k.first().m
 	agreed := first.Epoch != revclock.ID{}
 	clocks := make([]int64, len(k.looks))
 	for i := range k.looks {
 		l := &k.looks[i]
+		if l.out {
+			agreed = agreed && k.sure
+			continue
+		}
 		clocks[i] = l.rec.Last
 		if c.cfg.Sabotage.RebuildSkipsShard && i > 0 && i == len(k.looks)-1 {
 			continue
@@ -345,10 +357,10 @@ func (k *connecting) weigh(f *revclock.Found) {
 	c := k.c
 	known := c.cfg.ReplaceCoordinator
 	for i := range k.looks {
-		known = known || k.looks[i].m.Coordinator == f.Cluster
+		known = known || !k.looks[i].out && k.looks[i].m.Coordinator == f.Cluster
 	}
 	if !known {
-		k.refuse(revclock.ErrOtherCluster(f.Cluster, k.looks[0].m.Coordinator))
+		k.refuse(revclock.ErrOtherCluster(f.Cluster, k.first().m.Coordinator))
 		return
 	}
 	if f.Epoch != nil {
@@ -361,11 +373,20 @@ func (k *connecting) weigh(f *revclock.Found) {
 			k.refuse(revclock.ErrOtherSystem(epoch))
 			return
 		}
-		if c.cfg.Sabotage.RebuildNoFence && epoch != k.trust && k.looks[0].m.Epoch != (revclock.ID{}) {
+		if c.cfg.Sabotage.RebuildNoFence && epoch != k.trust && k.first().m.Epoch != (revclock.ID{}) {
 			k.trust = epoch
 			k.judge()
 			return
 		}
+		if f.Believed && k.leaveOut(epoch) {
+			return
+		}
+	}
+	if why := k.refusedShards(); why != "" {
+		k.wrong = "the coordinator is to be read anew, and that needs every shard: " + why
+		k.tell()
+		k.lookLater(refusedPause)
+		return
 	}
 	k.wrong = ""
 	now := c.cfg.Now()
@@ -397,7 +418,7 @@ func (k *connecting) refuse(err error) {
 // made for these shards (newEpoch).
 func (k *connecting) ours(epoch revclock.ID) bool {
 	for i := range k.looks {
-		if k.looks[i].m.Epoch == epoch {
+		if !k.looks[i].out && k.looks[i].m.Epoch == epoch {
 			return true
 		}
 	}
@@ -418,18 +439,21 @@ func (k *connecting) signature(f *revclock.Found) string {
 func (k *connecting) adopt() {
 	c := k.c
 	c.connecting = nil
-	m := k.looks[0].m
+	m := k.first().m
 	if k.trust != (revclock.ID{}) {
 		m.Epoch = k.trust
 	}
 	c.m = m
 	for i, s := range c.shards {
 		l := &k.looks[i]
+		if l.out {
+			continue
+		}
 		s.mapMod = l.mapMod
 		// Everything up to its clock is decided: the stream only has to show it.
 		s.settledTo = max(s.settledTo, l.rec.Last)
 		c.maxClock = max(c.maxClock, l.rec.Last)
-		if c.state == stateReady {
+		if c.state == stateReady && s.begun {
 			s.expectOnStream(l.local)
 		}
 		s.touch()
@@ -446,5 +470,6 @@ func (k *connecting) adopt() {
 		c.boot.believed(k)
 		return
 	}
+	c.beginReturned(k)
 	c.log.Info("the coordinator is believed", "revision", c.clock.Log().N(), "after", time.Duration(c.cfg.Now()-k.begun))
 }

@@ -102,6 +102,8 @@ type Sabotage struct {
 	WideAtNow bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
 	RecentIgnoresRanges bool
+	// TrustConnections uses connections to members without looking where they lead, and batches and reads take what clock they find.
+	TrustConnections bool
 }
 
 // Core is one proxy's protocol: requests come in as Ops, leave as batches and reads to the member
@@ -119,7 +121,9 @@ type Core struct {
 
 	state  coreState
 	reason string // why not ready
-	boot   *bootstrap
+	// refusals says which shards are refused and why, a line for each.
+	refusals string
+	boot     *bootstrap
 
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown
@@ -156,6 +160,7 @@ type Core struct {
 	nowQueue     []nowEntry
 	sweeping     bool
 	probing      bool
+	naming       bool // a timer will look whether clocks have to be named
 	historyTimer bool // one will look whether a History can give its place up
 	waiters      []frontierWaiter
 	frontierRose bool
@@ -254,6 +259,9 @@ func NewCore(cfg CoreConfig, tr codec.Transport) *Core {
 	c.creates = NewCreateCache(cfg.CreateEntries)
 	c.recent = newRecentIndex(cfg.RingSize)
 	c.leases = newLeases(c)
+	if t, ok := tr.(checking); ok {
+		t.CheckWith(c.NewCheck)
+	}
 	return c
 }
 
@@ -264,13 +272,14 @@ func (c *Core) Start() {
 	c.boot.begin()
 }
 
-// Ready reports whether requests are served, and if not, why: a sentence for an operator.
+// Ready reports whether requests are served, and if not, why: a sentence for an operator. If they are, the second result
+// tells which shards are refused, a line for each.
 func (c *Core) Ready() (bool, string) {
 	if c.state == stateReady {
 		if c.connecting != nil {
 			return false, c.connecting.waitingFor()
 		}
-		return true, ""
+		return true, c.refusals
 	}
 	if c.state == stateStarting && c.boot != nil {
 		return false, c.boot.waitingFor()

@@ -35,6 +35,7 @@ type part struct {
 	r     *fixedRead
 	s     *shardState
 	local int64 // 0: the newest
+	known int64 // what the shard's clock has been at when it was asked
 	whole bool  // the range is read without its limit
 	resp  []byte
 	reply txnReply
@@ -102,6 +103,7 @@ func (p *part) send() {
 		body = p.r.op.core.plan.AppendReadOp(body, p.local)
 		body = codec.EndMessage(body, m)
 	}
+	p.known = p.s.floor()
 	body = appendGet(body, txnSuccess, KeyClock, p.local)
 	if !p.r.latest {
 		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
@@ -212,6 +214,12 @@ func (r *fixedRead) decide() {
 			return
 		}
 		s := p.s
+		if rec.Last < p.known {
+			s.wentBack(rec.Last, p.known)
+			exact = false
+			break
+		}
+		s.saw(point{rec.First, rec.Last, clock.ModRevision})
 		settled := p.reply.rev == clock.ModRevision || s.pos >= p.reply.rev && s.lastUnrecorded <= clock.ModRevision
 		if !settled || rec.Last < r.a[s.idx] || rec.Last > r.n || !s.sameEpoch(&rec, clock.ModRevision) || r.epoch != r.c.m.Epoch {
 			exact = false

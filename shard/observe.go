@@ -3,6 +3,7 @@ package shard
 import (
 	"encoding/hex"
 
+	"spindle/codec"
 	"spindle/revclock"
 	"spindle/watchring"
 )
@@ -28,6 +29,10 @@ type Observation struct {
 // ShardObservation is the part of one shard.
 type ShardObservation struct {
 	Name string
+	// Cluster is what the transport calls it.
+	Cluster codec.ClusterID
+	// Committed is the largest clock that any proxy has named in a tick (C_i).
+	Committed int64
 	// Clock is the last revision that the stream has shown, Handed the last one handed out (A_i).
 	Clock, Handed, Frontier int64
 	// Queue is the number of writes that wait for a batch; Reads that of reads that wait to be sent.
@@ -69,7 +74,7 @@ func (c *Core) Observe() Observation {
 	for i, s := range c.shards {
 		a, _ := l.A(i)
 		so := ShardObservation{
-			Name: s.name, Clock: s.rec.last, Handed: a, Frontier: c.frontier.Get(i),
+			Name: s.name, Cluster: s.cluster, Committed: l.C(i), Clock: s.rec.last, Handed: a, Frontier: c.frontier.Get(i),
 			Queue: len(s.queue), Reads: len(s.reads), Rejections: s.rejections, Pending: len(s.pending),
 			Revokes:   len(s.lease.queue),
 			Streaming: s.handle != nil, Held: s.holding,

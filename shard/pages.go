@@ -142,6 +142,12 @@ func (r *pagedRead) decide() {
 			return
 		}
 		s := p.s
+		if rec.Last < p.known {
+			s.wentBack(rec.Last, p.known)
+			exact = false
+			break
+		}
+		s.saw(point{rec.First, rec.Last, kv.ModRevision})
 		settled := p.rev == kv.ModRevision || s.pos >= p.rev && s.lastUnrecorded <= kv.ModRevision
 		exact = exact && settled && rec.Last >= r.a[s.idx] && rec.Last <= r.n && s.sameEpoch(&rec, kv.ModRevision) && r.epoch == r.c.m.Epoch
 	}

@@ -51,6 +51,7 @@ type pagePart struct {
 	next    point
 	rec     Record // of that batch, once read
 	recText []byte // what rec points to
+	known   int64  // what the shard's clock has been at when the newest state was asked for
 	clock   []byte // record that came along with a read of the newest state
 	rev     int64  // the shard's revision in that reply
 	replied bool
@@ -177,6 +178,7 @@ func (q *pageCall) send() {
 		// Another proxy may have compacted it meanwhile, and this one's stream may not have shown that yet.
 		body = appendGet(p.appendRead(body, p.local), txnSuccess, KeyCompact, 0)
 	case p.local == 0:
+		p.known = p.s.floor()
 		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
 	default:
 		c.scratch = p.appendFields(body, p.local)

@@ -152,6 +152,7 @@ type Pool struct {
 	order       []*poolCluster
 	links       []*poolLink // all that have a socket or wait for one, also those that drain
 	onConnected []func(codec.ClusterID)
+	newCheck    func(codec.ClusterID) *Check // nil: nothing is looked at
 	timers      poolTimers
 	dirty       []*poolLink // have output to write, or are to be looked at, at the end of the turn
 	blocked     []*poolLink // over their high-water mark

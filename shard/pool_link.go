@@ -25,7 +25,8 @@ var (
 
 // poolLink is one HTTP/2 connection, from Enroll to the end of the socket. Owned by the loop.
 //
-// Its life: enrolled (gc is nil); open; with TLS, the handshake; ready, once the server's first bytes were good HTTP/2; possibly
+// Its life: enrolled (gc is nil); open; with TLS, the handshake; greeted, once the server's first bytes were good HTTP/2;
+// ready, once the owner of the cluster is content with where it leads (pool_check.go); possibly
 // renewing, when it has used half of its stream identifiers: it goes on, while its slot dials for a successor;
 // draining, after the server's GOAWAY or when the successor is ready, while its streams finish;
 // dead. A dead link touches neither its gnet.Conn nor its codec.Conn.
@@ -40,7 +41,9 @@ type poolLink struct {
 	tls    *tlsconn.Conn // between gc and conn, from OnOpen on
 	heard  bool          // the codec has taken something
 
+	greeted  bool
 	ready    bool
+	check    linkCheck
 	renewing bool
 	draining bool
 	dead     bool
@@ -73,6 +76,7 @@ var (
 func newPoolLink(s *poolSlot, secure *tls.Config) *poolLink {
 	l := &poolLink{pool: s.ep.pool, ep: s.ep, slot: s, secure: secure}
 	l.timer.owner = l
+	l.check.init(l)
 	return l
 }
 
@@ -140,8 +144,10 @@ func (l *poolLink) fed(err error) {
 		return
 	}
 	l.charge()
-	if l.heard && !l.ready && !l.draining {
-		l.becomeReady(l.pool.timers.now())
+	if l.heard && !l.greeted && !l.draining {
+		l.greeted = true
+		l.pool.timers.cancel(&l.timer)
+		l.check.begin()
 	}
 	l.touch()
 }
@@ -176,7 +182,6 @@ func (l *poolLink) OnClose(gc gnet.Conn, err error) {
 func (l *poolLink) becomeReady(now int64) {
 	l.ready = true
 	l.born = now
-	l.pool.timers.cancel(&l.timer)
 	l.ep.up()
 	l.ep.cluster.linkReady(l.pool, l)
 	if old := l.slot.old; old != nil {
@@ -245,7 +250,7 @@ func (l *poolLink) reset(s *codec.Stream) {
 func (l *poolLink) due(now int64) {
 	interval, timeout := int64(l.pool.cfg.PingInterval), int64(l.pool.cfg.PingTimeout)
 	switch {
-	case !l.ready && !l.draining:
+	case !l.greeted && !l.draining:
 		l.shutdown(errNoSettings)
 	case l.pinged != 0 && now >= l.pinged+timeout && now-l.timer.at > timeout/2:
 		// The loop stalled, and has not looked at its sockets since: the answer may be there.
@@ -381,6 +386,7 @@ func (l *poolLink) die(err error) {
 	l.gc = nil
 	p.timers.cancel(&l.timer)
 	p.timers.cancel(&l.deaf)
+	l.check.end()
 	if i := slices.Index(p.links, l); i >= 0 {
 		p.links = slices.Delete(p.links, i, i+1)
 	}

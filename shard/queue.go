@@ -143,7 +143,7 @@ func (s *shardState) flushWrites() {
 		return
 	}
 	c := s.c
-	if s.failRefused() || s.unsure || c.connecting != nil {
+	if s.failRefused() || c.connecting != nil {
 		return
 	}
 	s.failNoSpace()
@@ -199,7 +199,7 @@ func (s *shardState) closeBatch(ws []*write) {
 		c.stats.Fences++
 	}
 	if !c.clock.Request(revclock.Request{
-		Shard: s.idx, Count: n, Committed: s.rec.last, Turn: s.rejections >= turnAfter,
+		Shard: s.idx, Count: n, Committed: s.known.last, Turn: s.rejections >= turnAfter,
 		Filter: b.filter, Token: s.token,
 	}) {
 		c.fail(fmt.Errorf("the clock refused a request for %d revisions of member cluster %s", n, s.name))

@@ -51,6 +51,7 @@ type readBatch struct {
 	n, a    int64
 	epoch   revclock.ID // of now
 	resp    []byte      // copy of the reply, when it came before now
+	known   int64       // what the shard's clock has been at when it was sent
 	rev     int64       // of the shard, 0 for the newest: a second look at a fixed state
 	h       int64       // what a second look answers with
 	body    []byte
@@ -186,7 +187,7 @@ func (s *shardState) flushReads() {
 			c.awaitNow(b)
 		}
 		s.readsInFlight++
-		b.sent = len(b.items)
+		b.sent, b.known = len(b.items), s.floor()
 		s.readItems += b.sent
 		c.stats.ReadBatches++
 		c.stats.BatchedReads += uint64(len(b.items))
@@ -336,6 +337,16 @@ func (s *shardState) evaluate(b *readBatch, resp []byte) {
 		}
 		return
 	}
+	read := point{rec.First, rec.Last, clock.ModRevision}
+	if rec.Last < b.known {
+		s.wentBack(rec.Last, b.known)
+		for _, it := range b.items {
+			s.readAgain(it)
+		}
+		c.releaseRead(b)
+		return
+	}
+	s.saw(read)
 	if !s.sameEpoch(&rec, clock.ModRevision) || b.ticket && b.epoch != c.m.Epoch {
 		for _, it := range b.items {
 			s.readAgain(it)
@@ -343,7 +354,6 @@ func (s *shardState) evaluate(b *readBatch, resp []byte) {
 		c.releaseRead(b)
 		return
 	}
-	read := point{rec.First, rec.Last, clock.ModRevision}
 	// Events after the record and before this read have no revision yet: the answer must not show them.
 	settled := t.rev == read.local || s.pos >= t.rev && s.lastUnrecorded <= read.local
 	h := max(b.n, read.last)

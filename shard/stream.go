@@ -44,9 +44,14 @@ type shardState struct {
 	token       uint64
 	rejections  int
 	wantFence   bool
-	unsure      bool   // its stream has ended, and it was not looked at since: nothing is written
+	absent      string // why it was left out at the start, and was not taken in since
+	begun       bool   // its stream was opened once
 	lossy       bool   // it was behind at the start, and the operator accepts that
+	accepted    bool   // what it has lost is accepted: it is fenced, and the past is compacted
 	banned      string // why it is not the shard that it was
+	astray      string // why one of its endpoints is not used, as the log was told last
+	known       point  // the newest record that anything has shown, for verify.go
+	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
 	quota       quota
@@ -66,6 +71,7 @@ type shardState struct {
 	// The stream.
 	handle         codec.WatchHandle
 	gen            uint64 // of the stream: a sink of an older one is ignored
+	reopening      bool   // it waits to be opened again
 	streaming      bool   // the stream has reached what the start saw
 	rec            point  // the last record seen
 	pos            int64  // local revision up to which everything was seen
@@ -84,14 +90,13 @@ type shardState struct {
 	held           [][]byte // messages that wait for the ring to have room
 	ahead          int64    // first revision of the record that waits for room in the ring, 0 for none
 	holding        bool
-	holdUntil      int64  // ns; then those that stand in the way do not count any more
-	waits          point  // the record that is held: its revisions
-	heard          bool   // the stream has brought something since it was opened
-	late           bool   // it was waited for in vain; until its next record nobody waits for it
-	furthest       int64  // the largest pos there was
-	reopens        int    // in a row, without a record
-	reopening      uint64 // the gen for which it is to be opened after a pause; 0: none
-	stall          stall  // what the stream lacks
+	holdUntil      int64 // ns; then those that stand in the way do not count any more
+	waits          point // the record that is held: its revisions
+	heard          bool  // the stream has brought something since it was opened
+	late           bool  // it was waited for in vain; until its next record nobody waits for it
+	furthest       int64 // the largest pos there was
+	reopens        int   // in a row, without a record
+	stall          stall // what the stream lacks
 	openTimer      int64
 	pendingTimer   bool
 	lease          leaseShard
@@ -114,7 +119,7 @@ type streamSink struct {
 func (s *shardState) openStream() {
 	s.heard, s.partial, s.stall.opened = false, nil, s.c.cfg.Now()
 	s.gen++
-	s.unsure = false
+	s.reopening = false
 	s.clearPending()
 	s.held, s.holding, s.ahead = nil, false, 0
 	start := max(s.rec.local+1, s.from)
@@ -162,8 +167,7 @@ func (s *shardState) reopen() {
 	gen := s.gen
 	d := min(retryDelay<<min(s.reopens, 10), maxReopenDelay)
 	s.reopens++
-	s.unsure = true
-	s.reopening = gen
+	s.reopening = true
 	s.c.after(s.c.jitter(d), func() { s.openAgain(gen) })
 }
 
@@ -408,6 +412,7 @@ func eventKVs(ev []byte) (kv, prev codec.KV, del bool) {
 func (s *shardState) recorded(local int64, rec *Record) {
 	c := s.c
 	s.rec = point{rec.First, rec.Last, local}
+	s.saw(s.rec)
 	s.reopens, s.stall.times, s.late = 0, 0, false
 	if len(s.points) >= maxPoints {
 		s.points = append(s.points[:0], s.points[len(s.points)/2:]...)

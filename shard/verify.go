@@ -2,57 +2,121 @@ package shard
 
 import (
 	"fmt"
-	"time"
+	"strings"
 
 	"spindle/codec"
 )
 
-// This file looks, before a shard's stream is opened again, whether the shard still is the one that it was. One that
-// was restored from an older backup, or was wiped, would let the stream wait for local revisions that it gives a
-// second time, and its events would be skipped in silence. Such a shard is refused: its requests fail, its stream
-// stays closed, and it is looked at again now and then. Other shards go on.
+// This file keeps a shard that is not what it was from being used: one that was restored from an older backup or wiped,
+// or another cluster at its address. Nothing that such a shard says may reach a client, and nothing may be written to
+// it.
+//
+//   - A process of etcd never goes back to an older state: for that it must be stopped, and with it its connections
+//     end. So every new connection to a member is looked at before anything else may use it (Check), the first
+//     one of a stream or of a batch that is sent again as any other.
+//   - A request that was sent when the shard's clock was known to have been at C is served from a state whose clock is
+//     at C or above: a batch's guard demands it (floor), and the answers to reads show their clock. That finds
+//     what a look at one connection cannot: an endpoint that leads to a copy, while the shard itself lives on.
+//
+// What this proxy knows of a shard is the newest record that anything has shown it, in its place (known), and the
+// largest clock that any proxy has named in a tick. A shard that does not hold that is refused: its requests fail, others
+// go on.
 
-// refusedAgain is the mean pause between two looks at a shard that is refused.
-const refusedAgain = time.Second
+// Verdict is what a Check has come to.
+type Verdict uint8
 
-// verify opens the stream if the shard holds the last record that the stream has shown, in its place.
-func (s *shardState) verify(gen uint64, compacted bool) {
-	c := s.c
-	body := appendGet(nil, txnSuccess, KeyID, 0)
-	body = appendGet(body, txnSuccess, KeyClock, 0)
-	if !compacted {
-		body = appendGet(body, txnSuccess, KeyClock, s.rec.local)
-	}
-	s.call(codec.MethodTxn, body, completion(func(resp []byte, st codec.Status, _ bool) {
-		if gen != s.gen || c.state != stateReady && c.state != stateStarting {
-			return
-		}
-		switch {
-		case st == codec.ErrCompacted && !compacted:
-			s.verify(gen, true)
-			return
-		case st == codec.ErrFutureRev:
-			s.refuse(fmt.Sprintf("its own revision has been %d and is below that now: it was restored from an older backup, or is another cluster", s.rec.local))
-			return
-		case st.Code != codec.OK:
-			s.reopen()
-			return
-		}
-		if why := s.differs(resp, compacted); why != "" {
-			s.refuse(why)
-			return
-		}
-		if s.banned != "" {
-			c.log.Info("a member cluster is accepted again", "shard", s.name)
-		}
-		s.banned, s.unsure = "", false
-		s.touch()
-		s.openStream()
-	}))
+// Verdicts.
+const (
+	// CheckPassed: the connection may be used.
+	CheckPassed Verdict = iota
+	// CheckAgain: what AppendRequest writes now has to be sent, at once.
+	CheckAgain
+	// CheckLater: nothing is known yet. After a moment the connection is to be looked at again.
+	CheckLater
+	// CheckRefused: the connection must not be used.
+	CheckRefused
+)
+
+// Check is one look at a new connection to a member cluster. It belongs to the core's goroutine.
+type Check struct {
+	s     *shardState
+	known point // what the shard must hold
+	floor int64 // what its clock must be at, at least
+	// compacted says that history was compacted behind known: then the clock must be past it.
+	compacted bool
+	why       string
+	absent    bool // the shard was left out at the start: nothing of it is known but what the coordinator says
 }
 
+// checking is a Transport that looks at each new connection before it is used.
+type checking interface {
+	// CheckWith sets what makes a Check for a new connection; nil says that there is nothing to look at.
+	CheckWith(func(codec.ClusterID) *Check)
+	// Distrust takes all connections to a cluster out of use until they were looked at again.
+	Distrust(codec.ClusterID)
+}
+
+// NewCheck begins a look at a new connection. It returns nil if it may be used as it is: the coordinator has ways
+// of its own (connect.go), and before the partition map was read nothing is known.
+func (c *Core) NewCheck(to codec.ClusterID) *Check {
+	if c.cfg.Sabotage.TrustConnections {
+		return nil
+	}
+	for _, s := range c.shards {
+		if s.cluster == to {
+			return &Check{s: s, known: s.known, floor: s.floor(), absent: s.known.local == 0}
+		}
+	}
+	return nil
+}
+
+// AppendRequest appends the Txn that is sent. It is linearizable, so a node that lags comes up to the present first, and
+// one without a quorum does not answer.
+func (k *Check) AppendRequest(dst []byte) []byte {
+	dst = appendGet(dst, txnSuccess, KeyID, 0)
+	dst = appendGet(dst, txnSuccess, KeyClock, 0)
+	switch {
+	case k.absent:
+		dst = appendGet(dst, txnSuccess, KeyMap, 0)
+	case !k.compacted:
+		dst = appendGet(dst, txnSuccess, KeyClock, k.known.local)
+	}
+	return dst
+}
+
+// Judge takes the answer.
+func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
+	s := k.s
+	c := s.c
+	switch {
+	case c.state != stateReady && c.state != stateStarting:
+		return CheckLater
+	case st == codec.ErrCompacted && !k.compacted:
+		k.compacted = true
+		return CheckAgain
+	case st == codec.ErrFutureRev:
+		k.why = fmt.Sprintf("its own revision has been %d and is below that now: it was restored from an older backup or wiped, or is another cluster", k.known.local)
+	case st.Code != codec.OK:
+		return CheckLater
+	default:
+		k.why = k.differs(resp)
+	}
+	if k.why == "" && s.absent != "" && (c.connecting != nil || c.state != stateReady) {
+		return CheckLater // what it has to be compared with is not certain
+	}
+	if k.why == "" {
+		s.accept()
+		return CheckPassed
+	}
+	s.refuse(k.why)
+	return CheckRefused
+}
+
+// Why says why the connection is refused.
+func (k *Check) Why() string { return k.why }
+
 // differs says in what the shard is not what it was, "" if it is.
-func (s *shardState) differs(resp []byte, compacted bool) string {
+func (k *Check) differs(resp []byte) string {
 	t, ok := parseTxnReply(resp, nil)
 	if !ok || len(t.resps) < 2 {
 		return "it does not speak etcd's protocol"
@@ -62,39 +126,126 @@ func (s *shardState) differs(resp []byte, compacted bool) string {
 	switch {
 	case !found:
 		return "it has lost everything: it was wiped, or its address leads to another cluster"
-	case !ok || id != s.c.m.Shards[s.idx].Identity:
-		return "it has another identity: its address leads to another cluster"
+	case !ok || id != k.s.c.m.Shards[k.s.idx].Identity:
+		return "it has another identity: its address leads to another cluster, or it was set up anew"
 	}
-	at := t.resps[1]
-	if !compacted && len(t.resps) > 2 {
-		at = t.resps[2]
-	}
-	kv, found = firstKV(at)
+	kv, found = firstKV(t.resps[1])
 	rec, ok := ParseRecord(kv.Value)
-	same := rec.Last == s.rec.last && kv.ModRevision == s.rec.local
-	if compacted {
-		same = rec.Last >= s.rec.last && kv.ModRevision >= s.rec.local
+	if !found || !ok || rec.Last < max(k.floor, k.known.last) || kv.ModRevision < k.known.local {
+		return fmt.Sprintf("it has been at revision %d and is at %d: it was restored from an older backup", max(k.floor, k.known.last), rec.Last)
 	}
-	if !found || !ok || !same {
-		return fmt.Sprintf("it has been at revision %d and does not hold that any more: it was restored from an older backup", s.rec.last)
+	if len(t.resps) < 3 && !k.compacted {
+		return "it does not speak etcd's protocol"
+	}
+	if k.absent {
+		kv, _ = firstKV(t.resps[2])
+		if m, err := ParseMap(kv.Value); err != nil || !m.SameShards(k.s.c.m) || m.Epoch != k.s.c.m.Epoch {
+			return "its partition map is missing, or not of the coordinator's epoch: it was restored from an older backup"
+		}
+		return ""
+	}
+	if k.compacted {
+		return ""
+	}
+	kv, found = firstKV(t.resps[2])
+	if rec, ok = ParseRecord(kv.Value); !found || !ok || rec.Last != k.known.last || kv.ModRevision != k.known.local {
+		return fmt.Sprintf("it has been at revision %d and does not hold that any more: it was restored from an older backup", k.known.last)
 	}
 	return ""
 }
 
-// refuse lets nothing to the shard until it is what it was.
+// saw notes a record of the shard and its place, from whatever has shown it.
+func (s *shardState) saw(p point) {
+	if p.local > s.known.local {
+		s.known = p
+		if s.c.state == stateReady {
+			s.c.armNaming()
+		}
+	}
+}
+
+// floor returns a revision at or above which the shard's clock is, if it is what it was.
+func (s *shardState) floor() int64 {
+	c := s.c
+	if c.cfg.Sabotage.TrustConnections {
+		return 0
+	}
+	if c.connecting != nil {
+		return s.known.last // the log may be of another coordinator
+	}
+	seen := c.clock.Log().C(s.idx)
+	if s.known.last >= seen {
+		s.lossy = false
+	}
+	if s.lossy {
+		return s.known.last
+	}
+	return max(s.known.last, seen)
+}
+
+// accept says that a connection has shown the shard to be what it was. A stream that waits to be opened again need not
+// wait any more.
+func (s *shardState) accept() {
+	c := s.c
+	if s.banned != "" {
+		c.log.Info("a member cluster is accepted again", "shard", s.name)
+		s.banned = ""
+		c.explainRefusals()
+		s.touch()
+	}
+	if s.absent != "" {
+		s.returned()
+		return
+	}
+	if gen := s.gen; s.reopening {
+		c.after(0, func() { s.openAgain(gen) })
+	}
+}
+
+// refuse says that a connection leads to something else. If no other one is in use, nothing is asked of the shard until one
+// has passed.
 func (s *shardState) refuse(why string) {
 	c := s.c
-	if s.banned == "" {
-		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss", "shard", s.name, "why", why)
-	}
-	s.banned, s.unsure = why, true
-	s.touch()
-	gen := s.gen
-	c.after(c.jitter(refusedAgain), func() {
-		if gen == s.gen && (c.state == stateReady || c.state == stateStarting) {
-			s.verify(gen, false)
+	if l, ok := c.tr.(liveness); ok && l.Connected(s.cluster) {
+		if why != s.astray {
+			s.astray = why // its connection is made anew all the time
+			c.log.Error("an endpoint of a member cluster leads to something else, and is not used", "shard", s.name, "why", why)
 		}
-	})
+		return
+	}
+	s.ban(why)
+}
+
+// ban fails the shard's requests.
+func (s *shardState) ban(why string) {
+	c := s.c
+	if s.banned == "" {
+		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss="+c.cfg.Names[s.cluster],
+			"shard", s.name, "why", why)
+	}
+	s.banned = why
+	c.explainRefusals()
+	s.touch()
+}
+
+// explainRefusals says which shards are refused, for Ready.
+func (c *Core) explainRefusals() {
+	c.refusals = ""
+	for _, s := range c.shards {
+		if s.banned != "" {
+			c.refusals += "member cluster " + s.name + " is refused: " + s.banned + "\n"
+		}
+	}
+	c.refusals = strings.TrimSuffix(c.refusals, "\n")
+}
+
+// wentBack is told that an answer has shown a clock below what was known when its request was sent.
+func (s *shardState) wentBack(clock, known int64) {
+	c := s.c
+	c.log.Error("an answer of a member cluster is older than what it has shown before; all connections to it are looked at", "shard", s.name, "clock", clock, "was", known)
+	if t, ok := c.tr.(checking); ok {
+		t.Distrust(s.cluster)
+	}
 }
 
 // failRefused answers what waits for a shard that is refused, or dead. It returns false for any other.

@@ -53,6 +53,7 @@ type batch struct {
 	record Record
 	body   []byte
 	mapMod int64 // that its guard names
+	floor  int64 // and the clock that the shard has been at
 	// unknown says that an earlier copy's outcome was not learned: a rejection proves nothing then.
 	unknown bool
 	// blind says that the stream skipped records while this batch was on its way: not seeing its record
@@ -111,8 +112,8 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	}
 	s.c.stats.Batches++
 	s.c.stats.BatchedWrites += uint64(live)
-	b.mapMod = s.mapMod
-	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
+	b.mapMod, b.floor = s.mapMod, s.floor()
+	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
 	s.body = nil
 	s.sentBytes(len(b.body))
 	b.state = batchGranted
@@ -211,6 +212,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 	c := s.c
 	s.rejections = 0
 	s.settledTo = b.last
+	s.saw(point{b.first, b.last, t.rev})
 	s.body = b.body[:0]
 	hdr := c.hdr
 	var again []*write
@@ -276,6 +278,14 @@ func (s *shardState) rejected(b *batch, t txnReply) {
 		pmap, _ = firstKV(t.resps[1])
 	}
 	rec, ok := ParseRecord(clock.Value)
+	if rec.Last < b.floor {
+		s.wentBack(rec.Last, b.floor)
+		s.retry(b) // this copy was not applied, whatever became of others
+		return
+	}
+	if ok {
+		s.saw(point{rec.First, rec.Last, clock.ModRevision})
+	}
 	remapped := pmap.ModRevision != b.mapMod
 	if pmap.ModRevision > s.mapMod {
 		c.connect("the partition map on member cluster " + s.name + " has changed")

@@ -13,66 +13,63 @@ import (
 	"spindle/server/node"
 )
 
-// A member cluster that is restored from an older backup behind a running proxy is refused as soon as the proxy meets
-// it, and at the next start; others go on. The operator may accept the loss.
-func TestRestoredMemberIsRefused(t *testing.T) {
-	if os.Getenv("SPINDLE_RESTORED") == "" {
-		t.Skip("a batch that is on its way may reach the restored member before it is looked at, and then it may be served: set SPINDLE_RESTORED=1")
-	}
-	members := startMembers(t, 2)
-	victim := startLossyCoordinator(t) // an etcd with fixed URLs
-	cfg := nodeConfig(t, members)
-	cfg.Shards = append(cfg.Shards, node.Shard{Name: "victim", URLs: []string{victim.client}})
-	cfg.ShardTimeout = 5 * time.Second
-	cfg.ShardMaxTxnOps, cfg.ShardMaxRequestBytes = 128, 1536<<10
-	n := startNode(t, cfg)
-	kv := dial(t, n.ClientURLs()[0])
-	put := func(key, value string) (int64, error) {
-		resp, err := kv.kv.Put(callContext(t), &pb.PutRequest{Key: []byte(key), Value: []byte(value)})
-		if err != nil {
-			return 0, err
-		}
-		return resp.Header.Revision, nil
-	}
-	mustPut := func(key, value string) int64 {
-		t.Helper()
-		rev, err := put(key, value)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return rev
-	}
-	// Keys of which some lie on every shard.
-	key := func(i int) string { return fmt.Sprintf("restored/%02d", i) }
-	for i := range 20 {
-		mustPut(key(i), "old")
-	}
-	victim.e.Close()
-	backup := filepath.Join(t.TempDir(), "backup")
-	if err := os.CopyFS(backup, os.DirFS(victim.dir)); err != nil {
-		t.Fatal(err)
-	}
-	victim.start()
-	newest := int64(0)
-	for range 3 {
-		for i := range 20 {
-			newest = mustPut(key(i), "new")
-		}
-	}
-	victim.e.Close()
-	if err := os.RemoveAll(victim.dir); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(victim.dir, os.DirFS(backup)); err != nil {
-		t.Fatal(err)
-	}
-	victim.start()
+// restoredWorld is a proxy over two members and a victim, an etcd with fixed URLs whose data is replaced.
+type restoredWorld struct {
+	t      *testing.T
+	cfg    node.Config
+	victim *lossyCoordinator
+	n      *node.Node
+	kv     *rpc
+	newest int64 // the largest revision that a put was told
+}
 
-	served, turnedAway := 0, 0
-	waitUntil(t, "the restored member is refused", callTimeout, func() bool {
+const restoredKeys = 20 // of which some lie on every shard
+
+func newRestoredWorld(t *testing.T) *restoredWorld {
+	t.Helper()
+	w := &restoredWorld{t: t, victim: startLossyCoordinator(t)}
+	w.cfg = nodeConfig(t, startMembers(t, 2))
+	w.cfg.Shards = append(w.cfg.Shards, node.Shard{Name: "victim", URLs: []string{w.victim.client}})
+	w.cfg.ShardTimeout = 5 * time.Second
+	w.cfg.ShardMaxTxnOps, w.cfg.ShardMaxRequestBytes = 128, 1536<<10
+	w.start()
+	return w
+}
+
+func (w *restoredWorld) start() {
+	w.t.Helper()
+	w.n = startNode(w.t, w.cfg)
+	w.kv = dial(w.t, w.n.ClientURLs()[0])
+}
+
+func (w *restoredWorld) put(i int, value string) error {
+	resp, err := w.kv.kv.Put(callContext(w.t), &pb.PutRequest{Key: fmt.Appendf(nil, "restored/%02d", i), Value: []byte(value)})
+	if err == nil {
+		if resp.Header.Revision <= w.newest {
+			w.t.Errorf("revision %d after %d", resp.Header.Revision, w.newest)
+		}
+		w.newest = resp.Header.Revision
+	}
+	return err
+}
+
+func (w *restoredWorld) putAll(value string) {
+	w.t.Helper()
+	for i := range restoredKeys {
+		if err := w.put(i, value); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// putSome puts all keys until a shard is refused, and returns how many puts were served and how many were turned away in the
+// last round.
+func (w *restoredWorld) putSome(value string) (served, turnedAway int) {
+	w.t.Helper()
+	waitUntil(w.t, "the member is refused", callTimeout, func() bool {
 		served, turnedAway = 0, 0
-		for i := range 20 {
-			switch _, err := put(key(i), "after"); {
+		for i := range restoredKeys {
+			switch err := w.put(i, value); {
 			case err == nil:
 				served++
 			case strings.Contains(err.Error(), "is refused"):
@@ -82,21 +79,130 @@ func TestRestoredMemberIsRefused(t *testing.T) {
 		return turnedAway > 0
 	})
 	if served == 0 {
-		t.Error("the other shards are not served any more")
+		w.t.Error("the other shards are not served any more")
 	}
-	t.Logf("%d keys are served, %d are refused", served, turnedAway)
-	n.Close()
+	if ready, why := w.n.Status(); !ready || !strings.Contains(why, "victim is refused") {
+		w.t.Errorf("the status is %v %q", ready, why)
+	}
+	return served, turnedAway
+}
 
-	refused(t, cfg, "victim", "restored", "--accept-data-loss=victim")
-	cfg.AcceptDataLoss = []string{"victim"}
-	n = startNode(t, cfg)
-	kv = dial(t, n.ClientURLs()[0])
-	for i := range 20 {
-		if rev := mustPut(key(i), "accepted"); rev <= newest {
-			t.Errorf("revision %d after %d", rev, newest)
+// replace stops the victim, puts a copy of another data directory in the place of its own, none if from is "", and
+// starts it again. It returns a copy of what was there.
+func (w *restoredWorld) replace(from string) (was string) {
+	w.t.Helper()
+	w.victim.e.Close()
+	was = w.copy(w.victim.dir)
+	if from != w.victim.dir {
+		if err := os.RemoveAll(w.victim.dir); err != nil {
+			w.t.Fatal(err)
+		}
+		if from != "" {
+			if err := os.CopyFS(w.victim.dir, os.DirFS(from)); err != nil {
+				w.t.Fatal(err)
+			}
 		}
 	}
-	n.Close()
-	cfg.AcceptDataLoss = nil
-	startNode(t, cfg)
+	w.victim.start()
+	return was
+}
+
+func (w *restoredWorld) copy(dir string) string {
+	w.t.Helper()
+	to := filepath.Join(w.t.TempDir(), "copy")
+	if err := os.CopyFS(to, os.DirFS(dir)); err != nil {
+		w.t.Fatal(err)
+	}
+	return to
+}
+
+// A member cluster that is restored from an older backup behind a running proxy is refused as soon as the proxy meets
+// it, whatever was on its way, and at the next start; others go on. With its newest state it is accepted again. The operator
+// may accept the loss.
+func TestRestoredMemberIsRefused(t *testing.T) {
+	w := newRestoredWorld(t)
+	w.putAll("old")
+	backup := w.replace(w.victim.dir)
+	for range 3 {
+		w.putAll("new")
+	}
+	newest := w.replace(backup)
+	served, turnedAway := w.putSome("after")
+	t.Logf("%d keys are served, %d are refused", served, turnedAway)
+	w.n.Close()
+
+	w.start()
+	w.putSome("at the start")
+	w.replace(newest)
+	waitUntil(t, "the newest state is accepted", callTimeout, func() bool {
+		_, why := w.n.Status()
+		return why == ""
+	})
+	w.putAll("whole")
+	w.n.Close()
+
+	w.replace(backup)
+	w.cfg.AcceptDataLoss = []string{"victim"}
+	w.start()
+	w.putAll("accepted")
+	w.n.Close()
+	w.cfg.AcceptDataLoss = nil
+	w.start()
+	w.putAll("as ever")
+}
+
+// A member that lost everything is refused alone, too, and the operator may accept that: it takes the place of the one
+// that it was, and what was before is compacted.
+func TestWipedMember(t *testing.T) {
+	w := newRestoredWorld(t)
+	w.putAll("old")
+	old := w.newest
+	w.replace("")
+	w.putSome("after")
+	w.n.Close()
+	w.start()
+	w.putSome("at the start")
+	w.n.Close()
+
+	w.cfg.AcceptDataLoss = []string{"victim"}
+	w.start()
+	waitUntil(t, "the past is compacted", callTimeout, func() bool {
+		_, err := w.kv.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte("restored/"), RangeEnd: []byte("restored0"), Revision: old})
+		return err != nil && strings.Contains(err.Error(), "compacted")
+	})
+	w.putAll("accepted")
+	w.n.Close()
+	w.cfg.AcceptDataLoss = nil
+	w.start()
+	w.putAll("as ever")
+}
+
+// One endpoint of a member leads to an older copy of it that runs beside it: it is not used, the other one is.
+func TestEndpointOfAnOlderCopy(t *testing.T) {
+	w := newRestoredWorld(t)
+	w.putAll("old")
+	backup := w.replace(w.victim.dir)
+	w.putAll("new")
+	w.n.Close()
+	twin := &lossyCoordinator{t: t, dir: backup, client: freeURL(t), peer: freeURL(t), name: "coordinator"}
+	twin.start()
+	defer twin.e.Close()
+	w.cfg.Shards[2].URLs = []string{twin.client, w.victim.client}
+	before := twin.e.Server.KV().Rev()
+	w.start()
+	for range 3 {
+		w.putAll("newer")
+	}
+	resp, err := w.kv.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte("restored/"), RangeEnd: []byte("restored0")})
+	if err != nil || len(resp.Kvs) != restoredKeys {
+		t.Fatal(resp, err)
+	}
+	for _, kv := range resp.Kvs {
+		if string(kv.Value) != "newer" {
+			t.Errorf("%s is %q", kv.Key, kv.Value)
+		}
+	}
+	if rev := twin.e.Server.KV().Rev(); rev != before {
+		t.Errorf("the copy was written to: %d, was %d", rev, before)
+	}
 }

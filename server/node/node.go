@@ -67,7 +67,7 @@ type Node struct {
 // status is what is known outside of the first loop.
 type status struct {
 	ready  bool
-	reason string // why not
+	reason string // why not; or which members are refused
 }
 
 // Start opens the listeners and begins to look for the members; Ready tells when clients are served. Its
@@ -255,10 +255,10 @@ func (n *Node) turnEnd() {
 		n.serveWatch()
 		server.ServeRangeStream(n.engine, n.core)
 		n.engine.SetReady(true)
-		n.status.Store(&status{ready: true})
+		n.status.Store(&status{ready: true, reason: why})
 		close(n.ready)
-	case ok && !n.status.Load().ready:
-		n.status.Store(&status{ready: true}) // the coordinator is believed again
+	case ok && (!n.status.Load().ready || n.status.Load().reason != why):
+		n.status.Store(&status{ready: true, reason: why}) // the coordinator is believed again, or a member is refused
 	case ok:
 	case n.core.Failed() != "":
 		n.giveUp(errors.New(why))
@@ -335,7 +335,7 @@ func (n *Node) Ready() <-chan struct{} { return n.ready }
 // Failed delivers at most one error: the proxy cannot go on and should be stopped.
 func (n *Node) Failed() <-chan error { return n.failed }
 
-// Status says whether clients are served now, and if not, why.
+// Status says whether clients are served now, and if not, why; if they are, which member clusters are refused.
 func (n *Node) Status() (ready bool, reason string) {
 	st := n.status.Load()
 	return st.ready, st.reason

@@ -123,6 +123,7 @@ func TestItBites(t *testing.T) {
 				return slices.Clone(was)
 			}
 		}},
+		{"restored members are not looked at", func(c *Config) { restores(c); c.Sabotage.TrustConnections = true }},
 	} {
 		t.Run(bug.name, func(t *testing.T) {
 			start := time.Now()

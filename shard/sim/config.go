@@ -55,6 +55,8 @@ type Config struct {
 
 	// LinearOnly leaves the judgment to porcupine alone.
 	LinearOnly bool
+	// Accept is the proxies' AcceptDataLoss.
+	Accept []string
 
 	Sabotage shard.Sabotage
 	// Tamper and TamperReply plant bugs on the wire; see Net.
@@ -78,6 +80,8 @@ type ChaosEvents struct {
 	// Foreign lets somebody else put and delete keys on a member. Nothing is compacted then: what clients saw of a
 	// key before a foreign put may be gone with a compaction.
 	Foreign bool
+	// Restore lets members be restored to an older state for a while.
+	Restore bool
 }
 
 // ConfigOf makes the configuration of a seed: every seed has faults of its own, many have few.
@@ -164,6 +168,7 @@ func ConfigOf(seed uint64) Config {
 		}
 	}
 	c.Wide = !c.Events.Foreign && late.IntN(2) == 0 // a member counts keys that clients do not see
+	c.Events.Restore = c.Chaos > 0 && rand.New(rand.NewPCG(seed, 0x4e57)).IntN(4) == 0
 	return c
 }
 

@@ -15,8 +15,8 @@
 //     happened at every revision, with its own reading of the stored formats, and compares with it everything
 //     that any client was told. porcupine judges each key again (linear.go), without a look at what the members hold.
 //
-// Keys named x.. carry a lease of the members' own, and may expire. What a run does not have: members restored
-// from backups.
+// Keys named x.. carry a lease of the members' own, and may expire. Members are restored to older states (restore.go), and
+// get their newest state back: what a client was told by the older one contradicts the history then.
 //
 // Nothing here is built into Spindle itself, so it may use etcd's generated protobuf code.
 package sim

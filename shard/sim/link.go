@@ -7,6 +7,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/shard"
 )
 
 // Host is one life of one proxy process as the network sees it: its links to the clusters. It implements
@@ -20,6 +21,8 @@ type Host struct {
 	links map[codec.ClusterID]*Link
 	dead  bool
 
+	newCheck func(codec.ClusterID) *shard.Check // looks at new connections, see restore.go
+
 	stalled bool     // the process stands still
 	waiting []func() // what happens to it meanwhile
 }
@@ -28,7 +31,9 @@ type Host struct {
 func (w *Net) NewHost(name string, base, jitter time.Duration) *Host {
 	h := &Host{Name: name, net: w, links: map[codec.ClusterID]*Link{}}
 	for _, c := range append([]*Cluster{w.Coord}, w.Members...) {
-		h.links[c.ID] = &Link{host: h, cluster: c, Base: base, Jitter: jitter}
+		l := &Link{host: h, cluster: c, Base: base, Jitter: jitter}
+		h.links[c.ID] = l
+		c.links = append(c.links, l)
 	}
 	return h
 }
@@ -38,7 +43,7 @@ func (h *Host) Link(id codec.ClusterID) *Link { return h.links[id] }
 
 // Connected reports whether the host has a connection to the cluster; the core asks before it hands out
 // revisions that it could not use. (A hole looks like a connection.)
-func (h *Host) Connected(id codec.ClusterID) bool { return !h.links[id].Down }
+func (h *Host) Connected(id codec.ClusterID) bool { return !h.links[id].Down && !h.links[id].untrusted }
 
 // Kill ends the process: nothing is reported to it any more. Requests that are under way arrive, or not.
 func (h *Host) Kill() {
@@ -76,11 +81,13 @@ type Link struct {
 	// StreamHole swallows the streams' messages alone until it ends.
 	StreamHole bool
 
-	host     *Host
-	cluster  *Cluster
-	mistaken func() // leads a link that was led astray back, nil for none
-	calls    []*call
-	streams  []*stream
+	host      *Host
+	cluster   *Cluster
+	conn      int    // counts connections, and looks at one
+	untrusted bool   // it was not looked at yet: nothing else may use it
+	mistaken  func() // leads a link that was led astray back, nil for none
+	calls     []*call
+	streams   []*stream
 }
 
 func (l *Link) delay() time.Duration { return l.Base + l.net().Between(0, l.Jitter) }
@@ -101,6 +108,7 @@ func (l *Link) Reset() {
 	for _, s := range append([]*stream(nil), l.streams...) {
 		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: connection reset"})
 	}
+	l.look()
 }
 
 // call is one unary request under way.
@@ -114,6 +122,7 @@ type call struct {
 	after   time.Duration // further delay before it arrives
 	id      uint64
 	twice   bool // it arrives a second time, and nobody hears of that
+	process int  // of the cluster, to which it was sent
 }
 
 // repeatable reports whether a second copy of a request must do no harm: a batch, for its guard, and a tick.
@@ -127,9 +136,19 @@ func repeatable(to codec.ClusterID, m codec.Method, req []byte) bool {
 
 // Call implements codec.Transport.
 func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time.Duration, done codec.Completion) {
+	if l := h.links[to]; l.untrusted && !h.dead && !h.stalled {
+		c := &call{l: l, done: done}
+		c.complete(h.net.Between(0, time.Millisecond), nil, statusUntrusted, false)
+		return
+	}
+	h.send(to, m, req, timeout, done)
+}
+
+// send sends a request whether the connection is trusted or not.
+func (h *Host) send(to codec.ClusterID, m codec.Method, req []byte, timeout time.Duration, done codec.Completion) {
 	w := h.net
 	l := h.links[to]
-	c := &call{l: l, m: m, req: append([]byte(nil), req...), done: done}
+	c := &call{l: l, process: l.cluster.process, m: m, req: append([]byte(nil), req...), done: done}
 	if w.Tamper != nil {
 		c.req = w.Tamper(to, m, c.req)
 	}
@@ -220,8 +239,8 @@ func (h *Host) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 
 // arrive applies the request; back < 0 means that nobody hears of it.
 func (c *call) arrive(back time.Duration) {
-	if c.arrived || c.lost && back >= 0 {
-		return
+	if c.arrived || c.lost && back >= 0 || c.process != c.l.cluster.process {
+		return // or it was sent to a process that is gone
 	}
 	c.arrived = true
 	e := c.l.cluster
@@ -330,6 +349,10 @@ func (h *Host) open(to codec.ClusterID, s *stream) *stream {
 	s.l.streams = append(s.l.streams, s)
 	if s.l.Down {
 		s.fail(codec.Status{Code: codec.Unavailable, Msg: "simulated: not connected"})
+		return s
+	}
+	if s.l.untrusted {
+		s.fail(statusUntrusted)
 		return s
 	}
 	s.l.cluster.streams = append(s.l.cluster.streams, s)

@@ -78,7 +78,7 @@ func (r *Run) mischief() {
 		}},
 		{ev.Expire && id >= 0, func() {
 			c := w.cluster(id)
-			if c.paused {
+			if c.paused || c.newest != nil {
 				return
 			}
 			var keys []string
@@ -100,6 +100,7 @@ func (r *Run) mischief() {
 		{ev.Cut && p.up, func() { r.cut(p) }},
 		{ev.Die && r.stats.Deaths < maxDeaths, func() { r.die(w.cluster(id), w.Between(100*time.Millisecond, 12*time.Second)) }},
 		{ev.Full && id >= 0, func() { r.fill(w.cluster(id), max(long, 50*time.Millisecond)) }},
+		{ev.Restore && id >= 0 && r.stats.Restores < maxRestores && !(ev.Wipe && ev.Crash), func() { r.restore(w.cluster(id), long) }},
 		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes, func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {
@@ -118,7 +119,7 @@ func (r *Run) mischief() {
 func (r *Run) foreign() {
 	w := r.net
 	c := r.memberOf(r.key())
-	if c.paused {
+	if c.paused || c.newest != nil {
 		return
 	}
 	t := &pb.TxnRequest{}
@@ -163,7 +164,7 @@ func (r *Run) memberOf(key string) *Cluster {
 func (r *Run) forceCompact(c *Cluster) {
 	at := c.Rev() - int64(r.net.Rand.IntN(10))
 	clock := c.at([]byte(keyClock), c.Rev())
-	if c.paused || clock == nil || at <= c.Compacted() {
+	if c.paused || c.newest != nil || clock == nil || at <= c.Compacted() {
 		return
 	}
 	c.compact = at
@@ -203,6 +204,7 @@ func (r *Run) calm() {
 	r.net.Faults = Faults{}
 	for _, c := range append([]*Cluster{r.net.Coord}, r.net.Members...) {
 		c.full = false
+		r.unrestore(c)
 		if c.paused {
 			c.Resume()
 		}

@@ -143,6 +143,9 @@ type Cluster struct {
 	full    bool // out of space
 	waiting []func()
 	streams []*stream
+	links   []*Link // of all hosts that ever were
+	process int     // counts replacements, see restore.go
+	newest  *Etcd   // what was there before an older state was restored, nil if none was
 }
 
 func newCluster(w *Net, id codec.ClusterID, clusterID uint64) *Cluster {

@@ -71,7 +71,7 @@ func (p *proxy) boot(d time.Duration) {
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
-			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries,
+			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: r.Accept,
 		}, p.host)
 		p.up, p.ready, p.timerAt = true, false, 0
 		r.net.tracef("%s: starts", host.Name)
@@ -121,6 +121,9 @@ func (p *proxy) turn() {
 	core := p.core
 	core.Flush()
 	if why := core.Failed(); why != "" {
+		if r.restored() {
+			r.stats.Failures-- // it says so at its start, and is started again
+		}
 		r.stats.Failures++
 		if r.stats.Failures > maxFailures {
 			r.fail("%s gave up: %s", p.host.Name, why)

@@ -26,6 +26,7 @@ const (
 	maxMistakes = 4
 	maxStalls   = 12
 	maxDeaths   = 4
+	maxRestores = 6
 	maxViewers  = 8 // streams open at one proxy
 	maxFailures = 0 // cores that give up; nothing in a run is a reason to
 )
@@ -65,6 +66,8 @@ type Stats struct {
 	// in the middle of something (midReplace and so on).
 	Cuts, Deaths, Fulls int
 	Mid                 [midSteps]int
+	// Restores counts members that were restored to an older state.
+	Restores int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.

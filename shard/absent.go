@@ -1,0 +1,281 @@
+package shard
+
+import (
+	"bytes"
+	"fmt"
+	"slices"
+	"strings"
+
+	"spindle/codec"
+	"spindle/revclock"
+)
+
+// This file lets a proxy start without member clusters that are not what they were: restored from older backups, or wiped.
+// They are refused, as a running proxy refuses them (verify.go), and the others are served. What spans all shards waits
+// for them: their frontiers stay where they are.
+//
+// The coordinator can be believed without having read such a shard's map only if somebody else has believed this epoch,
+// which a tick proves (revclock.Found.Believed): then the shard's map has named it. A lost coordinator is not rebuilt without
+// them. And a shard whose map does not name an epoch that was believed is an older copy, whatever its clock says.
+//
+// What is plainly a mistake in the configuration ends the start with a sentence, as does everything at the first start: a member
+// with somebody else's data, one of another system, one that is not in the map.
+
+// leave refuses a shard from the start on. Nothing that was read of it counts.
+func (s *shardState) leave(why string) {
+	c := s.c
+	s.absent, s.begun = why, false
+	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
+	s.ban(why)
+	if t, ok := c.tr.(checking); ok {
+		t.Distrust(s.cluster)
+	}
+}
+
+// allRefused gives up when there is nothing left to serve. It returns true then.
+func (c *Core) allRefused() bool {
+	for _, s := range c.shards {
+		if s.absent == "" {
+			return false
+		}
+	}
+	c.fail(fmt.Errorf("every member cluster is refused: see whether the --shard addresses are right, and --coordinator; %s", strings.ReplaceAll(c.refusals, "\n", "; ")))
+	return true
+}
+
+// first returns a look at a shard that is not left out.
+func (k *connecting) first() *look {
+	for i := range k.looks {
+		if !k.looks[i].out {
+			return &k.looks[i]
+		}
+	}
+	return &k.looks[0]
+}
+
+// refusedShards names the shards that are left out, and why.
+func (k *connecting) refusedShards() string {
+	var names []string
+	for i := range k.looks {
+		if l := &k.looks[i]; l.out {
+			names = append(names, "member cluster "+l.s.name+" is refused: "+l.s.absent)
+		}
+	}
+	return strings.Join(names, "; ")
+}
+
+// leaveOut is told of an epoch that was believed once, so that every map has named it. At a start shards that do not are
+// left out, or taken as they are if the operator accepts that. It returns true if it has gone on from there.
+func (k *connecting) leaveOut(epoch revclock.ID) bool {
+	c := k.c
+	out := 0
+	for i := range k.looks {
+		l := &k.looks[i]
+		switch {
+		case l.out:
+			out++
+		case l.m.Epoch == epoch || c.state != stateStarting:
+		case slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[l.s.cluster]):
+			c.log.Warn("a member cluster is of an older epoch of the coordinator: it has lost data, which is accepted", "shard", l.s.name, "revision", l.rec.Last)
+			l.s.lossy, l.s.accepted = true, true
+			return false // it is fenced by a rebuild
+		default:
+			l.s.leave(fmt.Sprintf("it is at revision %d, of an older epoch of the coordinator: it was restored from an older backup", l.rec.Last))
+			l.out = true
+			out++
+		}
+	}
+	if c.allRefused() {
+		return true
+	}
+	if out == 0 || k.sure {
+		return false
+	}
+	k.sure, k.wrong = true, ""
+	k.judge()
+	return true
+}
+
+// returned is told that a shard which was left out is what it was again.
+func (s *shardState) returned() {
+	s.absent = ""
+	s.c.after(0, func() { s.c.beginReturned(nil) })
+}
+
+// beginReturned begins with shards that were left out and have returned: what everybody else's start has read of them is
+// read now, by the look at all shards that a connecting is. k is one that has just ended, nil if there is none.
+func (c *Core) beginReturned(k *connecting) {
+	if c.state != stateReady || c.connecting != nil {
+		return // whoever ends that looks again
+	}
+	for i, s := range c.shards {
+		if s.begun || s.absent != "" {
+			continue
+		}
+		if k == nil || k.looks[i].out {
+			c.connect("member cluster " + s.name + " is what it was again")
+			return
+		}
+		l := &k.looks[i]
+		s.begun = true
+		s.rec = point{l.rec.First, l.rec.Last, l.local}
+		s.streamStart(max(c.ring.Tail(), c.compacted-1), func(p point, st codec.Status) {
+			if st.Code != codec.OK {
+				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
+				return
+			}
+			s.rec = p
+			s.openFirst()
+			s.streaming = true
+		})
+	}
+}
+
+// openFirst opens the shard's stream for the first time, behind s.rec.
+func (s *shardState) openFirst() {
+	c := s.c
+	s.points = append(s.points[:0], s.rec)
+	// A stream may begin below the tail: its record was the newest when it was probed. The frontier says
+	// what was seen, wherever the ring begins.
+	l := c.clock.Log()
+	l.SetClock(s.idx, s.rec.last)
+	if f := l.Frontier(s.idx); f > c.frontier.Get(s.idx) {
+		c.frontier.Set(s.idx, f)
+	}
+	s.begun = true
+	c.stale = true
+	s.openStream()
+}
+
+// soundProbes leaves those out that are refused.
+func soundProbes(ps []*probe) []*probe {
+	return slices.DeleteFunc(slices.Clone(ps), func(p *probe) bool { return p.why != "" })
+}
+
+// wiped handles members without a key of Spindle's where another one has the map: each takes the place of a shard of
+// the map that no member is. It returns true when it has gone on, or given up.
+func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
+	c := b.c
+	for _, p := range ps {
+		if !p.empty {
+			continue
+		}
+		missing := slices.DeleteFunc(slices.Clone(m.Shards), func(s MapShard) bool {
+			return slices.ContainsFunc(ps, func(p *probe) bool { return p.identity == s.Identity })
+		})
+		if len(missing) == 0 {
+			c.fail(fmt.Errorf("%s is not in the partition map of this system: remove it from the configuration (shards cannot be added yet)", p.name))
+			return true
+		}
+		name := c.cfg.Names[p.id]
+		i := slices.IndexFunc(missing, func(s MapShard) bool { return s.Name == name })
+		if i < 0 && len(missing) > 1 {
+			c.fail(fmt.Errorf("%s is empty, and the partition map names several member clusters that are missing, none of them %q: give it the name that it had", p.name, name))
+			return true
+		}
+		s := missing[max(i, 0)]
+		if b.looked < 2 {
+			// The map is written when every member has its identity, so who is empty after it was seen has lost it.
+			b.looked++
+			b.begin()
+			return true
+		}
+		if !slices.Contains(c.cfg.AcceptDataLoss, name) {
+			p.identity = s.Identity
+			p.why = "it is empty: it was wiped, or its address leads to another cluster"
+			continue
+		}
+		c.log.Warn("an empty member cluster takes the place of one that has lost its data, which is accepted", "shard", s.Name)
+		b.readopt(p, s, m)
+		return true
+	}
+	return false
+}
+
+// readopt gives an empty member the identity of the shard that it was, the map and a clock. Its keys are lost.
+func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
+	body := appendCompareInt(nil, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
+	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, s.Identity))
+	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
+	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
+	b.readopted = append(b.readopted, s.Identity)
+	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+		if b.c.state != stateStarting {
+			return
+		}
+		if st.Code != codec.OK {
+			b.c.after(b.c.jitter(20*retryDelay), b.begin)
+			return
+		}
+		b.begin()
+	}))
+}
+
+// identify gives the empty members of a first start their identities. It returns true when it has something to wait for.
+func (b *bootstrap) identify() bool {
+	c := b.c
+	open := 0
+	for i := range b.probes {
+		p := &b.probes[i]
+		if !p.empty {
+			continue
+		}
+		open++
+		c.tr.Call(p.id, codec.MethodTxn, p.firstTxn(), c.cfg.ShardTimeout, completion(func([]byte, codec.Status, bool) {
+			if c.state != stateStarting {
+				return
+			}
+			if open--; open == 0 {
+				b.begin() // whoever was faster, and whatever was lost: what is there now counts
+			}
+		}))
+	}
+	return open > 0
+}
+
+// anyMap returns the map of the member with the lowest identity that has one, nil if none has.
+func anyMap(ps []*probe) []byte {
+	for _, p := range ps {
+		if p.mapBytes != nil {
+			return p.mapBytes
+		}
+	}
+	return nil
+}
+
+// byIdentity sorts probes; those of empty members come last.
+func byIdentity(x, y *probe) int {
+	if x.empty != y.empty {
+		if x.empty {
+			return 1
+		}
+		return -1
+	}
+	return bytes.Compare(x.identity[:], y.identity[:])
+}
+
+// forgetPast compacts everything up to the fence that follows an accepted loss: revisions up to n. What was before may have
+// been different for clients, and reads and watches of it would show neither what was nor what is: whoever needs it is told
+// that it is compacted, and lists anew.
+func (c *Core) forgetPast(s *shardState, n int64) {
+	again := func() {
+		c.after(20*retryDelay, func() {
+			if c.state == stateReady {
+				c.forgetPast(s, n)
+			}
+		})
+	}
+	if s.rec.last <= n {
+		again()
+		return
+	}
+	rev := s.rec.last
+	c.compact(rev, false, func(_ int64, st codec.Status) {
+		if st.Code != codec.OK && st != codec.ErrCompacted {
+			again()
+			return
+		}
+		s.accepted = false
+		c.log.Info("what a member cluster has lost is accepted; revisions before are compacted. Start the other proxies now, and this one again without --accept-data-loss", "shard", s.name, "revision", rev)
+	})
+}

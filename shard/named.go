@@ -1,0 +1,45 @@
+package shard
+
+import "time"
+
+// This file has the coordinator know how far the shards are when nothing is written any more: a tick names the clock
+// that its writer saw committed (C_i), but no tick follows a shard's last batch. So that a proxy which starts later
+// can notice that the last writes of a member are missing, a tick of its own names them once the shard is idle.
+
+// idleShard is the mean time for which nothing was seen on a shard until its clock is named. What was written in the last
+// one and a half of them before all proxies have stopped may be lost unnoticed.
+const idleShard = time.Second / 2
+
+// armNaming looks later whether clocks have to be named. Of several proxies mostly one does.
+func (c *Core) armNaming() {
+	if c.naming {
+		return
+	}
+	c.naming = true
+	for _, s := range c.shards {
+		s.unnamed = s.known.last
+	}
+	c.after(c.jitter(idleShard), c.nameClocks)
+}
+
+// nameClocks names the clocks of the shards on which nothing has happened since armNaming.
+func (c *Core) nameClocks() {
+	c.naming = false
+	if c.state != stateReady {
+		return
+	}
+	again := false
+	for i, s := range c.shards {
+		switch {
+		case s.known.last <= c.clock.Log().C(i):
+		case c.connecting != nil || s.known.last != s.unnamed:
+			again = true
+		default:
+			c.clock.Name(i, s.known.last)
+			again = true // the tick may be lost
+		}
+	}
+	if again {
+		c.armNaming()
+	}
+}

@@ -1,0 +1,222 @@
+package sim
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"spindle/codec"
+	"spindle/shard"
+	"spindle/watchring"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+// absentWorld has three shards, on each a key that was put a few times, and no proxy that runs.
+type absentWorld struct {
+	*script
+	c    *Cluster // the one that something happens to
+	keys map[*Cluster]string
+	last int64 // the largest revision
+	mine int64 // the last one on c
+}
+
+func newAbsentWorld(t *testing.T, idle time.Duration) *absentWorld {
+	t.Helper()
+	w := &absentWorld{keys: map[*Cluster]string{}}
+	w.script = newScript(t, Config{Seed: 1, Shards: 3, Proxies: 2, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
+		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
+	for i := range 64 {
+		k := keyName(i)
+		if leaseOf([]byte(k)) == 0 {
+			w.keys[w.memberOf(k)] = k
+		}
+	}
+	w.c = w.net.Members[1]
+	for range 4 {
+		for _, c := range w.net.Members {
+			w.last = w.put(w.proxies[0], w.keys[c])
+			if c == w.c {
+				w.mine = w.last
+			}
+		}
+	}
+	w.until(idle, func() bool { return false })
+	for _, p := range w.proxies {
+		p.crash()
+	}
+	return w
+}
+
+// lastButOne is the local revision of w.c before its last record.
+func (w *absentWorld) lastButOne() int64 {
+	var recs []int64
+	for _, ch := range w.c.log {
+		if string(ch.KV.Key) == keyClock {
+			recs = append(recs, ch.Main)
+		}
+	}
+	return recs[len(recs)-1] - 1
+}
+
+func (w *absentWorld) start(accept ...string) *proxy {
+	w.t.Helper()
+	w.Accept = accept
+	p := w.proxies[0]
+	p.boot(0)
+	w.wait("the start", func() bool { return p.ready })
+	return p
+}
+
+// wantAlone: p refuses w.c with a reason, and serves the others.
+func (w *absentWorld) wantAlone(p *proxy, reason string) {
+	w.t.Helper()
+	for c, k := range w.keys {
+		_, st := w.call(p, shard.OpPut, &pb.PutRequest{Key: []byte(k), Value: []byte("w")})
+		if c != w.c && st.Code != codec.OK {
+			w.t.Errorf("%s of %v: %v", k, c, st)
+		}
+		if c == w.c && (st.Code != codec.Unavailable || !strings.Contains(st.Msg, "is refused: ") || !strings.Contains(st.Msg, reason)) {
+			w.t.Errorf("%s of %v: %v; it should say %q", k, c, st, reason)
+		}
+	}
+	if ok, why := p.core.Ready(); !ok || !strings.Contains(why, reason) {
+		w.t.Errorf("ready: %v %q", ok, why)
+	}
+	if _, st := w.call(p, shard.OpRange, &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("z")}); st.Code == codec.OK {
+		w.t.Error("a list over all shards was answered without one of them")
+	}
+}
+
+// wantWhole: p serves everything, and a list and a watch over all shards reach now.
+func (w *absentWorld) wantWhole(p *proxy) {
+	w.t.Helper()
+	w.wait("the return", func() bool {
+		_, why := p.core.Ready()
+		return why == ""
+	})
+	for _, c := range w.net.Members {
+		w.last = w.put(p, w.keys[c])
+	}
+	resp, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("z")})
+	if st.Code != codec.OK || len(resp.(*pb.RangeResponse).Kvs) != len(w.keys) {
+		w.t.Errorf("list: %v %v", resp, st)
+	}
+	w.wait("the frontier", func() bool { return p.core.Frontier().Get(watchring.All) >= w.last })
+}
+
+// A member that lacks only its last write is refused alone at a start, and taken in when its newest state is back.
+func TestStartWithRestoredMember(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(w.lastButOne()))
+	p := w.start()
+	w.wantAlone(p, "restored from an older backup")
+	if w.c.Rev() != w.lastButOneOf(newest) {
+		t.Errorf("somebody wrote to the older state: L%d", w.c.Rev())
+	}
+	// A watch over all shards waits, and misses nothing.
+	o := p.newViewer().watch(&watchring.Watcher{Key: "k", End: "z", Start: 2})
+	p.turn()
+	w.c.replace(newest)
+	w.wantWhole(p)
+	w.wait("the watch", func() bool { return o.ended || o.promised >= w.last })
+	if revs := len(o.got); o.ended || revs != 4*3+2+3 {
+		t.Errorf("the watch got %d revisions, ended: %v", revs, o.ended)
+	}
+}
+
+func (w *absentWorld) lastButOneOf(e *Etcd) int64 {
+	was := w.c.Etcd
+	w.c.Etcd = e
+	defer func() { w.c.Etcd = was }()
+	return w.lastButOne()
+}
+
+// A wiped member is refused alone, nothing is written to it, and its newest state is taken in.
+func TestStartWithWipedMember(t *testing.T) {
+	w := newAbsentWorld(t, 0)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(1))
+	p := w.start()
+	w.wantAlone(p, "it was wiped")
+	if w.c.Rev() != 1 {
+		t.Errorf("somebody wrote to the wiped member: L%d", w.c.Rev())
+	}
+	w.c.replace(newest)
+	w.wantWhole(p)
+}
+
+// A member from before the coordinator was rebuilt is an older copy, whatever its clock says: it is not taken into
+// another rebuild.
+func TestStartWithMemberOfOlderEpoch(t *testing.T) {
+	w := newAbsentWorld(t, 0)
+	before := w.c.Rev()
+	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	p := w.start()
+	w.put(p, w.keys[w.net.Members[0]])
+	w.until(2*time.Second, func() bool { return false })
+	p.crash()
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(before))
+	p = w.start()
+	w.wantAlone(p, "restored from an older backup")
+	w.c.replace(newest)
+	w.wantWhole(p)
+}
+
+// What is lost may be accepted, of restored and of wiped members: the member's clock goes above everything that was handed
+// out, and nobody can read or watch the time before.
+func TestAcceptedLoss(t *testing.T) {
+	for _, wiped := range []bool{false, true} {
+		w := newAbsentWorld(t, 2*time.Second)
+		rev := int64(1)
+		if !wiped {
+			rev = w.lastButOne()
+		}
+		w.c.replace(w.c.Etcd.rewound(rev))
+		p := w.start("m1")
+		w.wait("the compaction", func() bool { return p.core.Observe().Compact > w.last })
+		resp, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c])})
+		if kvs := resp.(*pb.RangeResponse).Kvs; st.Code != codec.OK || wiped && len(kvs) != 0 || !wiped && (len(kvs) != 1 || kvs[0].ModRevision >= w.mine) {
+			t.Errorf("wiped %v: %v %v", wiped, kvs, st)
+		}
+		if _, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("z"), Revision: w.last}); st != codec.ErrCompacted {
+			t.Errorf("wiped %v: the past: %v", wiped, st)
+		}
+		o := p.newViewer().watch(&watchring.Watcher{Key: "k", End: "z", Start: w.last})
+		p.turn()
+		w.wait("the end of a watch of the past", func() bool { return o.ended })
+		last := w.last
+		if rev := w.put(p, w.keys[w.c]); rev <= last {
+			t.Errorf("wiped %v: revision %d after %d", wiped, rev, last)
+		}
+		// From then on it is a member as any other.
+		p.crash()
+		p = w.start()
+		w.keysOf(wiped, p)
+	}
+}
+
+// keysOf looks that everything is served, whatever was lost.
+func (w *absentWorld) keysOf(wiped bool, p *proxy) {
+	w.t.Helper()
+	w.wantWhole(p)
+	if _, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte("k"), RangeEnd: []byte("z"), Revision: 2}); st != codec.ErrCompacted {
+		w.t.Errorf("wiped %v: the past on another proxy: %v", wiped, st)
+	}
+}
+
+// Without any member there is nothing to serve.
+func TestStartWithoutAnyMember(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	for _, c := range w.net.Members {
+		w.c = c
+		c.replace(c.Etcd.rewound(w.lastButOne()))
+	}
+	w.proxies[0].boot(0)
+	w.until(30*time.Second, func() bool { return false })
+	if w.fault == nil || !strings.Contains(w.fault.Error(), "every member cluster is refused") {
+		t.Errorf("it did not give up: %v", w.fault)
+	}
+}
