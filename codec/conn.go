@@ -52,6 +52,9 @@ type Stream struct {
 	HasLeader bool
 	// User is the owner's.
 	User any
+	// Spared says that a message on the stream is kept whatever Full and MaxPartialBytes say, up to MaxSparedBytes: for
+	// streams that have to begin again, and ask for it all again, when a message is refused. The owner's, set after Open.
+	Spared bool
 
 	stream streamState
 }

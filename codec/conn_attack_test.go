@@ -436,3 +436,47 @@ func TestLargeAnswersGiveWayAlone(t *testing.T) {
 		t.Errorf("%d messages of the watch, %d bytes are kept", m.got[watch], c.Partial())
 	}
 }
+
+// A spared stream's message is kept whatever the others have, up to its own bound; whoever comes behind it on its place is not
+// spared.
+func TestSparedStreams(t *testing.T) {
+	m := &member{ended: map[uint32]Status{}, got: map[uint32]int{}}
+	const frame = 16 << 10
+	c := NewClientConn(ConnConfig{StreamWindow: 4 << 20, ConnWindow: 16 << 20, MaxMessageBytes: 512 << 20,
+		MaxPartialBytes: 1 << 20, Full: func() bool { return true }, FullBytes: frame}, "x", m)
+	feed := func(p []byte) {
+		t.Helper()
+		if err := c.Feed(p); err != nil {
+			t.Fatal(err)
+		}
+		c.Flushed()
+	}
+	feed(appendFrameHeader(nil, 0, frameSettings, 0, 0))
+	send := func(spared bool, size int) (*Stream, uint32) {
+		s := c.Open("/x", false, 0)
+		id := s.ID
+		s.Spared = spared
+		feed(appendHeaders(nil, id, false, responseHeaders))
+		feed(appendPrefix(appendFrameHeader(nil, prefixLen, frameData, 0, id), size))
+		for sent := 0; sent < min(size, 3<<20) && m.ended[id].Code == OK; sent += frame {
+			feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
+		}
+		return s, id
+	}
+	if s, id := send(true, 3<<20); m.got[id] != 1 || len(m.ended) != 0 {
+		t.Errorf("a watch's message of 3 MiB: %d came, %v", m.got[id], m.ended)
+	} else {
+		c.Reset(s)
+	}
+	if _, id := send(true, MaxSparedBytes+1); m.ended[id].Code != ResourceExhausted {
+		t.Errorf("a message beyond the bound: %v", m.ended)
+	}
+	for range 3 {
+		if s := c.Open("/x", false, 0); s.Spared {
+			t.Error("a new stream is spared")
+		}
+	}
+	if _, id := send(false, 3<<20); m.got[id] != 0 || m.ended[id].Code != ResourceExhausted {
+		t.Errorf("an answer of 3 MiB: %v", m.ended)
+	}
+}

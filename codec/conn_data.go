@@ -226,14 +226,13 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 		if c.client && have >= st.msgLen/memberHaste {
 			size = st.msgLen
 		}
-		if c.assembling+size > c.cfg.MaxPartialBytes {
-			return false
-		}
 		much := c.assembling + size
 		if c.client {
 			much = st.msgLen // a large answer gives way, not whatever comes beside it
 		}
-		if much > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full() {
+		switch {
+		case s.Spared && st.msgLen <= MaxSparedBytes:
+		case c.assembling+size > c.cfg.MaxPartialBytes, much > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full():
 			return false
 		}
 		b := getBuffer(size)

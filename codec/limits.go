@@ -56,6 +56,10 @@ const (
 	// memberHaste: once this part of a reply is here (client role), memory for all of it is taken.
 	memberHaste = 8
 
+	// MaxSparedBytes bounds a message that is kept when nothing else is: many times what a member that divides its
+	// messages (fragments of a watch) sends at once. A larger one is treated as any.
+	MaxSparedBytes = 64 << 20
+
 	// maxInflateBytes is how many bytes gzip may give on one connection between two Ticks (about a second). Further
 	// compressed messages are answered with ResourceExhausted. One message goes beyond it at most.
 	// All connections that share an InflateBudget have as much together, beyond ownInflateBytes of each, so that a

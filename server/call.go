@@ -94,7 +94,7 @@ func (c *clientConn) submit(k *call, msg []byte) {
 	op.Msg = append(op.Msg, msg...)
 	op.Deadline = k.deadline
 	op.Done = opDone
-	op.User = k
+	op.User, op.Client = k, &c.client
 	k.op, k.opSize = op, len(msg)
 	k.refs++
 	c.ops++

@@ -83,6 +83,8 @@ type clientConn struct {
 	received  int64              // when bytes came last
 	pinged    int64              // when a PING was sent that nothing has come after, 0 for none
 	charged   int                // bytes of this connection in Engine's Memory
+	client    shard.Client       // what the core is told of it
+	slow      int                // seconds in a row in which look found it slow
 	wrote     int                // bytes given to the socket
 	opsDone   int                // bytes of requests that the core is done with
 	lastHeld  int                // charged when look looked last

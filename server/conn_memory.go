@@ -1,5 +1,7 @@
 package server
 
+import "slices"
+
 // What one client's connection counts in the process's Memory (shard.Memory), and what follows from it.
 const (
 	// chargeStep is how far the count may be off for one connection: small requests touch nothing that the loops
@@ -29,6 +31,7 @@ func (c *clientConn) charge() {
 	n := c.held()
 	if d := n - c.charged; d >= chargeStep || d <= -chargeStep || n == 0 && d != 0 {
 		c.charged = n
+		c.client.SetHeld(int64(n))
 		c.eng.cfg.Memory.Add(int64(d))
 	}
 }
@@ -79,7 +82,30 @@ func (c *clientConn) look() (slow bool) {
 	held := min(c.charged, c.lastHeld)
 	slow = held > smallShare && done-c.lastDone < held/minTaken
 	c.lastDone, c.lastHeld = done, c.charged
+	if c.slow++; !slow {
+		c.slow = 0
+	}
 	return slow
+}
+
+// patience is how many seconds in a row a client may be slow, when memory is short, before it is closed though others hold
+// more.
+const patience = 3
+
+// relieve closes clients that hold much and take next to nothing, if memory is short: the one of them that holds the most, and
+// as many of those that have been slow for longer as bring the memory down to three quarters.
+func (l *Loop) relieve(slow []*clientConn) {
+	m := l.eng.cfg.Memory
+	if len(slow) == 0 || !m.Pressed() {
+		return
+	}
+	slices.SortFunc(slow, func(a, b *clientConn) int { return b.charged - a.charged })
+	for i, c := range slow {
+		if i > 0 && (c.slow < patience || !m.Above(3, 4)) {
+			continue
+		}
+		c.drop(limitMemory, "memory is short, and this client holds much and takes next to nothing")
+	}
 }
 
 // alive sees to the server's keepalive, as grpc-go does it: a PING after a silence, the end when nothing follows.

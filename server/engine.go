@@ -127,6 +127,7 @@ type Engine struct {
 	draining atomic.Bool
 	conns    atomic.Int64 // open client connections
 	ticks    int64        // OnTick's
+	pace     pace         // OnTick's
 
 	gnet    gnet.Engine // set before booted is closed
 	booted  chan struct{}
@@ -205,6 +206,7 @@ func Start(cfg Config) (*Engine, error) {
 			gnet.WithTCPKeepAlive(keepAlive),
 			gnet.WithLogger(gnetLog{cfg.Log}))
 		e.err = err
+		e.pace.set(0)
 		e.closeUnix()
 		close(e.done)
 	}()
@@ -235,6 +237,7 @@ func newEngine(cfg Config) *Engine {
 		listens:  make(map[string]*listen),
 		gate:     tlsconn.NewGate(),
 		refusals: refusals{log: cfg.Log},
+		pace:     pace{mem: cfg.Memory},
 		routes:   newRoutes(),
 		booted:   make(chan struct{}),
 		done:     make(chan struct{}),

@@ -37,7 +37,9 @@ func (h *handler) OnTick() (time.Duration, gnet.Action) {
 	h.once.Do(func() { close(h.booted) })
 	if h.started.Load() {
 		h.ticks++
-		second := h.ticks%int64(time.Second/tickEvery) == 0 && h.conns.Load() > 0
+		second := h.ticks%int64(time.Second/tickEvery) == 0
+		h.pace.look(second)
+		second = second && h.conns.Load() > 0
 		for _, l := range h.loops {
 			l.ring(second)
 		}

@@ -382,16 +382,14 @@ func (l *Loop) second() {
 	}
 	l.looked = now
 	l.inflate.Refill()
-	var worst *clientConn
+	var slow []*clientConn
 	for c := range l.conns {
 		c.second(now)
-		if !c.closed && c.look() && (worst == nil || c.charged > worst.charged) {
-			worst = c
+		if !c.closed && c.look() {
+			slow = append(slow, c)
 		}
 	}
-	if worst != nil && l.eng.cfg.Memory.Pressed() {
-		worst.drop(limitMemory, "memory is short, and this client holds the most and takes next to nothing")
-	}
+	l.relieve(slow)
 }
 
 // guard runs f and turns a panic into an error in the log.

@@ -148,9 +148,10 @@ type Core struct {
 	auto       autoCompactor
 	histories  []*History
 	large      largeReads
-	gates      []listGate
+	gates      []*listGate
 	gatesOpen  bool // one of them has room again
 	gatesArmed bool // a timer will look whose time is over
+	gatesLook  bool // a timer will open them
 	leases     leases
 
 	timers   timerHeap

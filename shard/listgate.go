@@ -2,6 +2,7 @@ package shard
 
 import (
 	"slices"
+	"sync/atomic"
 
 	"spindle/codec"
 )
@@ -12,18 +13,49 @@ import (
 // shards, and serializable ones, which need no coordinator, have gates of their own.
 
 const (
-	// maxLists is how many unary lists of one gate are under way; further ones wait in their order.
-	maxLists = 32
-	// maxListsWaiting is how many may wait at each gate: beyond, "etcdserver: too many requests".
+	// maxLists is how many unary lists of one gate are under way; further ones wait in their order. Of those whose first
+	// pages are large fewer are, so that pages of about gatePages are being read on each member, but minLists at least: a
+	// member does what it has to do for all of them by turns, and everybody else's requests wait for their turn.
+	maxLists  = 32
+	minLists  = 4
+	gatePages = 8 << 20
+	// maxListsWaiting is how many may wait at each gate, of one client half of the places that are free, or listsWhenBusy, if
+	// that is more: beyond, "etcdserver: too many requests".
 	maxListsWaiting = 8192
+	listsWhenBusy   = 32
+	// clientShare is the part of Memory's limit up to which a client may hold answers that it has not taken and still have
+	// lists begun, once half of the limit is used. Who holds more, or has a list that waits for room, waits until that is over.
+	clientShare = 64
 )
 
-// listGate lets maxLists lists through at a time.
+// Client is what the Core knows of one client's connection, for whom it may have an op: who takes no answers must not take
+// the places of those that do. A nil Client is somebody of whom nothing is known.
+type Client struct {
+	held    atomic.Int64 // bytes that it makes this process hold
+	room    int          // of its lists, those that wait for room in Memory
+	granted int64        // bytes of room that its lists have, answers not yet handed out
+}
+
+// SetHeld says how many bytes the client makes this process hold. On any goroutine.
+func (cl *Client) SetHeld(n int64) { cl.held.Store(n) }
+
+// listGate lets lists through, a few at a time: those of each client in their order, and clients by turns.
 type listGate struct {
-	of      gateKey
-	out     int
-	waiting []*Op // the oldest first
-	head    int
+	of    gateKey
+	out   int
+	n     int   // that wait
+	page  int64 // bytes of a first page of one shard, averaged
+	lines map[*Client]*gateLine
+	// The lines are in a ring; last is who had its turn last, nil if none waits.
+	last *gateLine
+}
+
+// gateLine is the lists of one client that wait.
+type gateLine struct {
+	client *Client
+	ops    []*Op // the oldest first
+	head   int
+	next   *gateLine
 }
 
 // gateKey names a gate. There is none before somebody comes to it, so there are few.
@@ -52,10 +84,10 @@ func (c *Core) gateOf(op *Op) int {
 		return 0 // a Txn over several shards is refused
 	}
 	key.serializable = op.Kind == OpRange && p.Serializable()
-	i := slices.IndexFunc(c.gates, func(g listGate) bool { return g.of == key })
+	i := slices.IndexFunc(c.gates, func(g *listGate) bool { return g.of == key })
 	if i < 0 {
 		i = len(c.gates)
-		c.gates = append(c.gates, listGate{of: key})
+		c.gates = append(c.gates, newListGate(key))
 	}
 	return i + 1
 }
@@ -67,21 +99,17 @@ func (c *Core) enterList(op *Op) bool {
 	if gate == 0 {
 		return true
 	}
-	g := &c.gates[gate-1]
-	if len(g.waiting)-g.head >= maxListsWaiting {
+	g := c.gates[gate-1]
+	line := g.lines[op.Client]
+	if g.n >= maxListsWaiting || line != nil && op.Client != nil && line.len() >= max(listsWhenBusy, (maxListsWaiting-g.n)/2) {
 		c.stats.LargeRefused++
 		c.finish(op, codec.ErrTooManyRequests)
 		return false
 	}
 	op.core.gateUntil = c.deadline()
-	if g.head > maxListsWaiting {
-		g.waiting, g.head = append(g.waiting[:0], g.waiting[g.head:]...), 0
-	}
-	g.waiting = append(g.waiting, op)
-	c.gatesOpen = c.gatesOpen || g.out < maxLists
-	if g.out >= maxLists {
-		c.armGates(op.core.gateUntil)
-	}
+	g.add(line, op)
+	c.gatesOpen = c.gatesOpen || g.out < g.width()
+	c.armGates(op.core.gateUntil)
 	return false
 }
 
@@ -94,31 +122,15 @@ func (c *Core) armGates(at int64) {
 	c.at(at, func() {
 		c.gatesArmed = false
 		next := int64(0)
-		for i := range c.gates {
-			for g := &c.gates[i]; g.head < len(g.waiting); g = &c.gates[i] {
-				if op := g.waiting[g.head]; op.core.gateUntil > c.cfg.Now() {
-					if next == 0 || op.core.gateUntil < next {
-						next = op.core.gateUntil
-					}
-					break
-				}
-				c.finish(g.take(), codec.ErrTimeout)
+		for i := 0; i < len(c.gates); i++ { // an answer may bring another request, and with it a gate more
+			for _, op := range c.gates[i].late(c.cfg.Now(), &next) {
+				c.finish(op, codec.ErrTimeout)
 			}
 		}
 		if next > 0 {
 			c.armGates(next)
 		}
 	})
-}
-
-// take takes the oldest that waits.
-func (g *listGate) take() *Op {
-	op := g.waiting[g.head]
-	g.waiting[g.head] = nil
-	if g.head++; g.head == len(g.waiting) {
-		g.waiting, g.head = g.waiting[:0], 0
-	}
-	return op
 }
 
 // leaveList makes room for the next list, which begins at the end of the turn.
@@ -130,14 +142,31 @@ func (c *Core) leaveList(op *Op) {
 	}
 }
 
+// firstPage tells the gate of op how large a first page was.
+func (c *Core) firstPage(op *Op, bytes int) {
+	if gate := op.core.gate; gate > 0 {
+		g := c.gates[gate-1]
+		g.page += (int64(bytes) - g.page) / 8
+	}
+}
+
+// mayList says that a list of cl may begin: it takes its answers, or there is room for all.
+func (c *Core) mayList(cl *Client) bool {
+	m := c.cfg.Memory
+	return cl == nil || m == nil || m.half() || cl.room == 0 && cl.held.Load()+cl.granted <= max(m.limit/clientShare, largeAnswer)
+}
+
 // startLists begins what has room now. What was canceled while it waited, or waited for longer than the shard timeout, is
 // only answered.
 func (c *Core) startLists() {
 	c.gatesOpen = false
-	for i := range c.gates {
-		// An answer may bring another request, and with it a gate more.
-		for g := &c.gates[i]; g.out < maxLists && g.head < len(g.waiting); g = &c.gates[i] {
-			op := g.take()
+	for i := 0; i < len(c.gates); i++ {
+		for g := c.gates[i]; g.out < g.width() && g.n > 0; {
+			op := g.take(c.mayList)
+			if op == nil { // all that wait have to take something first
+				c.lookAgain()
+				break
+			}
 			switch {
 			case op.canceled:
 				c.finish(op, statusCanceled)
@@ -158,14 +187,109 @@ func (c *Core) startLists() {
 	}
 }
 
+// lookAgain opens the gates in a while, for clients who have taken what they were to take.
+func (c *Core) lookAgain() {
+	if !c.gatesLook {
+		c.gatesLook = true
+		c.after(largeRetry, func() { c.gatesLook, c.gatesOpen = false, true })
+	}
+}
+
 // stopLists answers all that wait, when the Core ends.
 func (c *Core) stopLists(st codec.Status) {
-	for i := range c.gates {
-		g := &c.gates[i]
-		waiting := g.waiting[g.head:]
-		g.waiting, g.head = nil, 0
-		for _, op := range waiting {
-			c.finish(op, st)
+	for i := 0; i < len(c.gates); i++ {
+		for g := c.gates[i]; g.n > 0; {
+			c.finish(g.take(func(*Client) bool { return true }), st)
 		}
 	}
 }
+
+func newListGate(of gateKey) *listGate { return &listGate{of: of, lines: make(map[*Client]*gateLine)} }
+
+// width is how many may be under way.
+func (g *listGate) width() int { return int(min(max(gatePages/max(g.page, 1), minLists), maxLists)) }
+
+// add puts op at the end of its client's line, which is line if there is one.
+func (g *listGate) add(line *gateLine, op *Op) {
+	g.n++
+	if line == nil {
+		line = &gateLine{client: op.Client}
+		g.lines[op.Client] = line
+		if g.last == nil {
+			line.next = line
+		} else {
+			line.next, g.last.next = g.last.next, line
+		}
+		g.last = line
+	}
+	if line.head > 16 && line.head > len(line.ops)/2 {
+		line.ops = append(line.ops[:0], line.ops[line.head:]...)
+		line.head = 0
+	}
+	line.ops = append(line.ops, op)
+}
+
+// take takes the oldest of the next client who may; nil: none may.
+func (g *listGate) take(may func(*Client) bool) *Op {
+	if g.last == nil {
+		return nil
+	}
+	for before, end := g.last, g.last; ; before = before.next {
+		line := before.next
+		if may(line.client) {
+			g.last = line
+			return g.pop(before, line)
+		}
+		if line == end {
+			return nil
+		}
+	}
+}
+
+// pop takes the oldest of line, which is the one behind before, and the line away when it is empty.
+func (g *listGate) pop(before, line *gateLine) *Op {
+	op := line.ops[line.head]
+	line.ops[line.head] = nil
+	line.head++
+	g.n--
+	if line.len() > 0 {
+		return op
+	}
+	delete(g.lines, line.client)
+	switch {
+	case line == before:
+		g.last = nil
+	default:
+		before.next = line.next
+		if g.last == line {
+			g.last = before
+		}
+	}
+	return op
+}
+
+// late takes all whose time is over, and makes next the time of the first that remains, if that is earlier (or next is 0).
+func (g *listGate) late(now int64, next *int64) (late []*Op) {
+	for before := g.last; before != nil; {
+		line := before.next
+		final := line == g.last
+		for g.lines[line.client] == line {
+			if at := line.ops[line.head].core.gateUntil; at > now {
+				if *next == 0 || at < *next {
+					*next = at
+				}
+				break
+			}
+			late = append(late, g.pop(before, line))
+		}
+		if final || g.last == nil {
+			break
+		}
+		if g.lines[line.client] == line {
+			before = line
+		}
+	}
+	return late
+}
+
+func (l *gateLine) len() int { return len(l.ops) - l.head }

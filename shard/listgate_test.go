@@ -31,7 +31,8 @@ func TestListGate(t *testing.T) {
 		}
 		return op
 	}
-	c.gates = []listGate{{}, {}, {of: gateKey{first: 0, last: 1}, out: maxLists}}
+	c.gates = []*listGate{newListGate(gateKey{first: 7}), newListGate(gateKey{first: 8}), newListGate(gateKey{first: 0, last: 1})}
+	c.gates[2].out = maxLists
 	a, b := list(), list()
 	if c.gatesOpen {
 		t.Error("there is no room")
@@ -71,8 +72,8 @@ func gateRig(t *testing.T, shards int) *leaseRig {
 		r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z"), Limit: 1})
 	}
 	r.c.Flush()
-	if g := &r.c.gates[0]; g.out != maxLists || len(g.waiting)-g.head != 1 {
-		t.Fatalf("%d under way, %d wait", g.out, len(g.waiting)-g.head)
+	if g := r.c.gates[0]; g.out != maxLists || g.n != 1 {
+		t.Fatalf("%d under way, %d wait", g.out, g.n)
 	}
 	return r
 }
@@ -108,7 +109,8 @@ func TestListGateOfOtherShards(t *testing.T) {
 // TestListGateDeadline: who waits at a gate is answered when its time is over, also if no list ends.
 func TestListGateDeadline(t *testing.T) {
 	r := newLeaseRig(t, 2)
-	r.c.gates = []listGate{{of: gateKey{first: 0, last: 1}, out: maxLists}} // lists that do not end
+	r.c.gates = []*listGate{newListGate(gateKey{first: 0, last: 1})}
+	r.c.gates[0].out = maxLists // lists that do not end
 	list := func() *rigAnswer {
 		return r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
 	}
@@ -152,7 +154,7 @@ func TestReadTxnPassesTheGate(t *testing.T) {
 	}
 	r.submit(OpTxn, &pb.TxnRequest{Success: []*pb.RequestOp{requestRange("a", "")}})
 	r.c.Flush()
-	if g := &r.c.gates[0]; g.out != maxLists || len(g.waiting)-g.head != 3 {
-		t.Errorf("%d under way, %d wait", g.out, len(g.waiting)-g.head)
+	if g := r.c.gates[0]; g.out != maxLists || g.n != 3 {
+		t.Errorf("%d under way, %d wait", g.out, g.n)
 	}
 }

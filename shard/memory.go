@@ -49,6 +49,9 @@ func (m *Memory) Used() int64 {
 // Pressed says that more than seven eighths of the limit are used.
 func (m *Memory) Pressed() bool { return m != nil && m.used.Load() > m.limit-m.limit/8 }
 
+// Above says that more than num/den of the limit are used.
+func (m *Memory) Above(num, den int64) bool { return m != nil && m.used.Load() > m.limit/den*num }
+
 // Over says that more than the limit is used.
 func (m *Memory) Over() bool { return m != nil && m.used.Load() > m.limit }
 
@@ -83,10 +86,12 @@ type largeReads struct {
 func (r *pagedRead) admit() bool {
 	m := r.c.cfg.Memory
 	if m == nil || r.held > 0 {
+		r.admitted = true
 		return true
 	}
 	size := r.estimate()
 	if size <= largeAnswer {
+		r.admitted = true
 		return true
 	}
 	size += min(size, 2*int64(len(r.parts))*wholePageBytes) // the pages, as long as it is put together
@@ -101,7 +106,8 @@ func (r *pagedRead) admit() bool {
 		return false
 	}
 	c.stats.LargeWaited++
-	r.waiting, r.expected = true, size
+	r.expected = size
+	r.await(true)
 	h, rev := r.h, r.rev
 	r.restart()
 	r.h, r.rev = h, rev
@@ -129,12 +135,34 @@ func (c *Core) roomFor(size int64) bool {
 	return m.fits(size) || c.large.out == 0 && m.half()
 }
 
+// await says whether r waits for room.
+func (r *pagedRead) await(waits bool) {
+	if cl := r.op.Client; cl != nil && waits != r.waiting {
+		if waits {
+			cl.room++
+		} else {
+			cl.room--
+		}
+	}
+	r.waiting = waits
+}
+
 func (r *pagedRead) hold(size int64) {
-	if r.held = size; r.op != nil {
+	r.admitted = true
+	if r.op != nil {
 		r.op.admitted = true
 	}
 	r.c.large.out++
+	r.keep(size)
+}
+
+// keep counts size bytes more that r holds.
+func (r *pagedRead) keep(size int64) {
+	r.held += size
 	r.c.cfg.Memory.Add(size)
+	if r.op != nil && r.op.Client != nil {
+		r.op.Client.granted += size
+	}
 }
 
 // grown sees to an answer that became larger than it was expected to be. false: it may not, and was ended.
@@ -149,17 +177,18 @@ func (r *pagedRead) grown() bool {
 		r.end(codec.ErrTooManyRequests)
 		return false
 	default:
-		r.held += more
-		m.Add(more)
+		r.keep(more)
 	}
 	return true
 }
 
 // release gives back what r held.
 func (r *pagedRead) release() {
+	if r.op != nil && r.waiting {
+		r.await(false)
+	}
 	if r.held > 0 {
-		r.c.cfg.Memory.Add(-r.held)
-		r.held = 0
+		r.keep(-r.held)
 		r.c.large.out--
 	}
 }
@@ -183,7 +212,7 @@ func (c *Core) retryLarge() {
 			if !c.roomFor(r.expected) {
 				break
 			}
-			r.waiting = false
+			r.await(false)
 			r.hold(r.expected)
 			r.rise()
 		}

@@ -50,6 +50,8 @@ type Op struct {
 	// Done is called exactly once, on the goroutine that owns the Core, also after Cancel. It may be
 	// called from within Submit.
 	Done func(*Op)
+	// Client is whose request it is; nil: nobody's.
+	Client *Client
 	// User is the server's (the stream that waits for the answer).
 	User any
 

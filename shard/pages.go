@@ -45,6 +45,7 @@ type pagedRead struct {
 	deadline int64    // for the state to be fixed
 	held     int64    // bytes in Memory
 	waiting  bool     // for room in Memory
+	admitted bool     // its answer may be put together: it is small, or has room
 	expected int64    // bytes of the answer, while it waits
 	ends     [][]byte // ascending; places where pages end, see pages_ends.go
 	looking  bool     // a look for more of them is under way
@@ -339,6 +340,11 @@ func (r *pagedRead) mergeOn() {
 				return
 			}
 			r.reserve()
+			for i := range r.parts {
+				if r.whole() {
+					r.parts[i].fetch() // no page beyond the first was asked for before
+				}
+			}
 		}
 		r.beginChunk()
 		r.out = r.spec.appendKV(r.out, &p.it.kv.KV)

@@ -367,6 +367,7 @@ func (p *pagePart) take(resp []byte) bool {
 	}
 	if !p.counted {
 		p.counted, p.total = true, last.count
+		p.r.c.firstPage(p.r.op, len(resp))
 	}
 	p.fetched += last.n
 	p.more = last.more
@@ -457,7 +458,7 @@ func (p *pagePart) advance() bool {
 			p.ahead = nil
 		}
 		p.it = partIter{it: codec.Fields{Msg: p.page}}
-		if p.r.stream != nil || p.r.whole() {
+		if p.r.stream != nil || p.r.whole() && p.r.admitted {
 			p.fetch() // the next one comes while this one is merged
 		}
 	}

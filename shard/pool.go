@@ -37,8 +37,9 @@ const (
 	// maxMemberPartialBytes bounds the replies received in part on one connection; further ones end with
 	// ResourceExhausted, which makes a list ask for smaller pages.
 	maxMemberPartialBytes = 2 * maxMemberMessageBytes
-	// pressedReply is how large a reply in parts may be while Memory is pressed. Smaller ones, and what watch streams
-	// bring, come through whatever else is on its way.
+	// pressedReply is how large a reply in parts may be while Memory is pressed. Smaller ones come through whatever
+	// else is on its way, and so does what watch streams bring (codec.Stream.Spared): a stream that began again would have
+	// the member send everything again, when there is the least room for it.
 	pressedReply = 8 << 20
 	// memberStreamWindow and memberConnWindow are what a member may send before it is read: enough for
 	// a fast network, and the most that one held Watch stream (one connection) can occupy here.
@@ -376,6 +377,7 @@ func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*p
 			// cached header block; the pool resets what takes too long.
 			if s := l.conn.Open(codec.MethodPath(m), hasLeader, 0); s != nil {
 				cl.next = at + 1
+				s.Spared = m == codec.MethodWatch
 				return l, s
 			}
 		}

@@ -72,15 +72,14 @@ func TestWideTxnRangesAreCounted(t *testing.T) {
 		// The ranges wait at their gate; the test answers them.
 		w.written(inner)
 		asked := 0
-		for g := &r.c.gates[len(r.c.gates)-1]; g.head < len(g.waiting); asked++ {
-			if len(g.waiting)-g.head > 1 {
+		for g := r.c.gates[len(r.c.gates)-1]; g.n > 0; asked++ {
+			if g.n > 1 {
 				t.Fatal("two ranges at a time")
 			}
 			if asked > 0 && m.Used() < int64(60*asked) {
 				t.Errorf("%d ranges are kept, %d bytes are counted", asked, m.Used())
 			}
-			in := g.waiting[g.head]
-			g.head++
+			in := g.take(r.c.mayList)
 			in.Resp = mustMarshal(t, &pb.RangeResponse{Header: &pb.ResponseHeader{Revision: 7}, Kvs: []*mvccpb.KeyValue{{Key: []byte("k"), Value: make([]byte, 60)}}})
 			r.c.finish(in, codec.Status{})
 		}
