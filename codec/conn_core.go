@@ -71,6 +71,11 @@ type Conn struct {
 	req      requestEncoder
 	pingSeq  uint64
 	pinging  bool
+	// The server's measurement of the bandwidth (conn_ping.go, client): bytes of DATA written, how many there were when its
+	// last PING was answered, and whether one is not answered yet.
+	sentData int64
+	heldAt   int64
+	pingHeld bool
 
 	// Budgets (limits.go).
 	control int // replies since the socket took all
@@ -191,6 +196,7 @@ func (c *Conn) Output() []byte {
 		c.depth++
 		for {
 			c.pump()
+			c.answerHeld(false)
 			if len(c.notes) == 0 || !c.usable() {
 				break
 			}
@@ -294,6 +300,7 @@ func (c *Conn) Tick() {
 	c.resets = min(resetBurst, c.resets+resetRefill)
 	c.idle = idleFrameBurst
 	c.inflateLeft = maxInflateBytes
+	c.answerHeld(true)
 	if c.streams.n == 0 {
 		c.streams.shrink()
 	}

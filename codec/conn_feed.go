@@ -245,6 +245,9 @@ func (c *Conn) onPing(h frameHeader, p []byte) error {
 	}
 	data := [8]byte(p)
 	if !h.has(flagAck) {
+		if c.holdPing(data) {
+			return nil
+		}
 		c.out = appendPing(c.o(), true, data)
 		if err := c.spendControl(); err != nil {
 			return err

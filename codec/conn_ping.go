@@ -25,3 +25,31 @@ func (c *Conn) judgePing() error {
 	}
 	return nil
 }
+
+// A server on grpc-go measures the bandwidth (BDP) with a PING beside the first DATA that it receives, and with the next
+// one as soon as that is answered: for small requests a message more in each direction, and two processes that wake up for
+// it, per request. Such a PING is answered late, with what is written anyway, once so much was sent that the
+// measurement may be of use to it; on a quiet connection by Tick. RFC 9113 6.7 wants an answer, and only recommends that
+// it comes at once. Any other PING asks for a sign of life and gets it at once.
+const bandwidthBytes = 16 << 10
+
+// bandwidthPing is how grpc-go marks them (internal/transport, bdpPing).
+var bandwidthPing = [8]byte{2, 4, 16, 16, 9, 14, 7, 7}
+
+// holdPing keeps the answer to a PING of the server back, if that may be. One at a time is held.
+func (c *Conn) holdPing(data [8]byte) bool {
+	if !c.client || data != bandwidthPing || c.pingHeld || c.sentData-c.heldAt >= bandwidthBytes {
+		c.heldAt = c.sentData
+		return false
+	}
+	c.pingHeld = true
+	return true
+}
+
+// answerHeld answers the PING that is held, if it is time for it.
+func (c *Conn) answerHeld(late bool) {
+	if c.pingHeld && c.usable() && (late || c.sentData-c.heldAt >= bandwidthBytes) {
+		c.pingHeld, c.heldAt = false, c.sentData
+		c.out = appendPing(c.o(), true, bandwidthPing)
+	}
+}

@@ -49,3 +49,76 @@ func TestPingStrikes(t *testing.T) {
 		t.Error("clients do not find the text that they look for")
 	}
 }
+
+// A server's measurement of the bandwidth is not answered for every small request, but in the end; a sign of life at once.
+func TestBandwidthPing(t *testing.T) {
+	e := newClientEvents()
+	c := NewClientConn(ConnConfig{}, "h", e)
+	out := func() []byte {
+		b := bytes.Clone(c.Output())
+		c.Flushed()
+		return b
+	}
+	feed := func(p []byte) {
+		t.Helper()
+		if err := c.Feed(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	probe, answer := appendPing(nil, false, bandwidthPing), appendPing(nil, true, bandwidthPing)
+	send := func(n int) {
+		s := c.Open("/t/Unary", false, 0)
+		s.User = &rpc{}
+		c.Send(s, make([]byte, n))
+		c.CloseSend(s)
+	}
+	feed(appendFrameHeader(nil, 0, frameSettings, 0, 0))
+	out()
+
+	small := bandwidthBytes / 16
+	answered := 0
+	send(small)
+	out()
+	if feed(probe); len(out()) > 0 {
+		t.Error("answered at once")
+	}
+	for range 64 {
+		send(small)
+		b := out()
+		feed(appendWindowUpdate(nil, 0, 1<<16))
+		if !bytes.Contains(b, answer) {
+			continue
+		}
+		if !bytes.HasSuffix(b, answer) {
+			t.Error("the answer does not come behind the request that it goes with")
+		}
+		answered++
+		feed(probe) // the next measurement
+	}
+	if answered < 3 || answered > 6 {
+		t.Errorf("%d answers to 64 requests", answered)
+	}
+	c.Tick()
+	if !bytes.Equal(out(), answer) {
+		t.Error("a quiet connection leaves the server without an answer")
+	}
+	if c.Tick(); len(out()) > 0 {
+		t.Error("something was said twice")
+	}
+	feed(probe)
+	feed(probe)
+	if !bytes.Equal(out(), answer) {
+		t.Error("of two one is held")
+	}
+	c.Tick()
+	out()
+	send(bandwidthBytes)
+	out()
+	if feed(probe); !bytes.Equal(out(), answer) {
+		t.Error("a measurement beside a large request has to wait")
+	}
+	life := [8]byte{1}
+	if feed(appendPing(nil, false, life)); !bytes.Equal(out(), appendPing(nil, true, life)) {
+		t.Error("a sign of life has to wait")
+	}
+}

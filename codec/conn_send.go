@@ -63,6 +63,7 @@ func (c *Conn) sendDirect(s *Stream, prefix, msg []byte) []byte {
 		c.out = append(out, msg[:k]...)
 		st.sendWin -= int64(n)
 		c.sendWin -= int64(n)
+		c.sentData += int64(n)
 		msg, prefix = msg[k:], nil
 		if len(msg) == 0 || st.sendWin <= 0 || c.sendWin <= 0 || len(c.out) >= outputTarget {
 			return msg
@@ -116,6 +117,7 @@ func (c *Conn) emitData(s *Stream) {
 	c.out = st.q.popAppend(appendFrameHeader(out, n, frameData, flags, s.ID), n)
 	st.sendWin -= int64(n)
 	c.sendWin -= int64(n)
+	c.sentData += int64(n)
 	c.queued -= n
 	c.queueMem += st.q.mem - mem
 	switch {

@@ -483,6 +483,7 @@ func (t *tickTimer) due(now int64) {
 	for _, l := range p.links {
 		if l.conn != nil {
 			l.conn.Tick()
+			l.touch() // it may have had something to say
 		}
 	}
 	if len(p.links) > 0 {

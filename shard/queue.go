@@ -139,7 +139,7 @@ type liveness interface{ Connected(codec.ClusterID) bool }
 
 // flushWrites closes the next batch if none is under way.
 func (s *shardState) flushWrites() {
-	if s.cur != nil || len(s.queue) == 0 && !s.wantFence {
+	if s.cur != nil || len(s.queue) == 0 && !s.wantFence || s.lingers() {
 		return
 	}
 	c := s.c

@@ -37,6 +37,7 @@ type shardState struct {
 	// Writes.
 	queue       []*write
 	cur         *batch
+	linger      linger
 	former      former
 	spareWrites []*write
 	body        []byte

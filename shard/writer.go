@@ -64,6 +64,7 @@ type batch struct {
 	// settleAt is the local revision through which the stream must come before a rejection counts.
 	settleAt int64
 	deadline int64
+	sentAt   int64 // the first copy, 0 before
 	slotAt   int64 // a timer is set for this moment to look again whether b may be sent
 	pending  int   // history reads under way while recovering
 }
@@ -141,6 +142,9 @@ func (s *shardState) sendInOrder(b *batch) {
 
 func (b *batch) send() {
 	b.state = batchSent
+	if b.sentAt == 0 {
+		b.sentAt = b.s.c.cfg.Now()
+	}
 	b.s.call(codec.MethodTxn, b.body, b)
 }
 
@@ -214,6 +218,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 	s.settledTo = b.last
 	s.saw(point{b.first, b.last, t.rev})
 	s.body = b.body[:0]
+	s.lingerBehind(len(b.writes), b.sentAt)
 	hdr := c.hdr
 	var again []*write
 	i := 0
