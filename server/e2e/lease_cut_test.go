@@ -7,6 +7,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -188,8 +189,12 @@ func TestLeaseHomeAway(t *testing.T) {
 	}
 
 	away.Mute()
+	muted := time.Now()
 	for range 3 {
 		k.awaitRound(t, "the member says nothing", here)
+	}
+	if d := time.Since(muted); d > cfg.ShardTimeout { // none waits for the end of a request to that member
+		t.Errorf("three rounds of the other leases took %v", d)
 	}
 	put(keys[0], here[1]) // a holder more
 	if _, err := s.l.LeaseRevoke(callContext(t), &pb.LeaseRevokeRequest{ID: revoked}); err != nil {
