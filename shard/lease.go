@@ -23,9 +23,6 @@ const (
 	// thousand do not flood it: each is a proposal of its own, and a client's batch stands behind all of them.
 	// (8,000 leases at once: 64 under way 2.9 s and 332 ms for p99 of a write meanwhile, 8 take 2.7 s and 51 ms.)
 	maxRevokesInFlight = 8
-	// maxRevokesBeside bounds them while clients' writes are under way there or wait: etcd commits its database with each
-	// revoke, so each one in front of a batch is a disk's turn.
-	maxRevokesBeside = 2
 	// copyTTL is the TTL of a copy, in seconds: it never matters, only home judges. etcd's maximum is 9·10^9.
 	copyTTL = 8_000_000_000
 	// vanishJitter is the mean time after which a proxy revokes the copies of a lease that ended, so that of several

@@ -183,7 +183,7 @@ func (l *leases) sendRevokes(s *shardState) {
 		l.pauseRevokes(s)
 		return
 	}
-	for q.ready > 0 && q.inFlight < s.revokesNow() && c.state == stateReady {
+	for q.ready > 0 && q.inFlight < maxRevokesInFlight && c.state == stateReady {
 		m := q.queue[0]
 		q.queue = q.queue[1:]
 		q.ready--
@@ -210,12 +210,4 @@ func (l *leases) sendRevokes(s *shardState) {
 		}))
 	}
 	l.armRevokes(s)
-}
-
-// revokesNow is how many revokes of copies may be under way to s.
-func (s *shardState) revokesNow() int {
-	if len(s.queue) > 0 || s.cur != nil && len(s.cur.writes) > 0 {
-		return maxRevokesBeside
-	}
-	return maxRevokesInFlight
 }

@@ -600,26 +600,3 @@ func TestLeaseRevokesWaitForTheShard(t *testing.T) {
 		t.Errorf("%d are left", len(s.lease.queued))
 	}
 }
-
-// TestLeaseRevokesGiveWay: while clients' writes wait, few copies are revoked at a time, and never none.
-func TestLeaseRevokesGiveWay(t *testing.T) {
-	r := newLeaseRig(t, 2)
-	s := r.c.shards[1]
-	for m := range int64(4 * maxRevokesInFlight) {
-		r.c.leases.revokeLater(s, m+1)
-	}
-	s.queue = []*write{{}}
-	r.tick(20 * vanishJitter)
-	if len(r.calls) != maxRevokesBeside {
-		t.Fatalf("%d revokes beside a client's write", len(r.calls))
-	}
-	r.next(1, codec.MethodLeaseRevoke).ok(&pb.LeaseRevokeResponse{})
-	if len(r.calls) != maxRevokesBeside {
-		t.Fatalf("%d revokes after the first answer", len(r.calls))
-	}
-	s.queue = nil
-	r.next(1, codec.MethodLeaseRevoke).ok(&pb.LeaseRevokeResponse{})
-	if len(r.calls) != maxRevokesInFlight {
-		t.Fatalf("%d revokes with nothing else to write", len(r.calls))
-	}
-}
