@@ -98,6 +98,8 @@ type Sabotage struct {
 	NoSpaceUnapplied bool
 	// CutOffNow lets a proxy that does not reach the coordinator go on with the epoch and the now that it knows.
 	CutOffNow bool
+	// DeadShardPassed moves the frontier of a shard without a live stream to N whatever ranges are open there.
+	DeadShardPassed bool
 	// WideAtNow reads the ranges behind a Txn at now, not at the Txn's revision.
 	WideAtNow bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
@@ -433,7 +435,7 @@ func (w *nowCall) abandon(st codec.Status) {
 
 func (c *Core) awaitNow(w nowWaiter) {
 	if c.cfg.Sabotage.CutOffNow && c.connecting == nil && c.clock.LastError() != "" {
-		w.nowDone(c.clock.Log().N(), c.clock.Log().AppendA(nil))
+		c.after(0, func() { w.nowDone(c.clock.Log().N(), c.clock.Log().AppendA(nil)) })
 		return
 	}
 	c.nowQueue = append(c.nowQueue, nowEntry{c.clock.Now(), c.cfg.Now(), w})
@@ -554,7 +556,7 @@ func (c *Core) moveFrontiers() {
 			continue
 		}
 		f := l.Frontier(i)
-		if c.cfg.Sabotage.FrontierIgnoresRanges {
+		if c.cfg.Sabotage.FrontierIgnoresRanges || c.cfg.Sabotage.DeadShardPassed && s.handle == nil {
 			f = l.N()
 		}
 		if f > c.frontier.Get(i) {

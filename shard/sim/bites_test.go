@@ -67,7 +67,7 @@ func TestItBites(t *testing.T) {
 			long(c, ChaosEvents{})
 			c.Sabotage.DropGuard, c.Faults = true, Faults{Duplicate: 0.1}
 		}},
-		{"a dead shard is passed", func(c *Config) { long(c, ChaosEvents{Die: true}); c.Sabotage.FrontierIgnoresRanges = true }},
+		{"a dead shard is passed", func(c *Config) { long(c, ChaosEvents{Die: true}); c.Sabotage.DeadShardPassed = true }},
 		{"a rebuild skips a shard, and proxies stop in its middle", func(c *Config) {
 			long(c, ChaosEvents{StallMid: true, Wipe: true})
 			c.Sabotage.RebuildSkipsShard = true

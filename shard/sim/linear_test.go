@@ -15,6 +15,7 @@ func TestPorcupineBites(t *testing.T) {
 		"guard dropped": func(c *Config) { c.Sabotage = shard.Sabotage{DropGuard: true} },
 		"new range on a rejection without looking": func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} },
 		"a Get from the ring ignores open ranges":  func(c *Config) { c.Sabotage = shard.Sabotage{RecentIgnoresRanges: true} },
+		"full means not applied":                   func(c *Config) { long(c, ChaosEvents{Full: true}); c.Sabotage.NoSpaceUnapplied = true },
 	} {
 		t.Run(name, func(t *testing.T) {
 			for seed := uint64(1); seed <= biteSeeds; seed++ {
