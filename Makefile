@@ -69,6 +69,10 @@ kube: ## The tests of kube-apiserver's storage over Spindle (KUBE_BACKEND=etcd: 
 soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with the history
 	SPINDLE_SOAK=$(SOAK) $(GO) test -count 1 -v -timeout 24h -run 'TestSoak$$' ./server/e2e
 
+.PHONY: multinode
+multinode: ## Nodes of a three-node member cluster fail in every way under a checked load: what clients saw
+	SPINDLE_MULTINODE=1 $(GO) test -count 1 -v -timeout 1h -run 'TestNodesFail$$|TestShardSlowMuteDead$$' ./server/e2e
+
 .PHONY: attack
 attack: ## Every attack on the server for ATTACK=3s: what was sent, what the proxy spent, what a good client saw
 	SPINDLE_ATTACK=$(ATTACK) $(GO) test -count 1 -v -timeout 1h -run 'TestAttackReport$$' ./server/e2e

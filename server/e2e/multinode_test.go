@@ -17,7 +17,6 @@ func startMultinode(t *testing.T) (*embeddedtest.Cluster, *rpc) {
 	cfg := nodeConfig(t, m)
 	cfg.Shards = append(cfg.Shards, node.Shard{Name: "three", URLs: three.URLs()})
 	cfg.Partition = rangesOf([]string{"", "p"})
-	cfg.ShardTimeout = 15 * time.Second
 	n := startNode(t, cfg)
 	return three, dial(t, n.ClientURLs()[0])
 }
