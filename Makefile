@@ -76,6 +76,10 @@ soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with
 chaos: ## Kill, stop and cut off real processes under a checked load for CHAOS=5m: what clients noticed of each fault
 	SPINDLE_CHAOS=$(CHAOS) $(GO) test -count 1 -v -timeout 24h -run 'TestChaos$$' ./server/e2e/chaos
 
+.PHONY: multinode
+multinode: ## Nodes of a three-node member cluster fail in every way under a checked load: what clients saw
+	SPINDLE_MULTINODE=1 $(GO) test -count 1 -v -timeout 1h -run 'TestNodesFail$$|TestShardSlowMuteDead$$' ./server/e2e
+
 .PHONY: attack
 attack: ## Every attack on the server for ATTACK=3s: what was sent, what the proxy spent, what a good client saw
 	SPINDLE_ATTACK=$(ATTACK) $(GO) test -count 1 -v -timeout 1h -run 'TestAttackReport$$' ./server/e2e

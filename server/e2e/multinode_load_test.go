@@ -17,7 +17,7 @@ import (
 
 const (
 	// loadDeadline is what the clients of a faultLoad give each request.
-	loadDeadline = 30 * time.Second
+	loadDeadline = 60 * time.Second
 	// loadPause is how long each of them thinks between two requests: a load that takes the whole machine would
 	// measure that.
 	loadPause = 5 * time.Millisecond
