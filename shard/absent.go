@@ -68,6 +68,15 @@ func (k *connecting) refusedShards() string {
 // left out, or taken as they are if the operator accepts that. It returns true if it has gone on from there.
 func (k *connecting) leaveOut(epoch revclock.ID) bool {
 	c := k.c
+	for i := range k.looks {
+		if l := &k.looks[i]; !l.out && l.m.Epoch != epoch && k.known != epoch {
+			// The looks are older than the coordinator's answer: it may have been rebuilt between. As long as it has this epoch, looks
+			// that begin now show it on every shard.
+			k.known = epoch
+			k.look()
+			return true
+		}
+	}
 	out := 0
 	for i := range k.looks {
 		l := &k.looks[i]
@@ -127,6 +136,7 @@ func (c *Core) beginReturned(k *connecting) {
 			s.rec = p
 			s.openFirst()
 			s.streaming = true
+			s.accept()
 		})
 	}
 }

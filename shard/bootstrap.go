@@ -85,7 +85,7 @@ func (b *bootstrap) waitingFor() string {
 		return b.c.connecting.waitingFor()
 	}
 	for _, s := range b.c.shards {
-		if !s.streaming {
+		if !s.streaming && s.absent == "" {
 			return "waiting for the watch stream of member cluster " + s.name
 		}
 	}
@@ -415,12 +415,6 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
 		RaftTerm:  headerTerm,
 	}
-	if t, ok := c.tr.(checking); ok {
-		// What was read may have come by one of several endpoints, and the others may lead elsewhere.
-		for _, s := range c.shards {
-			t.Distrust(s.cluster)
-		}
-	}
 	c.connect("starting")
 }
 
@@ -440,6 +434,33 @@ func (b *bootstrap) believed(k *connecting) {
 			continue
 		}
 		b.clocks[i], s.rec = l.rec.Last, point{l.rec.First, l.rec.Last, l.local}
+	}
+	// Only now is it known what the shards must hold: what was read may have come by one of several endpoints, and the
+	// others may lead elsewhere.
+	if t, ok := b.c.tr.(checking); ok {
+		for _, s := range b.c.shards {
+			t.Distrust(s.cluster)
+		}
+	}
+	b.awaitChecks()
+}
+
+// awaitChecks goes on when every shard has a connection that was looked at, or is refused.
+func (b *bootstrap) awaitChecks() {
+	c := b.c
+	live, ok := c.tr.(liveness)
+	for _, s := range c.shards {
+		if s.absent == "" && s.banned != "" {
+			s.leave(s.banned)
+		}
+		if ok && s.absent == "" && !live.Connected(s.cluster) {
+			c.after(retryDelay/4, func() {
+				if c.state == stateStarting {
+					b.awaitChecks()
+				}
+			})
+			return
+		}
 	}
 	b.compareClocks()
 }

@@ -42,6 +42,7 @@ type connecting struct {
 	mute  string          // why it did not answer
 	now   *rebuild
 	sure  bool        // the epoch was believed by somebody: shards that are refused may be left out
+	known revclock.ID // an epoch that was believed before the present looks began
 	trust revclock.ID // planted bugs: an epoch that is believed whatever the maps say
 }
 

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"spindle/codec"
@@ -177,7 +178,7 @@ func (s *shardState) floor() int64 {
 	if s.known.last >= seen {
 		s.lossy = false
 	}
-	if s.lossy {
+	if s.lossy || c.state == stateStarting && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]) {
 		return s.known.last
 	}
 	return max(s.known.last, seen)
@@ -187,15 +188,18 @@ func (s *shardState) floor() int64 {
 // wait any more.
 func (s *shardState) accept() {
 	c := s.c
+	if s.absent != "" {
+		s.returned()
+		return
+	}
+	if !s.begun && c.state == stateReady {
+		return // on its way
+	}
 	if s.banned != "" {
 		c.log.Info("a member cluster is accepted again", "shard", s.name)
 		s.banned = ""
 		c.explainRefusals()
 		s.touch()
-	}
-	if s.absent != "" {
-		s.returned()
-		return
 	}
 	if gen := s.gen; s.reopening {
 		c.after(0, func() { s.openAgain(gen) })
@@ -214,6 +218,14 @@ func (s *shardState) refuse(why string) {
 		return
 	}
 	s.ban(why)
+	if k := c.connecting; k != nil && !s.begun && s.absent == "" {
+		s.absent = why // the others do not wait for it
+		c.after(0, func() {
+			if k == c.connecting {
+				k.look()
+			}
+		})
+	}
 }
 
 // ban fails the shard's requests.
