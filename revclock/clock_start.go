@@ -87,7 +87,7 @@ func (c *Clock) load(e, s, t *replyOp) {
 	c.snap.mod, c.snap.rev = s.kv.ModRevision, snap.Rev
 	c.read.goal = t.kv.ModRevision
 	c.read.retry = retry{}
-	c.watch.pos = snap.Rev
+	c.watch.pos, c.watch.mark = snap.Rev, watchMark{}
 	c.state = stateCatching
 	c.moved(true)
 }

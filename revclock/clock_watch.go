@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 
+	"github.com/cespare/xxhash/v2"
+
 	"spindle/codec"
 )
 
@@ -14,8 +16,39 @@ type watchState struct {
 	retry   retry
 	again   bool  // one was open before
 	pos     int64 // everything up to this revision of the coordinator was seen on the watch
+	mark    watchMark
+	proving bool  // the stream that is open must show mark first
 	stallAt int64 // when the watch is given up if the log has not moved, 0 for never
 	stall   int64 // what the log lacked when stallAt was set
+}
+
+// watchMark is the last event that was taken. A watch that is opened again begins with it, and so shows that it is of the
+// same coordinator: another one, to which an address leads for a moment, would be taken for a part of the log, and
+// what the right one did meanwhile would be left out. An epoch or a cluster ID does not come along with events, and
+// etcd's cluster IDs repeat when default flags do.
+type watchMark struct {
+	rev  int64 // 0: none
+	key  byte
+	hash uint64
+}
+
+func markOf(kv *codec.KV) watchMark {
+	return watchMark{kv.ModRevision, kv.Key[0], xxhash.Sum64(kv.Value)}
+}
+
+// proven looks for the mark among the events of a stream's first message that has any. found is false while there are none.
+func (m watchMark) proven(msg []byte) (proven, found bool) {
+	it := codec.Fields{Msg: msg}
+	for it.Next() {
+		if it.Field.Num != 11 {
+			continue
+		}
+		found = true
+		if kv, del, ok := parseEvent(it.Field.Bytes); ok && !del && len(kv.Key) > 0 && markOf(&kv) == m {
+			return true, true
+		}
+	}
+	return false, found
 }
 
 type watchSink struct {
@@ -29,7 +62,11 @@ func (c *Clock) openWatch(now int64) {
 	}
 	c.stats.Watches++
 	c.watch.gen++
-	c.buf = appendWatch(c.buf[:0], c.watch.pos+1)
+	from := c.watch.pos + 1
+	if c.watch.proving = c.watch.mark.rev == c.watch.pos && c.watch.pos > 0; c.watch.proving {
+		from = c.watch.pos
+	}
+	c.buf = appendWatch(c.buf[:0], from)
 	c.watch.handle = c.tr.Watch(codec.Coordinator, c.buf, &watchSink{c, c.watch.gen})
 	if c.state == stateRunning && c.watch.again {
 		// A coordinator that was wiped meanwhile would let the watch wait for a revision that is far away:
@@ -63,20 +100,31 @@ func (k *watchSink) OnMessage(msg []byte) {
 	if k.gen != c.watch.gen {
 		return
 	}
-	canceled, compacted, reason, ok := false, int64(0), "", true
+	canceled, compacted, reason, ok, strange := false, int64(0), "", true, false
 	it := codec.Fields{Msg: msg}
 	for it.Next() {
 		switch it.Field.Num {
+		case 1:
+			h, _ := codec.ParseHeader(it.Field.Bytes)
+			if strange = c.args.Cluster != 0 && h.ClusterID != c.args.Cluster; strange {
+				reason = ErrOtherCluster(h.ClusterID, c.args.Cluster).Error()
+			}
 		case 4:
 			canceled = it.Field.Val != 0
 		case 5:
 			compacted = int64(it.Field.Val)
 		case 6:
-			reason = string(it.Field.Bytes)
+			if !strange {
+				reason = string(it.Field.Bytes)
+			}
 		}
 	}
 	ok = !it.Bad
 	switch {
+	case strange:
+		c.closeWatch()
+		c.failed(&c.watch.retry, "watching the coordinator", codec.Status{Code: codec.Unavailable, Msg: reason})
+		return
 	case compacted > 0:
 		if c.watch.pos == c.snap.rev {
 			c.hole(c.snap.rev) // not even the snapshot's history is there
@@ -92,6 +140,14 @@ func (k *watchSink) OnMessage(msg []byte) {
 		return
 	}
 	c.watch.retry = retry{}
+	if c.watch.proving {
+		proven, found := c.watch.mark.proven(msg)
+		if found && !proven {
+			c.reload() // e tells whose coordinator this is
+			return
+		}
+		c.watch.proving = !found
+	}
 	folded, pos, gen := false, c.watch.pos, c.gen
 	it = codec.Fields{Msg: msg}
 	for it.Next() {
@@ -107,6 +163,9 @@ func (k *watchSink) OnMessage(msg []byte) {
 			continue // seen before
 		}
 		pos = max(pos, kv.ModRevision)
+		if !del && len(kv.Key) > 0 {
+			c.watch.mark = markOf(&kv)
+		}
 		folded = c.event(&kv, del) || folded
 		if c.gen != gen {
 			return

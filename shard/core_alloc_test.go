@@ -43,6 +43,8 @@ func TestCoreGetsAllocateNothing(t *testing.T) {
 	tr.answer(&tr.coord, mustMarshal(t, &pb.TxnResponse{Header: head(3), Succeeded: true, Responses: []*pb.ResponseOp{
 		rangeOf(epochKV), rangeOf(kv("s", revclock.AppendSnapshot(nil, &revclock.Snapshot{N: 1, Shards: make([]revclock.SnapshotShard, 1)}), 2)), rangeOf()}}))
 	c.Flush()
+	tr.answer(&tr.shard, mustMarshal(t, &pb.RangeResponse{Header: head(4)})) // the record where the stream begins: none is older
+	c.Flush()
 	if ok, why := c.Ready(); !ok {
 		t.Fatal(why)
 	}
