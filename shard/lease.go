@@ -52,6 +52,7 @@ type leases struct {
 	sweeping bool
 
 	reconciling bool
+	again       bool // another reconciliation was asked for meanwhile
 	soon        bool // a reconciliation is due before the minute
 	failures    int  // reconciliations in a row that a shard did not answer
 }

@@ -53,7 +53,11 @@ func (l *leases) reconcileSoon() {
 
 func (l *leases) reconcileNow() {
 	c := l.c
-	if l.reconciling || c.state != stateReady {
+	if c.state != stateReady {
+		return
+	}
+	if l.reconciling {
+		l.again = true // what is asked for may have come after that one had read it
 		return
 	}
 	l.reconciling = true
@@ -103,8 +107,13 @@ func (r *reconciliation) end() {
 	l := r.l
 	l.reconciling = false
 	l.c.stats.LeaseReconciliations++
+	again := l.again
+	l.again = false
 	if !r.failed {
 		l.failures = 0
+		if again {
+			l.reconcileSoon()
+		}
 		return
 	}
 	// What lies on that shard may have outlived its lease already. One that stays away is asked less and less.
