@@ -169,8 +169,7 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 		} else {
 			s.rejected(b, t)
 		}
-	case !sent, st == codec.ErrNoLeader, st == codec.ErrTooManyRequests && !b.unknown:
-		// This copy was not applied: a node says that it has no leader before it looks at a request.
+	case !sent, st == codec.ErrTooManyRequests && !b.unknown:
 		s.retry(b)
 	case (definite(st) || c.cfg.Sabotage.NoSpaceUnapplied && st == codec.ErrNoSpace) && !b.unknown:
 		s.refused(b, st)

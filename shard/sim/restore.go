@@ -169,7 +169,7 @@ func (e *Etcd) mapped() int64 {
 // rewound makes a copy of a cluster as it was at revision rev.
 func (e *Etcd) rewound(rev int64) *Etcd {
 	o := NewEtcd(e.ClusterID)
-	o.MaxTxnOps, o.MaxRequestBytes, o.AutoLease, o.Now, o.After = e.MaxTxnOps, e.MaxRequestBytes, e.AutoLease, e.Now, e.After
+	o.MaxTxnOps, o.MaxRequestBytes, o.AutoLease, o.Now, o.Event, o.After = e.MaxTxnOps, e.MaxRequestBytes, e.AutoLease, e.Now, e.Event, e.After
 	o.rev, o.nextLease = rev, e.nextLease
 	if o.compact = e.compact; e.compact > rev {
 		o.compact = -1
