@@ -576,7 +576,7 @@ func (s *shardState) startBack(back int64, p point, f func(point, codec.Status))
 		kv, found := firstKV(resp)
 		rec, ok := ParseRecord(kv.Value)
 		switch {
-		case c.state != stateStarting:
+		case c.state != stateStarting && c.state != stateReady:
 		case st == codec.ErrCompacted || st.Code == codec.OK && !found:
 			s.startBack(back/2, p, f) // the member has not as much, or the clock is younger
 		case st.Code != codec.OK:

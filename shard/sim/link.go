@@ -248,9 +248,11 @@ func (c *call) arrive(back time.Duration) {
 	if c.twice {
 		w := c.l.net()
 		w.After(w.Between(0, MaxLate), func() {
-			c.l.cluster.arrive(func() {
-				w.tracef("%s: #%d arrives a second time", c.l.cluster, c.id)
-				c.l.cluster.serve(c.m, c.req)
+			e.arrive(func() {
+				if c.process == e.process {
+					w.tracef("%s: #%d arrives a second time", e, c.id)
+					e.serve(c.m, c.req)
+				}
 			})
 		})
 	}
