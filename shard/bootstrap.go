@@ -85,8 +85,13 @@ func (b *bootstrap) waitingFor() string {
 		return b.c.connecting.waitingFor()
 	}
 	for _, s := range b.c.shards {
-		if !s.streaming && s.absent == "" {
+		if !s.streaming && s.begins() {
 			return "waiting for the watch stream of member cluster " + s.name
+		}
+	}
+	for _, s := range b.c.shards {
+		if s.accepted {
+			return "waiting for member cluster " + s.name + ": its loss is accepted, and its clock is to come to where it has been"
 		}
 	}
 	return "starting"
@@ -144,7 +149,7 @@ func (p *probe) peek() {
 			p.notEmpty = true
 			p.send()
 		default:
-			p.empty = true
+			p.empty, p.compact = true, -1
 			p.finish()
 		}
 	}))
@@ -471,7 +476,7 @@ func (b *bootstrap) compareClocks() {
 	c := b.c
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen || s.lossy || s.absent != "" {
+		if b.clocks[i] >= seen || s.lossy || !s.begins() {
 			continue
 		}
 		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
@@ -507,6 +512,9 @@ func (b *bootstrap) compareClocks() {
 	}
 }
 
+// begins says that the start goes on with a shard: those that were left out and have returned since come later.
+func (s *shardState) begins() bool { return s.absent == "" && !s.returning }
+
 // findStarts looks for the record behind which each stream begins.
 func (b *bootstrap) findStarts() {
 	c := b.c
@@ -514,12 +522,12 @@ func (b *bootstrap) findStarts() {
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
 	b.begun = 0
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			b.begun++
 		}
 	}
 	for _, s := range c.shards {
-		if s.absent != "" {
+		if !s.begins() {
 			continue
 		}
 		s.streamStart(b.tail, func(p point, st codec.Status) {
@@ -539,7 +547,7 @@ func (b *bootstrap) findStarts() {
 // streamStart finds the record from which the shard's stream continues: the last one at or below rev, or
 // the oldest that there is.
 func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
-	s.locate(rev, func(at located, st codec.Status) {
+	s.find(rev, func(at located, st codec.Status) {
 		switch {
 		case s.c.state != stateStarting && s.c.state != stateReady:
 		case st == codec.ErrCompacted:
@@ -598,12 +606,12 @@ func (b *bootstrap) open() {
 		c.frontier.SetCompacted(c.compacted)
 	}
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			b.unread++
 		}
 	}
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			s.openFirst()
 		}
 	}
@@ -624,15 +632,14 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	if b.unread--; b.unread > 0 {
 		return
 	}
-	c.state, c.reason, c.boot = stateReady, "", nil
-	for _, s := range c.shards {
-		if s.accepted { // its clock comes to where it has been
-			s.wantFence = true
-			s.touch()
-			c.forgetPast(s, c.clock.Log().N())
+	b.awaitFences(c.clock.Log().N())
+}
 
-		}
-	}
+// ready ends the start.
+func (b *bootstrap) ready() {
+	c := b.c
+	c.state, c.reason, c.boot = stateReady, "", nil
+	c.after(0, c.beginReturned)
 	c.armNaming()
 	c.armCompactionLags()
 	c.startAutoCompact()

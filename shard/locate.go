@@ -15,8 +15,19 @@ type located struct {
 
 // locate finds where revision rev lies on the shard: in the index, else by a binary search over the
 // clock key's own history. The shard's frontier must be at rev. ErrCompacted when the member has no
-// history that old.
+// history that old, Unavailable at once when the shard was left out at the start and its stream was not opened since.
 func (s *shardState) locate(rev int64, f func(located, codec.Status)) {
+	if s.absent != "" || s.returning {
+		// Nothing is known of its past yet.
+		st := codec.Status{Code: codec.Unavailable, Msg: "etcdserver: member cluster " + s.name + " is refused: " + s.banned}
+		s.c.after(0, func() { f(located{}, st) })
+		return
+	}
+	s.find(rev, f)
+}
+
+// find is locate for a shard whose stream was not opened, too.
+func (s *shardState) find(rev int64, f func(located, codec.Status)) {
 	if s.rec.last <= rev {
 		f(located{base: s.rec}, codec.Status{})
 		return
