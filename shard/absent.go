@@ -8,6 +8,7 @@ import (
 
 	"spindle/codec"
 	"spindle/revclock"
+	"spindle/watchring"
 )
 
 // This file lets a proxy start without member clusters that are not what they were: restored from older backups, or wiped.
@@ -24,12 +25,17 @@ import (
 // leave refuses a shard from the start on. Nothing that was read of it counts.
 func (s *shardState) leave(why string) {
 	c := s.c
-	s.absent, s.begun = why, false
-	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
+	s.forget(why)
 	s.ban(why)
 	if t, ok := c.tr.(checking); ok {
 		t.Distrust(s.cluster)
 	}
+}
+
+// forget has nothing count that was read of a shard.
+func (s *shardState) forget(why string) {
+	s.absent, s.begun, s.returning = why, false, false
+	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
 }
 
 // allRefused gives up when there is nothing left to serve. It returns true then.
@@ -100,34 +106,52 @@ func (k *connecting) leaveOut(epoch revclock.ID) bool {
 	if out == 0 || k.sure {
 		return false
 	}
-	k.sure, k.wrong = true, ""
+	k.sure, k.stands, k.wrong = true, false, ""
 	k.judge()
 	return true
 }
 
-// returned is told that a shard which was left out is what it was again.
-func (s *shardState) returned() {
-	s.absent = ""
-	s.c.after(0, func() { s.c.beginReturned(nil) })
+// again looks at everything anew, because a shard was left out or has returned.
+func (k *connecting) again() {
+	k.turn++ // and the clock that is being started must not be believed: what it was started with is no more
+	k.c.clock.Stop()
+	k.found = nil
+	turn := k.turn
+	k.c.after(0, func() {
+		if k.live(turn) {
+			k.look()
+		}
+	})
 }
 
-// beginReturned begins with shards that were left out and have returned: what everybody else's start has read of them is
-// read now, by the look at all shards that a connecting is. k is one that has just ended, nil if there is none.
-func (c *Core) beginReturned(k *connecting) {
-	if c.state != stateReady || c.connecting != nil {
-		return // whoever ends that looks again
+// returned is told that a shard which was left out is what it was again: it was at p, and its map names the epoch that is
+// believed, or was last.
+func (s *shardState) returned(p point, mapMod int64) {
+	c := s.c
+	s.absent, s.mapMod = "", mapMod
+	s.saw(p)
+	// Before a start has found its epoch the shard is one as any other.
+	s.returning = c.boot == nil || c.boot.started
+	s.accept()
+	if c.connecting != nil {
+		c.connecting.again()
+		return
 	}
-	for i, s := range c.shards {
-		if s.begun || s.absent != "" {
+	c.after(0, c.beginReturned) // its connection is in use then
+}
+
+// beginReturned begins with shards that were left out and have returned.
+func (c *Core) beginReturned() {
+	if c.state != stateReady || c.connecting != nil {
+		return // whoever ends that begins with them
+	}
+	for _, s := range c.shards {
+		if !s.returning || s.rec.local != 0 {
 			continue
 		}
-		if k == nil || k.looks[i].out {
-			c.connect("member cluster " + s.name + " is what it was again")
-			return
-		}
-		l := &k.looks[i]
-		s.begun = true
-		s.rec = point{l.rec.First, l.rec.Last, l.local}
+		s.rec = s.known
+		s.settledTo = max(s.settledTo, s.rec.last)
+		c.maxClock = max(c.maxClock, s.rec.last)
 		s.streamStart(max(c.ring.Tail(), c.compacted-1), func(p point, st codec.Status) {
 			if st.Code != codec.OK {
 				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
@@ -136,7 +160,9 @@ func (c *Core) beginReturned(k *connecting) {
 			s.rec = p
 			s.openFirst()
 			s.streaming = true
-			s.accept()
+			if l, ok := c.tr.(liveness); !ok || l.Connected(s.cluster) {
+				s.accept() // else the next connection says so
+			}
 		})
 	}
 }
@@ -149,10 +175,10 @@ func (s *shardState) openFirst() {
 	// what was seen, wherever the ring begins.
 	l := c.clock.Log()
 	l.SetClock(s.idx, s.rec.last)
-	if f := l.Frontier(s.idx); f > c.frontier.Get(s.idx) {
+	if f := l.Frontier(s.idx); c.connecting == nil && f > c.frontier.Get(s.idx) {
 		c.frontier.Set(s.idx, f)
 	}
-	s.begun = true
+	s.begun, s.returning = true, false
 	c.stale = true
 	s.openStream()
 }
@@ -264,28 +290,59 @@ func byIdentity(x, y *probe) int {
 	return bytes.Compare(x.identity[:], y.identity[:])
 }
 
-// forgetPast compacts everything up to the fence that follows an accepted loss: revisions up to n. What was before may have
-// been different for clients, and reads and watches of it would show neither what was nor what is: whoever needs it is told
-// that it is compacted, and lists anew.
-func (c *Core) forgetPast(s *shardState, n int64) {
-	again := func() {
-		c.after(20*retryDelay, func() {
-			if c.state == stateReady {
-				c.forgetPast(s, n)
+// awaitFences goes on when the clocks of shards whose loss is accepted are above everything that was handed out before, by two
+// revisions at least: a watch of who had seen everything begins at the next one, which a compaction at it would leave.
+func (b *bootstrap) awaitFences(n int64) {
+	c := b.c
+	rev := int64(0)
+	for _, s := range c.shards {
+		if !s.accepted || s.absent != "" {
+			continue
+		}
+		if s.rec.last > n+1 {
+			rev = max(rev, s.rec.last)
+			continue
+		}
+		s.wantFence = true
+		s.touch()
+		c.after(retryDelay, func() {
+			if c.state == stateStarting {
+				b.awaitFences(n)
 			}
 		})
-	}
-	if s.rec.last <= n {
-		again()
 		return
 	}
-	rev := s.rec.last
-	c.compact(rev, false, func(_ int64, st codec.Status) {
+	if rev > 0 {
+		c.noteCompaction(rev)
+		c.frontier.SetCompacted(c.compacted) // wherever the frontier is: no watch has come this far
+	}
+	b.ready()
+	if rev > 0 {
+		c.forgetPast(rev)
+	}
+}
+
+// forgetPast compacts everything below rev, where the fences are that follow an accepted loss. What was before may have
+// been different for clients, and reads and watches of it would show neither what was nor what is: whoever needs it is told
+// that it is compacted, and lists anew.
+func (c *Core) forgetPast(rev int64) {
+	k := &compaction{c: c, rev: rev, timeout: c.cfg.ShardTimeout, deadline: c.deadline()}
+	k.done = func(_ int64, st codec.Status) {
 		if st.Code != codec.OK && st != codec.ErrCompacted {
-			again()
+			c.after(20*retryDelay, func() {
+				if c.state == stateReady {
+					c.forgetPast(rev)
+				}
+			})
 			return
 		}
-		s.accepted = false
-		c.log.Info("what a member cluster has lost is accepted; revisions before are compacted. Start the other proxies now, and this one again without --accept-data-loss", "shard", s.name, "revision", rev)
-	})
+		for _, s := range c.shards {
+			if s.accepted {
+				s.accepted = false
+				c.log.Info("what a member cluster has lost is accepted; revisions before are compacted. Start the other proxies now, and this one again without --accept-data-loss", "shard", s.name, "revision", rev)
+			}
+		}
+	}
+	c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
+	c.awaitFrontier(watchring.All, rev, k.deadline, k.decide)
 }

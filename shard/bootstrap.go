@@ -85,8 +85,13 @@ func (b *bootstrap) waitingFor() string {
 		return b.c.connecting.waitingFor()
 	}
 	for _, s := range b.c.shards {
-		if !s.streaming && s.absent == "" {
+		if !s.streaming && s.begins() {
 			return "waiting for the watch stream of member cluster " + s.name
+		}
+	}
+	for _, s := range b.c.shards {
+		if s.accepted {
+			return "waiting for member cluster " + s.name + ": its loss is accepted, and its clock is to come to where it has been"
 		}
 	}
 	return "starting"
@@ -144,7 +149,7 @@ func (p *probe) peek() {
 			p.notEmpty = true
 			p.send()
 		default:
-			p.empty = true
+			p.empty, p.compact = true, -1
 			p.finish()
 		}
 	}))
@@ -471,7 +476,7 @@ func (b *bootstrap) compareClocks() {
 	c := b.c
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen || s.lossy || s.absent != "" {
+		if b.clocks[i] >= seen || s.lossy || !s.begins() {
 			continue
 		}
 		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
@@ -507,6 +512,9 @@ func (b *bootstrap) compareClocks() {
 	}
 }
 
+// begins says that the start goes on with a shard: those that were left out and have returned since come later.
+func (s *shardState) begins() bool { return s.absent == "" && !s.returning }
+
 // findStarts looks for the record behind which each stream begins.
 func (b *bootstrap) findStarts() {
 	c := b.c
@@ -514,12 +522,12 @@ func (b *bootstrap) findStarts() {
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
 	b.begun = 0
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			b.begun++
 		}
 	}
 	for _, s := range c.shards {
-		if s.absent != "" {
+		if !s.begins() {
 			continue
 		}
 		s.streamStart(b.tail, func(p point, st codec.Status) {
@@ -536,59 +544,6 @@ func (b *bootstrap) findStarts() {
 	}
 }
 
-// streamStart finds the record from which the shard's stream continues: the last one at or below rev, or
-// the oldest that there is.
-func (s *shardState) streamStart(rev int64, f func(point, codec.Status)) {
-	s.locate(rev, func(at located, st codec.Status) {
-		switch {
-		case s.c.state != stateStarting && s.c.state != stateReady:
-		case st == codec.ErrCompacted:
-			f(at.next, codec.Status{}) // the oldest record that is left
-		case st == codec.ErrTimeout:
-			s.c.after(s.c.jitter(20*retryDelay), func() { s.streamStart(rev, f) })
-		case st.Code != codec.OK:
-			f(at.base, st)
-		default:
-			s.startBack(startBack, at.base, f)
-		}
-	})
-}
-
-// startBack is how many local revisions of a shard its stream goes back at least, if the member still has them. A
-// foreign put that nobody has taken over may stand before records: those of a proxy that ended a moment later, and
-// those of rebuilds, behind which half a ring of revisions is soon over.
-const startBack = 256
-
-// startBack calls f with the record that lies so many local revisions back, or with p if that is older.
-func (s *shardState) startBack(back int64, p point, f func(point, codec.Status)) {
-	c := s.c
-	local := s.rec.local - back
-	if back == 0 || local >= p.local {
-		f(p, codec.Status{})
-		return
-	}
-	if local < 1 {
-		s.startBack(back/2, p, f)
-		return
-	}
-	body := codec.AppendInt(codec.AppendString(nil, rangeKey, KeyClock), rangeRevision, local)
-	c.tr.Call(s.cluster, codec.MethodRange, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
-		kv, found := firstKV(resp)
-		rec, ok := ParseRecord(kv.Value)
-		switch {
-		case c.state != stateStarting && c.state != stateReady:
-		case st == codec.ErrCompacted || st.Code == codec.OK && !found:
-			s.startBack(back/2, p, f) // the member has not as much, or the clock is younger
-		case st.Code != codec.OK:
-			c.after(c.jitter(20*retryDelay), func() { s.startBack(back, p, f) })
-		case !ok || kv.ModRevision > local:
-			f(p, codec.Status{Code: codec.Internal, Msg: "spindle: unreadable clock record on member cluster " + s.name})
-		default:
-			f(point{rec.First, rec.Last, kv.ModRevision}, codec.Status{})
-		}
-	}))
-}
-
 // open makes the ring and opens every stream.
 func (b *bootstrap) open() {
 	c := b.c
@@ -598,12 +553,12 @@ func (b *bootstrap) open() {
 		c.frontier.SetCompacted(c.compacted)
 	}
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			b.unread++
 		}
 	}
 	for _, s := range c.shards {
-		if s.absent == "" {
+		if s.begins() {
 			s.openFirst()
 		}
 	}
@@ -624,15 +579,14 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	if b.unread--; b.unread > 0 {
 		return
 	}
-	c.state, c.reason, c.boot = stateReady, "", nil
-	for _, s := range c.shards {
-		if s.accepted { // its clock comes to where it has been
-			s.wantFence = true
-			s.touch()
-			c.forgetPast(s, c.clock.Log().N())
+	b.awaitFences(c.clock.Log().N())
+}
 
-		}
-	}
+// ready ends the start.
+func (b *bootstrap) ready() {
+	c := b.c
+	c.state, c.reason, c.boot = stateReady, "", nil
+	c.after(0, c.beginReturned)
 	c.armNaming()
 	c.armCompactionLags()
 	c.startAutoCompact()

@@ -34,16 +34,17 @@ type connecting struct {
 	phase connectPhase
 	told  string // what the log was told last
 
-	found *revclock.Found // what is to be replaced
-	sign  string          // what the coordinator and the maps were like when last examined,
-	since int64           // since when,
-	until int64           // and until when somebody else may change it
-	wrong string          // why the coordinator cannot be used at all
-	mute  string          // why it did not answer
-	now   *rebuild
-	sure  bool        // the epoch was believed by somebody: shards that are refused may be left out
-	known revclock.ID // an epoch that was believed before the present looks began
-	trust revclock.ID // planted bugs: an epoch that is believed whatever the maps say
+	found  *revclock.Found // what is to be replaced
+	sign   string          // what the coordinator and the maps were like when last examined,
+	since  int64           // since when,
+	until  int64           // and until when somebody else may change it
+	wrong  string          // why the coordinator cannot be used at all
+	mute   string          // why it did not answer
+	now    *rebuild
+	stands bool        // it waits for shards that are refused
+	sure   bool        // the epoch was believed by somebody: shards that are refused may be left out
+	known  revclock.ID // an epoch that was believed before the present looks began
+	trust  revclock.ID // planted bugs: an epoch that is believed whatever the maps say
 }
 
 type connectPhase uint8
@@ -88,6 +89,9 @@ func (c *Core) connect(why string) {
 		return
 	}
 	c.knownN = max(c.knownN, c.clock.Log().N())
+	for i, s := range c.shards {
+		s.named = max(s.named, c.clock.Log().C(i))
+	}
 	c.clock.Stop()
 	k := &connecting{c: c, why: why, begun: c.cfg.Now(), looks: make([]look, len(c.shards))}
 	c.connecting = k
@@ -383,7 +387,8 @@ func (k *connecting) weigh(f *revclock.Found) {
 			return
 		}
 	}
-	if why := k.refusedShards(); why != "" {
+	why := k.refusedShards()
+	if k.stands = why != ""; k.stands {
 		k.wrong = "the coordinator is to be read anew, and that needs every shard: " + why
 		k.tell()
 		k.lookLater(refusedPause)
@@ -471,6 +476,6 @@ func (k *connecting) adopt() {
 		c.boot.believed(k)
 		return
 	}
-	c.beginReturned(k)
+	c.beginReturned()
 	c.log.Info("the coordinator is believed", "revision", c.clock.Log().N(), "after", time.Duration(c.cfg.Now()-k.begun))
 }

@@ -59,7 +59,7 @@ func (p *historyPart) locate() {
 			// revision is gone.
 			h.fail(st, max(at.next.last+1, h.pos+2))
 			return
-		case st == codec.ErrTimeout:
+		case st.Code == codec.Unavailable:
 			h.c.after(h.c.jitter(20*retryDelay), p.locate)
 			return
 		case st.Code != codec.OK:

@@ -47,6 +47,8 @@ type shardState struct {
 	wantFence   bool
 	absent      string // why it was left out at the start, and was not taken in since
 	begun       bool   // its stream was opened once
+	returning   bool   // it was left out at the start and is what it was again, but its stream was not opened
+	named       int64  // the largest C_i of epochs that were believed before
 	lossy       bool   // it was behind at the start, and the operator accepts that
 	accepted    bool   // what it has lost is accepted: it is fenced, and the past is compacted
 	banned      string // why it is not the shard that it was

@@ -46,7 +46,11 @@ type Check struct {
 	// compacted says that history was compacted behind known: then the clock must be past it.
 	compacted bool
 	why       string
-	absent    bool // the shard was left out at the start: nothing of it is known but what the coordinator says
+	// absent says that the shard was left out at the start: what is known of it is what the coordinator says, so its map is
+	// read, too.
+	absent bool
+	at     point // where an absent shard is
+	mapMod int64
 }
 
 // checking is a Transport that looks at each new connection before it is used.
@@ -65,7 +69,7 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 	}
 	for _, s := range c.shards {
 		if s.cluster == to {
-			return &Check{s: s, known: s.known, floor: s.floor(), absent: s.known.local == 0}
+			return &Check{s: s, known: s.known, floor: s.floor(), absent: s.absent != ""}
 		}
 	}
 	return nil
@@ -76,21 +80,24 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 func (k *Check) AppendRequest(dst []byte) []byte {
 	dst = appendGet(dst, txnSuccess, KeyID, 0)
 	dst = appendGet(dst, txnSuccess, KeyClock, 0)
-	switch {
-	case k.absent:
+	if k.absent {
 		dst = appendGet(dst, txnSuccess, KeyMap, 0)
-	case !k.compacted:
+	}
+	if k.holds() {
 		dst = appendGet(dst, txnSuccess, KeyClock, k.known.local)
 	}
 	return dst
 }
+
+// holds says that the shard must hold the record that is known.
+func (k *Check) holds() bool { return !k.compacted && (k.known.local > 0 || !k.absent) }
 
 // Judge takes the answer.
 func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	s := k.s
 	c := s.c
 	switch {
-	case c.state != stateReady && c.state != stateStarting:
+	case c.state != stateReady && c.state != stateStarting, k.absent != (s.absent != ""), k.absent && !k.certain():
 		return CheckLater
 	case st == codec.ErrCompacted && !k.compacted:
 		k.compacted = true
@@ -102,15 +109,28 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	default:
 		k.why = k.differs(resp)
 	}
-	if k.why == "" && s.absent != "" && (c.connecting != nil || c.state != stateReady) {
-		return CheckLater // what it has to be compared with is not certain
-	}
-	if k.why == "" {
+	switch {
+	case k.why == "" && k.absent && k.at.last < s.floor():
+		return CheckLater // more has become known meanwhile
+	case k.why == "" && k.absent:
+		s.returned(k.at, k.mapMod)
+		return CheckPassed
+	case k.why == "":
 		s.accept()
 		return CheckPassed
 	}
 	s.refuse(k.why)
 	return CheckRefused
+}
+
+// certain says whether it is known what an absent shard has to be compared with: an epoch is believed; or it waits for that shard,
+// and what was believed last counts.
+func (k *Check) certain() bool {
+	c := k.s.c
+	if c.connecting == nil {
+		return c.state == stateReady
+	}
+	return c.connecting.stands
 }
 
 // Why says why the connection is refused.
@@ -135,20 +155,26 @@ func (k *Check) differs(resp []byte) string {
 	if !found || !ok || rec.Last < max(k.floor, k.known.last) || kv.ModRevision < k.known.local {
 		return fmt.Sprintf("it has been at revision %d and is at %d: it was restored from an older backup", max(k.floor, k.known.last), rec.Last)
 	}
-	if len(t.resps) < 3 && !k.compacted {
+	rest := t.resps[2:]
+	if len(rest) == 0 && (k.absent || k.holds()) || len(rest) == 1 && k.absent && k.holds() {
 		return "it does not speak etcd's protocol"
 	}
 	if k.absent {
-		kv, _ = firstKV(t.resps[2])
-		if m, err := ParseMap(kv.Value); err != nil || !m.SameShards(k.s.c.m) || m.Epoch != k.s.c.m.Epoch {
+		c := k.s.c
+		k.at = point{rec.First, rec.Last, kv.ModRevision}
+		kv, _ = firstKV(rest[0])
+		rest = rest[1:]
+		k.mapMod = kv.ModRevision
+		// At a start that waits none is believed: there the look that follows compares the maps.
+		started := c.boot == nil || c.boot.started
+		if m, err := ParseMap(kv.Value); err != nil || !m.SameShards(c.m) || started && m.Epoch != c.m.Epoch {
 			return "its partition map is missing, or not of the coordinator's epoch: it was restored from an older backup"
 		}
+	}
+	if !k.holds() {
 		return ""
 	}
-	if k.compacted {
-		return ""
-	}
-	kv, found = firstKV(t.resps[2])
+	kv, found = firstKV(rest[0])
 	if rec, ok = ParseRecord(kv.Value); !found || !ok || rec.Last != k.known.last || kv.ModRevision != k.known.local {
 		return fmt.Sprintf("it has been at revision %d and does not hold that any more: it was restored from an older backup", k.known.last)
 	}
@@ -157,7 +183,7 @@ func (k *Check) differs(resp []byte) string {
 
 // saw notes a record of the shard and its place, from whatever has shown it.
 func (s *shardState) saw(p point) {
-	if p.local > s.known.local {
+	if p.local > s.known.local && s.absent == "" {
 		s.known = p
 		if s.c.state == stateReady {
 			s.c.armNaming()
@@ -171,8 +197,11 @@ func (s *shardState) floor() int64 {
 	if c.cfg.Sabotage.TrustConnections {
 		return 0
 	}
-	if c.connecting != nil {
-		return s.known.last // the log may be of another coordinator
+	if c.connecting != nil { // the log may be of another coordinator
+		if s.absent != "" {
+			return max(s.known.last, s.named)
+		}
+		return s.known.last
 	}
 	seen := c.clock.Log().C(s.idx)
 	if s.known.last >= seen {
@@ -188,12 +217,8 @@ func (s *shardState) floor() int64 {
 // wait any more.
 func (s *shardState) accept() {
 	c := s.c
-	if s.absent != "" {
-		s.returned()
-		return
-	}
-	if !s.begun && c.state == stateReady {
-		return // on its way
+	if s.returning {
+		return // until its stream is open
 	}
 	if s.banned != "" {
 		c.log.Info("a member cluster is accepted again", "shard", s.name)
@@ -218,13 +243,14 @@ func (s *shardState) refuse(why string) {
 		return
 	}
 	s.ban(why)
-	if k := c.connecting; k != nil && !s.begun && s.absent == "" {
-		s.absent = why // the others do not wait for it
-		c.after(0, func() {
-			if k == c.connecting {
-				k.look()
-			}
-		})
+	if k := c.connecting; k != nil && s.absent == "" && (s.returning && s.rec.local == 0 || c.boot != nil && !c.boot.started) {
+		// The others do not wait for it. What it has shown it must still hold.
+		known := s.known
+		s.forget(why)
+		s.known = known
+		if !c.allRefused() {
+			k.again()
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package sim
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"spindle/watchring"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
 )
 
 // absentWorld has three shards, on each a key that was put a few times, and no proxy that runs.
@@ -23,6 +25,14 @@ type absentWorld struct {
 
 func newAbsentWorld(t *testing.T, idle time.Duration) *absentWorld {
 	t.Helper()
+	w := newWholeWorld(t)
+	w.stop(idle)
+	return w
+}
+
+// newWholeWorld is an absentWorld whose proxies run, and whose members are empty.
+func newWholeWorld(t *testing.T) *absentWorld {
+	t.Helper()
 	w := &absentWorld{keys: map[*Cluster]string{}}
 	w.script = newScript(t, Config{Seed: 1, Shards: 3, Proxies: 2, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
 		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
@@ -33,6 +43,12 @@ func newAbsentWorld(t *testing.T, idle time.Duration) *absentWorld {
 		}
 	}
 	w.c = w.net.Members[1]
+	return w
+}
+
+// stop puts each key a few times, lets some time pass, and ends the proxies.
+func (w *absentWorld) stop(idle time.Duration) {
+	w.t.Helper()
 	for range 4 {
 		for _, c := range w.net.Members {
 			w.last = w.put(w.proxies[0], w.keys[c])
@@ -41,12 +57,14 @@ func newAbsentWorld(t *testing.T, idle time.Duration) *absentWorld {
 			}
 		}
 	}
-	w.until(idle, func() bool { return false })
+	w.pass(idle)
 	for _, p := range w.proxies {
 		p.crash()
 	}
-	return w
 }
+
+// pass lets time pass.
+func (w *absentWorld) pass(d time.Duration) { w.until(d, func() bool { return false }) }
 
 // lastButOne is the local revision of w.c before its last record.
 func (w *absentWorld) lastButOne() int64 {
@@ -177,6 +195,9 @@ func TestAcceptedLoss(t *testing.T) {
 		w.c.replace(w.c.Etcd.rewound(rev))
 		p := w.start("m1")
 		w.wait("the compaction", func() bool { return p.core.Observe().Compact > w.last })
+		w.wait("its record", func() bool {
+			return !slices.ContainsFunc(w.net.Members, func(c *Cluster) bool { return c.at([]byte(shard.KeyCompact), c.Rev()) == nil })
+		})
 		resp, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c])})
 		if kvs := resp.(*pb.RangeResponse).Kvs; st.Code != codec.OK || wiped && len(kvs) != 0 || !wiped && (len(kvs) != 1 || kvs[0].ModRevision >= w.mine) {
 			t.Errorf("wiped %v: %v %v", wiped, kvs, st)
@@ -218,5 +239,184 @@ func TestStartWithoutAnyMember(t *testing.T) {
 	w.until(30*time.Second, func() bool { return false })
 	if w.fault == nil || !strings.Contains(w.fault.Error(), "every member cluster is refused") {
 		t.Errorf("it did not give up: %v", w.fault)
+	}
+}
+
+// A shard that returns long after its last writes is taken in: its stream begins some way back.
+func TestStartWithMemberOfLongAgo(t *testing.T) {
+	w := newWholeWorld(t)
+	for range 300 {
+		w.put(w.proxies[0], w.keys[w.c])
+	}
+	for range 700 {
+		w.put(w.proxies[0], w.keys[w.net.Members[0]])
+	}
+	w.stop(2 * time.Second)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(w.lastButOne()))
+	p := w.start()
+	w.c.replace(newest)
+	w.wantWhole(p)
+}
+
+// The coordinator is lost while a shard is left out. The others wait for it, and go on when it is back.
+func TestAbsentMemberAndLostCoordinator(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	newest := w.c.Etcd
+	older := newest.rewound(w.lastButOne())
+	w.c.replace(older)
+	p := w.start()
+	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	w.pass(10 * time.Second)
+	if ok, why := p.core.Ready(); ok || !strings.Contains(why, "is refused") || w.c.Etcd != older || w.c.Rev() != w.lastButOneOf(newest) {
+		t.Errorf("ready: %v %q, L%d", ok, why, w.c.Rev())
+	}
+	w.c.replace(newest)
+	w.wantWhole(p)
+}
+
+// A start without a coordinator that has its data waits for a wiped member, and goes on when it is back.
+func TestStartWaitsForWipedMember(t *testing.T) {
+	w := newAbsentWorld(t, 0)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(1))
+	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	p := w.proxies[0]
+	p.boot(0)
+	w.pass(10 * time.Second)
+	if ok, why := p.core.Ready(); ok || !strings.Contains(why, "it was wiped") || w.c.Rev() != 1 {
+		t.Errorf("ready: %v %q, L%d", ok, why, w.c.Rev())
+	}
+	w.c.replace(newest)
+	w.wait("the start", func() bool { return p.ready })
+	w.wantWhole(p)
+}
+
+// A start gives up when the last member is refused while it looks for an epoch.
+func TestStartLosesEveryMember(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	p := w.proxies[0]
+	p.boot(0)
+	w.wait("the epoch", func() bool {
+		if p.core == nil {
+			return false
+		}
+		_, why := p.core.Ready()
+		return strings.Contains(why, "waiting for the coordinator (starting)")
+	})
+	w.net.Coord.Pause()
+	for _, c := range w.net.Members {
+		c.replace(c.Etcd.rewound(1))
+	}
+	w.pass(30 * time.Second)
+	if w.fault == nil || !strings.Contains(w.fault.Error(), "every member cluster is refused") {
+		_, why := p.core.Ready()
+		t.Errorf("it did not give up: %v %s", w.fault, why)
+	}
+}
+
+// A shard returns while another one is down: everybody else is served.
+func TestAbsentMemberReturnsAlone(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(w.lastButOne()))
+	p := w.start()
+	down := w.net.Members[2]
+	down.Pause()
+	w.c.replace(newest)
+	w.wait("the return", func() bool {
+		_, why := p.core.Ready()
+		return why == ""
+	})
+	for _, c := range w.net.Members[:2] {
+		w.put(p, w.keys[c])
+	}
+	down.Resume()
+	w.wantWhole(p)
+}
+
+// A returned shard is refused again while the coordinator is read: what was begun with its map is not believed.
+func TestAbsentMemberComesAndGoes(t *testing.T) {
+	for delay := range 20 {
+		w := newAbsentWorld(t, 2*time.Second)
+		newest := w.c.Etcd
+		w.c.replace(newest.rewound(w.lastButOne()))
+		p := w.start()
+		w.net.Coord.Pause()
+		w.c.replace(newest)
+		w.pass(400 * time.Millisecond)
+		w.c.replace(newest.rewound(w.lastButOneOf(newest)))
+		n := 0
+		w.until(time.Second, func() bool { n++; return n > delay })
+		w.net.Coord.Resume()
+		w.pass(5 * time.Second)
+		w.wantAlone(p, "restored from an older backup")
+		w.c.replace(newest)
+		w.wantWhole(p)
+	}
+}
+
+// Serializable reads of a shard that returns show nothing newer than their header says.
+func TestAbsentMemberSerializable(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(w.lastButOne()))
+	p := w.start()
+	w.c.replace(newest)
+	var msgs [][]byte
+	for _, req := range []*pb.RangeRequest{{Key: []byte(w.keys[w.c])}, {Key: []byte("k"), RangeEnd: []byte("z")}} {
+		req.Serializable = true
+		msg, err := proto.Marshal(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		msgs = append(msgs, msg)
+	}
+	good, bad, n := 0, 0, 0
+	w.until(2*time.Second, func() bool {
+		p.core.Submit(&shard.Op{Kind: shard.OpRange, Msg: msgs[n%2], Done: func(s *shard.Op) {
+			var r pb.RangeResponse
+			if s.Status.Code != codec.OK {
+				return
+			}
+			if err := proto.Unmarshal(s.Resp, &r); err != nil {
+				t.Error(err)
+			}
+			good++
+			for _, kv := range r.Kvs {
+				if kv.ModRevision > r.Header.Revision {
+					bad++
+				}
+			}
+		}})
+		p.turn()
+		n++
+		return n > 3000
+	})
+	if good == 0 || bad > 0 {
+		t.Errorf("%d answers, %d keys of a revision above their header's", good, bad)
+	}
+}
+
+// Who was up to date with what is lost is told so: a watch that begins behind it ends, also while another member is left out.
+func TestAcceptedLossEndsWatches(t *testing.T) {
+	for _, absent := range []bool{false, true} {
+		w := newAbsentWorld(t, 2*time.Second)
+		x, n := w.c.Etcd.rewound(w.lastButOne()), int64(1<<40)
+		x.Event = func() int64 { n++; return n }
+		w.c.replace(x)
+		if absent {
+			w.net.Members[2].replace(w.net.Members[2].Etcd.rewound(1))
+		}
+		p := w.start("m1")
+		o := p.newViewer().watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last + 1})
+		p.turn()
+		w.pass(5 * time.Second)
+		if !o.ended {
+			t.Errorf("absent %v: a watch from %d goes on, compacted at %d; the loss of %d goes unnoticed", absent, w.last+1, p.core.Observe().Compact, w.mine)
+		}
+		if _, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c]), Revision: w.last + 1}); st != codec.ErrCompacted {
+			t.Errorf("absent %v: the past: %v", absent, st)
+		}
 	}
 }
