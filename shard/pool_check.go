@@ -25,6 +25,9 @@ func (p *Pool) Distrust(id codec.ClusterID) {
 	}
 	links := cl.ready
 	cl.ready = nil
+	if len(links) > 0 {
+		cl.downSince = p.timers.now()
+	}
 	for _, l := range links {
 		l.ready = false
 		l.ep.left()
