@@ -29,6 +29,9 @@ func (h *Host) Distrust(id codec.ClusterID) { h.links[id].look() }
 // look takes the connection out of use until the core is content with where it leads.
 func (l *Link) look() {
 	h := l.host
+	if h.Connected(l.cluster.ID) {
+		l.lost = l.net().now
+	}
 	l.conn++
 	l.untrusted = false
 	if h.newCheck == nil || l.cluster.ID == codec.Coordinator {
