@@ -65,6 +65,7 @@ type shardState struct {
 	reads         []readItem
 	readsInFlight int
 	patience      patience
+	largePatience patience
 	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none
