@@ -16,6 +16,8 @@ type Host struct {
 	Name string
 	// Turn is called after everything that is reported to the Core.
 	Turn func()
+	// OnConnected is told of a cluster that had no connection and has one again; nil if nobody wants to know.
+	OnConnected func(codec.ClusterID)
 
 	net   *Net
 	links map[codec.ClusterID]*Link
@@ -53,6 +55,18 @@ func (h *Host) Down(id codec.ClusterID) (why string, since time.Duration) {
 	}
 	l := h.links[id]
 	return "simulated: not connected", time.Duration(h.net.now - l.lost)
+}
+
+// up tells the process that it may have a connection again.
+func (l *Link) up() {
+	h := l.host
+	h.do(func() {
+		if h.dead || h.OnConnected == nil || !h.Connected(l.cluster.ID) {
+			return
+		}
+		h.OnConnected(l.cluster.ID)
+		h.Turn()
+	})
 }
 
 // Kill ends the process: nothing is reported to it any more. Requests that are under way arrive, or not.

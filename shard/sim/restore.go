@@ -46,6 +46,7 @@ func (l *Link) look() {
 		k := h.newCheck(l.cluster.ID)
 		if k == nil {
 			l.untrusted = false
+			l.up()
 			return
 		}
 		l.ask(k)
@@ -69,6 +70,7 @@ func (l *Link) ask(k *shard.Check) {
 		switch k.Judge(resp, st) {
 		case shard.CheckPassed:
 			l.untrusted = false
+			l.up()
 		case shard.CheckAgain:
 			l.ask(k)
 		case shard.CheckRefused:
