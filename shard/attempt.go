@@ -24,24 +24,24 @@ const (
 // patience is how long an attempt of one kind may take on one shard. It doubles when one was not enough, so a shard that
 // is slow, or a large list, comes to an end.
 type patience struct {
-	span   time.Duration // 0: first
+	span   time.Duration // 0: firstPatience
 	raised int64         // ns; when it was doubled last
 }
 
-// get returns the time that an attempt has: first, if nothing is known, and at most limit.
-func (p *patience) get(now int64, first, limit time.Duration) time.Duration {
+// get returns the time that an attempt has, at most limit.
+func (p *patience) get(now int64, limit time.Duration) time.Duration {
 	if p.span > 0 && now-p.raised > int64(max(patienceLasts, 2*p.span)) {
 		p.span = 0
 	}
 	if p.span == 0 {
-		return min(first, limit)
+		return min(firstPatience, limit)
 	}
 	return min(p.span, limit)
 }
 
 // ranOut is told that an attempt had not enough. Those that began before the last doubling say nothing new.
-func (p *patience) ranOut(now int64, first, limit time.Duration) {
-	span := p.get(now, first, limit)
+func (p *patience) ranOut(now int64, limit time.Duration) {
+	span := p.get(now, limit)
 	if p.span > 0 && now-p.raised < int64(span/2) {
 		return
 	}
@@ -64,19 +64,18 @@ func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, false)
 }
 
-// callLarge is call for pages and lists, which take their time on a busy member and say nothing about batches.
+// callLarge is call for pages of lists, which take their time on a busy member and say nothing about batches.
 func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, true)
 }
 
-// patienceFor returns the patience with attempts of a kind, what it begins with, and its limit. A large read that half of the shard
-// timeout was not enough for gets all of it.
-func (s *shardState) patienceFor(large bool) (p *patience, first, limit time.Duration) {
-	limit = s.c.cfg.ShardTimeout
+// patienceFor returns the patience with attempts of a kind, and its limit. A large read that half of the shard timeout was not
+// enough for gets all of it. It begins as any other: a node that keeps what it takes keeps lists, too.
+func (s *shardState) patienceFor(large bool) (p *patience, limit time.Duration) {
 	if large {
-		return &s.largePatience, limit / attemptShare, limit
+		return &s.largePatience, s.c.cfg.ShardTimeout
 	}
-	return &s.patience, firstPatience, limit / attemptShare
+	return &s.patience, s.c.cfg.ShardTimeout / attemptShare
 }
 
 func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, large bool) {
@@ -89,8 +88,8 @@ func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, 
 		a = new(attempt)
 	}
 	a.s, a.done, a.large = s, done, large
-	p, first, limit := s.patienceFor(large)
-	c.tr.Call(s.cluster, m, req, p.get(c.cfg.Now(), first, limit), a)
+	p, limit := s.patienceFor(large)
+	c.tr.Call(s.cluster, m, req, p.get(c.cfg.Now(), limit), a)
 }
 
 // Complete implements codec.Completion.
@@ -101,8 +100,8 @@ func (a *attempt) Complete(resp []byte, st codec.Status, sent bool) {
 		c.freeAttempts = append(c.freeAttempts, a)
 	}
 	if st.Code == codec.DeadlineExceeded {
-		p, first, limit := s.patienceFor(large)
-		p.ranOut(s.c.cfg.Now(), first, limit)
+		p, limit := s.patienceFor(large)
+		p.ranOut(s.c.cfg.Now(), limit)
 	}
 	done.Complete(resp, st, sent)
 }

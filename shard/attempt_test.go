@@ -15,30 +15,30 @@ func TestPatience(t *testing.T) {
 	now := int64(1000 * time.Second)
 	want := func(d time.Duration) {
 		t.Helper()
-		if got := p.get(now, firstPatience, limit); got != d {
+		if got := p.get(now, limit); got != d {
 			t.Fatalf("%v, expected %v", got, d)
 		}
 	}
 	want(firstPatience)
 	for range 3 { // begun together, they end together
-		p.ranOut(now, firstPatience, limit)
+		p.ranOut(now, limit)
 	}
 	want(2 * firstPatience)
 	now += int64(firstPatience) - 1 // this one began before, just now
-	p.ranOut(now, firstPatience, limit)
+	p.ranOut(now, limit)
 	want(2 * firstPatience)
 	now += int64(firstPatience) + 1
-	p.ranOut(now, firstPatience, limit)
+	p.ranOut(now, limit)
 	want(4 * firstPatience)
 	now += int64(4 * firstPatience)
-	p.ranOut(now, firstPatience, limit)
+	p.ranOut(now, limit)
 	want(limit)
-	p.ranOut(now+int64(limit), firstPatience, limit)
+	p.ranOut(now+int64(limit), limit)
 	now += int64(limit)
 	want(limit)
 	now += int64(patienceLasts) + 1
 	want(firstPatience)
-	if got := (&patience{}).get(now, firstPatience, 300*time.Millisecond); got != 300*time.Millisecond {
+	if got := (&patience{}).get(now, 300*time.Millisecond); got != 300*time.Millisecond {
 		t.Errorf("%v, more than the shard timeout", got)
 	}
 }
@@ -54,14 +54,14 @@ func (t *spanTransport) Call(_ codec.ClusterID, _ codec.Method, _ []byte, timeou
 	done.Complete(nil, statusDeadline, true)
 }
 
-// A page that takes long on a busy member is not given up after a second, and says nothing about batches. No attempt but one at a
-// large read that is known to take long takes the time of a second one.
+// A page that takes long on a busy member says nothing about batches. No attempt but one at a large read that is known to take
+// long takes the time of a second one.
 func TestPatienceOfLargeReads(t *testing.T) {
 	tr := &spanTransport{}
 	now := int64(1000 * time.Second)
 	s := &shardState{c: &Core{tr: tr, cfg: CoreConfig{ShardTimeout: 5 * time.Second, Now: func() int64 { return now }}}}
 	done := completion(func([]byte, codec.Status, bool) {})
-	for i, want := range []time.Duration{2500 * time.Millisecond, 5 * time.Second, 5 * time.Second} {
+	for i, want := range []time.Duration{firstPatience, 2 * firstPatience, 4 * firstPatience, 5 * time.Second, 5 * time.Second} {
 		if s.callLarge(codec.MethodRange, nil, done); tr.spans[i] != want {
 			t.Errorf("large attempt %d: %v, expected %v", i, tr.spans[i], want)
 		}
