@@ -15,12 +15,14 @@ const (
 	// firstPatience is how long an attempt may take before anything is known of the shard: an answer takes
 	// milliseconds, a bad disk some hundred of them.
 	firstPatience = time.Second
+	// attemptShare is the part of the shard timeout that an attempt may take at most, so that there is time for a second one.
+	attemptShare = 2
 	// patienceLasts is how long a shard is known to be slow after the last attempt that ran out of time.
 	patienceLasts = 10 * time.Second
 )
 
-// patience is how long an attempt may take on one shard. It doubles when one was not enough, so a shard that is slow,
-// or a large list, comes to an end.
+// patience is how long an attempt of one kind may take on one shard. It doubles when one was not enough, so a shard that
+// is slow, or a large list, comes to an end.
 type patience struct {
 	span   time.Duration // 0: firstPatience
 	raised int64         // ns; when it was doubled last
@@ -48,8 +50,9 @@ func (p *patience) ranOut(now int64, limit time.Duration) {
 
 // attempt is one request under way. They are reused.
 type attempt struct {
-	s    *shardState
-	done codec.Completion
+	s     *shardState
+	done  codec.Completion
+	large bool
 }
 
 // maxFreeAttempts bounds what is kept for reuse.
@@ -58,6 +61,24 @@ const maxFreeAttempts = 256
 // call sends a request that may be sent again. It ends with DeadlineExceeded when an attempt has had its time, which
 // may be long before the shard timeout.
 func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
+	s.attempt(m, req, done, false)
+}
+
+// callLarge is call for pages of lists, which take their time on a busy member and say nothing about batches.
+func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
+	s.attempt(m, req, done, true)
+}
+
+// patienceFor returns the patience with attempts of a kind, and its limit. A large read that half of the shard timeout was not
+// enough for gets all of it. It begins as any other: a node that keeps what it takes keeps lists, too.
+func (s *shardState) patienceFor(large bool) (p *patience, limit time.Duration) {
+	if large {
+		return &s.largePatience, s.c.cfg.ShardTimeout
+	}
+	return &s.patience, s.c.cfg.ShardTimeout / attemptShare
+}
+
+func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, large bool) {
 	c := s.c
 	var a *attempt
 	if n := len(c.freeAttempts); n > 0 {
@@ -66,19 +87,21 @@ func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
 	} else {
 		a = new(attempt)
 	}
-	a.s, a.done = s, done
-	c.tr.Call(s.cluster, m, req, s.patience.get(c.cfg.Now(), c.cfg.ShardTimeout), a)
+	a.s, a.done, a.large = s, done, large
+	p, limit := s.patienceFor(large)
+	c.tr.Call(s.cluster, m, req, p.get(c.cfg.Now(), limit), a)
 }
 
 // Complete implements codec.Completion.
 func (a *attempt) Complete(resp []byte, st codec.Status, sent bool) {
-	s, done := a.s, a.done
+	s, done, large := a.s, a.done, a.large
 	if c := s.c; len(c.freeAttempts) < maxFreeAttempts {
 		*a = attempt{}
 		c.freeAttempts = append(c.freeAttempts, a)
 	}
 	if st.Code == codec.DeadlineExceeded {
-		s.patience.ranOut(s.c.cfg.Now(), s.c.cfg.ShardTimeout)
+		p, limit := s.patienceFor(large)
+		p.ranOut(s.c.cfg.Now(), limit)
 	}
 	done.Complete(resp, st, sent)
 }

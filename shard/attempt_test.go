@@ -3,6 +3,8 @@ package shard
 import (
 	"testing"
 	"time"
+
+	"spindle/codec"
 )
 
 // One attempt that was not enough doubles the time of the next ones, once for all that were under way; after a while
@@ -38,5 +40,38 @@ func TestPatience(t *testing.T) {
 	want(firstPatience)
 	if got := (&patience{}).get(now, 300*time.Millisecond); got != 300*time.Millisecond {
 		t.Errorf("%v, more than the shard timeout", got)
+	}
+}
+
+// spanTransport notes how long each call may take. None of them is answered in time.
+type spanTransport struct {
+	codec.Transport
+	spans []time.Duration
+}
+
+func (t *spanTransport) Call(_ codec.ClusterID, _ codec.Method, _ []byte, timeout time.Duration, done codec.Completion) {
+	t.spans = append(t.spans, timeout)
+	done.Complete(nil, statusDeadline, true)
+}
+
+// A page that takes long on a busy member says nothing about batches. No attempt but one at a large read that is known to take
+// long takes the time of a second one.
+func TestPatienceOfLargeReads(t *testing.T) {
+	tr := &spanTransport{}
+	now := int64(1000 * time.Second)
+	s := &shardState{c: &Core{tr: tr, cfg: CoreConfig{ShardTimeout: 5 * time.Second, Now: func() int64 { return now }}}}
+	done := completion(func([]byte, codec.Status, bool) {})
+	for i, want := range []time.Duration{firstPatience, 2 * firstPatience, 4 * firstPatience, 5 * time.Second, 5 * time.Second} {
+		if s.callLarge(codec.MethodRange, nil, done); tr.spans[i] != want {
+			t.Errorf("large attempt %d: %v, expected %v", i, tr.spans[i], want)
+		}
+		now += int64(3 * time.Second)
+	}
+	tr.spans = nil
+	for i, want := range []time.Duration{firstPatience, 2 * firstPatience, 2500 * time.Millisecond, 2500 * time.Millisecond} {
+		if s.call(codec.MethodTxn, nil, done); tr.spans[i] != want {
+			t.Errorf("attempt %d: %v, expected %v", i, tr.spans[i], want)
+		}
+		now += int64(3 * time.Second)
 	}
 }

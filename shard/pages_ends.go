@@ -85,7 +85,7 @@ func (q *endsCall) send() {
 	body = codec.AppendInt(body, 3, limit)
 	body = codec.AppendInt(body, 4, p.local)
 	c.scratch = codec.AppendBool(body, 8, true) // keys_only
-	p.s.call(codec.MethodRange, c.scratch, q)
+	p.s.callLarge(codec.MethodRange, c.scratch, q)
 }
 
 func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {

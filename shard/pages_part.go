@@ -182,11 +182,11 @@ func (q *pageCall) send() {
 		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
 	default:
 		c.scratch = p.appendFields(body, p.local)
-		p.s.call(codec.MethodRange, c.scratch, q)
+		p.s.callLarge(codec.MethodRange, c.scratch, q)
 		return
 	}
 	c.scratch = body
-	p.s.call(codec.MethodTxn, body, q)
+	p.s.callLarge(codec.MethodTxn, body, q)
 }
 
 // appendRead appends the page's range as an operation of a Txn.

@@ -3,6 +3,7 @@ package shard
 import (
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -25,13 +26,25 @@ func (p *Pool) Distrust(id codec.ClusterID) {
 	}
 	links := cl.ready
 	cl.ready = nil
+	if len(links) > 0 {
+		cl.downSince = p.timers.now()
+	}
 	for _, l := range links {
 		l.ready = false
+		l.ep.looked = false
 		l.ep.left()
 	}
 	for _, l := range links {
 		l.check.begin()
 	}
+}
+
+// Looking implements looking. An endpoint counts until the first look at it has come back: one that does not answer, or that is
+// refused again each time that it is dialed, keeps nobody from a decision.
+func (p *Pool) Looking(id codec.ClusterID) bool {
+	return slices.ContainsFunc(p.links, func(l *poolLink) bool {
+		return l.ep.cluster.id == id && l.greeted && !l.ready && !l.draining && !l.dead && !l.ep.looked
+	})
 }
 
 // linkCheck is the look at one connection. It is the Completion of its request, and owner of its timer. Owned by the loop.
@@ -89,10 +102,13 @@ func (k *linkCheck) Complete(resp []byte, st codec.Status, _ bool) {
 	if l.dead || l.draining || l.pool.closed {
 		return
 	}
+	looked := l.ep.looked
+	l.ep.looked = true // so that Looking means the others
 	switch k.k.Judge(resp, st) {
 	case CheckPassed:
 		l.becomeReady(l.pool.timers.now())
 	case CheckAgain:
+		l.ep.looked = looked
 		k.send()
 	case CheckRefused:
 		l.shutdown(errors.New("refused: " + k.k.Why())) // its slot dials, and looks, again

@@ -77,6 +77,7 @@ type poolEndpoint struct {
 	gone    bool // removed: it is not dialed any more
 
 	ready   int       // links that may take streams
+	looked  bool      // a look at it has come back, and it did not pass
 	lastErr string    // why the newest attempt or connection failed; "" after success
 	since   time.Time // of the present state
 	told    endpointState
@@ -143,6 +144,7 @@ func (ep *poolEndpoint) stop() {
 // up says that a link became usable.
 func (ep *poolEndpoint) up() {
 	ep.ready++
+	ep.looked = false
 	ep.gauge.Inc()
 	ep.cluster.metrics.connects.Inc()
 	ep.lastErr = ""

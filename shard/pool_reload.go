@@ -89,12 +89,12 @@ func (cl *poolCluster) leave() {
 	}
 }
 
-// remove ends l because its endpoint was removed: at once if it was not in use yet, else when its calls are finished.
+// remove ends l because its endpoint was removed: at once if it is not in use, else when its calls are finished.
 func (l *poolLink) remove() {
 	switch {
 	case l.dead:
 		return
-	case !l.ready && !l.draining:
+	case !l.ready && !l.draining && !l.used():
 		l.shutdown(errRemoved)
 		return
 	case !l.draining:
@@ -107,6 +107,18 @@ func (l *poolLink) remove() {
 		l.reset(s)
 		w.endLater(st)
 	}
+}
+
+// used says that there is more on l than a look at it, which is so if it was in use before (Distrust).
+func (l *poolLink) used() bool {
+	if l.conn == nil {
+		return false
+	}
+	looks := 0
+	if l.check.busy {
+		looks = 1
+	}
+	return l.conn.Streams() > looks
 }
 
 // detach takes w from its connection.

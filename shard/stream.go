@@ -52,7 +52,7 @@ type shardState struct {
 	lossy       bool   // it was behind at the start, and the operator accepts that
 	accepted    bool   // what it has lost is accepted: it is fenced, and the past is compacted
 	banned      string // why it is not the shard that it was
-	astray      string // why one of its endpoints is not used, as the log was told last
+	astray      int64  // ns; when the log was told last that one of its endpoints is not used
 	known       point  // the newest record that anything has shown, for verify.go
 	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again
@@ -67,6 +67,7 @@ type shardState struct {
 	reads         []readItem
 	readsInFlight int
 	patience      patience
+	largePatience patience
 	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"spindle/codec"
 )
@@ -60,6 +61,13 @@ type checking interface {
 	// Distrust takes all connections to a cluster out of use until they were looked at again.
 	Distrust(codec.ClusterID)
 }
+
+// looking is a Transport that may have several ways to a cluster: it says whether another one than that which is judged
+// is being looked at. Then the first answer does not decide for the shard.
+type looking interface{ Looking(codec.ClusterID) bool }
+
+// astrayLogs is how often the log is told of an endpoint that leads to something else.
+const astrayLogs = 10 * time.Second
 
 // NewCheck begins a look at a new connection. It returns nil if it may be used as it is: the coordinator has ways
 // of its own (connect.go), and before the partition map was read nothing is known.
@@ -231,13 +239,15 @@ func (s *shardState) accept() {
 	}
 }
 
-// refuse says that a connection leads to something else. If no other one is in use, nothing is asked of the shard until one
+// refuse says that a connection leads to something else. If no other one is in use or being looked at, nothing is asked of the shard until one
 // has passed.
 func (s *shardState) refuse(why string) {
 	c := s.c
-	if l, ok := c.tr.(liveness); ok && l.Connected(s.cluster) {
-		if why != s.astray {
-			s.astray = why // its connection is made anew all the time
+	l, ok := c.tr.(liveness)
+	t, others := c.tr.(looking)
+	if ok && l.Connected(s.cluster) || others && t.Looking(s.cluster) {
+		if now := c.cfg.Now(); s.astray == 0 || now-s.astray > int64(astrayLogs) {
+			s.astray = now // its connection is made anew all the time, and the revisions in why change
 			c.log.Error("an endpoint of a member cluster leads to something else, and is not used", "shard", s.name, "why", why)
 		}
 		return

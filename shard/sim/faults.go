@@ -87,6 +87,7 @@ func (r *Run) die(c *Cluster, d time.Duration) {
 		c.Resume()
 		for _, l := range down {
 			l.Down = false
+			l.up()
 		}
 	})
 }

@@ -16,6 +16,8 @@ type Host struct {
 	Name string
 	// Turn is called after everything that is reported to the Core.
 	Turn func()
+	// OnConnected is told of a cluster that had no connection and has one again; nil if nobody wants to know.
+	OnConnected func(codec.ClusterID)
 
 	net   *Net
 	links map[codec.ClusterID]*Link
@@ -44,6 +46,28 @@ func (h *Host) Link(id codec.ClusterID) *Link { return h.links[id] }
 // Connected reports whether the host has a connection to the cluster; the core asks before it hands out
 // revisions that it could not use. (A hole looks like a connection.)
 func (h *Host) Connected(id codec.ClusterID) bool { return !h.links[id].Down && !h.links[id].untrusted }
+
+// Down reports for how long the host has had no connection to the cluster, and why; 0 while it has one. A shard that is
+// down for long is not waited for.
+func (h *Host) Down(id codec.ClusterID) (why string, since time.Duration) {
+	if h.Connected(id) {
+		return "", 0
+	}
+	l := h.links[id]
+	return "simulated: not connected", time.Duration(h.net.now - l.lost)
+}
+
+// up tells the process that it may have a connection again.
+func (l *Link) up() {
+	h := l.host
+	h.do(func() {
+		if h.dead || h.OnConnected == nil || !h.Connected(l.cluster.ID) {
+			return
+		}
+		h.OnConnected(l.cluster.ID)
+		h.Turn()
+	})
+}
 
 // Kill ends the process: nothing is reported to it any more. Requests that are under way arrive, or not.
 func (h *Host) Kill() {
@@ -85,6 +109,7 @@ type Link struct {
 	cluster   *Cluster
 	conn      int    // counts connections, and looks at one
 	untrusted bool   // it was not looked at yet: nothing else may use it
+	lost      int64  // when it was last in use
 	mistaken  func() // leads a link that was led astray back, nil for none
 	calls     []*call
 	streams   []*stream

@@ -33,7 +33,7 @@ func (r *Run) mischief() {
 			w.tracef("%s-%s: down for %v", p.host.Name, l.cluster, long)
 			l.Reset()
 			l.Down = true
-			w.After(long, func() { l.Down = false })
+			w.After(long, func() { l.Down = false; l.up() })
 		}},
 		{ev.Hole && p.up, func() {
 			l := p.host.Link(id)

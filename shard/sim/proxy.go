@@ -73,6 +73,7 @@ func (p *proxy) boot(d time.Duration) {
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
 			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: r.Accept,
 		}, p.host)
+		p.host.OnConnected = p.core.Connected
 		p.up, p.ready, p.timerAt = true, false, 0
 		r.net.tracef("%s: starts", host.Name)
 		p.core.Start()

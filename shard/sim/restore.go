@@ -29,6 +29,9 @@ func (h *Host) Distrust(id codec.ClusterID) { h.links[id].look() }
 // look takes the connection out of use until the core is content with where it leads.
 func (l *Link) look() {
 	h := l.host
+	if h.Connected(l.cluster.ID) {
+		l.lost = l.net().now
+	}
 	l.conn++
 	l.untrusted = false
 	if h.newCheck == nil || l.cluster.ID == codec.Coordinator {
@@ -43,6 +46,7 @@ func (l *Link) look() {
 		k := h.newCheck(l.cluster.ID)
 		if k == nil {
 			l.untrusted = false
+			l.up()
 			return
 		}
 		l.ask(k)
@@ -66,6 +70,7 @@ func (l *Link) ask(k *shard.Check) {
 		switch k.Judge(resp, st) {
 		case shard.CheckPassed:
 			l.untrusted = false
+			l.up()
 		case shard.CheckAgain:
 			l.ask(k)
 		case shard.CheckRefused:
