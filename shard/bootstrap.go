@@ -594,8 +594,3 @@ func (b *bootstrap) ready() {
 	c.startQuotas()
 	c.log.Info("serving", "shards", len(c.shards), "revision", c.clock.Log().N())
 }
-
-// memberID derives a stable member ID from how the proxy is named and reached.
-func memberID(name string, urls []string) uint64 {
-	return hashString(name+"\x00"+strings.Join(urls, ",")) | 1
-}

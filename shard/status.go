@@ -194,3 +194,8 @@ func (c *Core) submitMemberList(op *Op) {
 	op.Resp = codec.EndMessage(b, m)
 	c.finish(op, codec.Status{})
 }
+
+// memberID derives a stable member ID from how the proxy is named and reached.
+func memberID(name string, urls []string) uint64 {
+	return hashString(name+"\x00"+strings.Join(urls, ",")) | 1
+}
