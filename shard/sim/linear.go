@@ -21,7 +21,7 @@ import (
 // several shards too, is looked at key by key.
 
 // linearBudget is how long porcupine may take for one run. What it has not decided by then is counted.
-const linearBudget = 5 * time.Second
+const linearBudget = 400 * time.Millisecond
 
 // keyState is what a key holds.
 type keyState struct {
