@@ -53,10 +53,16 @@ func (w *restoredWorld) put(i int, value string) error {
 	return err
 }
 
+// putAll puts every key. A shard that was away for long is not waited for by its requests, so they are made again.
 func (w *restoredWorld) putAll(value string) {
 	w.t.Helper()
 	for i := range restoredKeys {
-		if err := w.put(i, value); err != nil {
+		var err error
+		waitUntil(w.t, "a put is served", callTimeout, func() bool {
+			err = w.put(i, value)
+			return err == nil || !strings.Contains(err.Error(), "no endpoint answers")
+		})
+		if err != nil {
 			w.t.Fatal(err)
 		}
 	}

@@ -159,7 +159,7 @@ func TestTTL(t *testing.T) {
 
 	master := func(n int) {
 		t.Helper()
-		lives := uint64(ttl + 3)
+		lives := uint64(15) // as of kube-apiserver itself
 		err := s.GuaranteedUpdate(ctx, "/pods/masters/10.0.0.1", &example.Pod{}, true, nil,
 			func(in runtime.Object, _ storage.ResponseMeta) (runtime.Object, *uint64, error) {
 				pod := in.(*example.Pod)
