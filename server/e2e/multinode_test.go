@@ -97,7 +97,7 @@ func TestNodesFail(t *testing.T) {
 		l.report(f.name)
 		// A busy machine makes everybody wait; what counts is how much longer it was than elsewhere, and before.
 		other := one.longest()
-		if other > 3*time.Second+quiet {
+		if other > 5*time.Second+quiet {
 			t.Errorf("%s: a request for the other shard took %v, %v before", f.name, other, quiet)
 		}
 		// A node keeps what it cannot finish for 6 s; a mute connection would be noticed after 9 s of silence. A read may wait

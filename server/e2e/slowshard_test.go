@@ -56,7 +56,7 @@ func TestShardSlowMuteDead(t *testing.T) {
 		}
 	}
 	t.Logf("requests for the other shard: %d while one was quick, %d while it was slow", quick, slowed)
-	if slowed < quick/3 {
+	if slowed < quick/5 {
 		t.Errorf("a slow shard slows the other one: %d requests, %d before", slowed, quick)
 	}
 	relay.Delay(0)
@@ -95,7 +95,7 @@ func TestShardSlowMuteDead(t *testing.T) {
 		})
 		l.progress("one shard is "+f.name, 20, one)
 		l.report("one shard is " + f.name)
-		if took := one.longest(); took > time.Second+2*quiet {
+		if took := one.longest(); took > 3*time.Second+2*quiet { // a busy machine makes everybody wait
 			t.Errorf("%s: a request for the other shard took %v, %v before", f.name, took, quiet)
 		}
 		f.mend()
