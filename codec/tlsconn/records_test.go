@@ -47,7 +47,7 @@ func TestRecordsBudget(t *testing.T) {
 		}
 		r = records{}
 		for range 100_000 { // a client that writes a frame's header and its few bytes apart, for hours
-			time.Sleep(time.Second / 50)
+			<-time.After(time.Second / 50) // of the bubble
 			if err := r.brought(17, 1); err != nil {
 				t.Fatal("two a frame: ", err)
 			}
@@ -55,7 +55,7 @@ func TestRecordsBudget(t *testing.T) {
 		r = records{}
 		n := 0
 		for ; n < 10*uselessBurst && r.brought(1, 16) == nil; n++ { // KeyUpdates, as many as crypto/tls lets pass between two bytes
-			time.Sleep(time.Millisecond)
+			<-time.After(time.Millisecond)
 		}
 		if n < uselessBurst/16-1 || n > uselessBurst/16+20 {
 			t.Errorf("ended after %d", n)
