@@ -14,7 +14,7 @@ import (
 //   - lists that are larger than largeAnswer wait for room, then get etcd's "too many requests";
 //   - over it, reads of some size are answered with that, too;
 //   - near the limit (Pressed) a client that already holds much is refused further requests, watches get no more events
-//     than their clients take, messages in parts have to fit into little, and of the clients that take nothing
+//     than their clients take, messages in parts have to fit into little, and of the clients that take little
 //     the one that holds most is dropped.
 //
 // A nil Memory has no limit. All methods may be called on any goroutine.
