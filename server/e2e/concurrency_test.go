@@ -105,7 +105,7 @@ func testConcurrency(t *testing.T, proxies int) {
 	}
 
 	var writers sync.WaitGroup
-	per := max(scale(casIncrements), 20)
+	per := max(scale(casIncrements), 8)
 	start := time.Now()
 	for w := range casWriters {
 		r := newRand(s, w)
