@@ -58,6 +58,7 @@ type shardState struct {
 	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
+	lagLook     bool // one is under way, see stream_look.go
 	quota       quota
 	quotaLooks  bool   // one is under way
 	quotaSoon   bool   // the next is less than quotaLookNear away
@@ -241,7 +242,7 @@ func (s *shardState) take(msg []byte) {
 		return
 	}
 	if len(events) > 0 {
-		s.stall.brought++
+		s.stall.brought = s.c.cfg.Now()
 	}
 	if fragment || len(s.partial) > 0 {
 		events = s.complete(events, fragment)
