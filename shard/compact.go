@@ -107,7 +107,7 @@ func (k *compaction) decide() {
 		case definite(st):
 			k.end(st)
 			return
-		case st.Code == codec.ResourceExhausted:
+		case st == codec.ErrNoSpace:
 			// A full member must be able to free space: go on without the record.
 		default:
 			k.retried = k.retried || sent
@@ -163,11 +163,11 @@ func (k *compaction) record(s *shardState) {
 	}
 	c := k.c
 	s.call(codec.MethodTxn, k.recordTxn(), completion(func(resp []byte, st codec.Status, _ bool) {
-		switch st.Code {
-		case codec.OK:
+		switch {
+		case st.Code == codec.OK:
 			s.compactRecorded(k.rev, resp)
-		case codec.ResourceExhausted:
-		default:
+		case st == codec.ErrNoSpace:
+		default: // "too many requests", too: without its record the compaction does not hold on other proxies
 			c.after(c.jitter(retryDelay), func() { k.record(s) })
 			return
 		}

@@ -216,15 +216,10 @@ func (s *shardState) floor() int64 {
 	if c.cfg.Sabotage.TrustConnections {
 		return 0
 	}
-	if c.connecting != nil { // the log may be of another coordinator
-		if s.absent != "" {
-			return max(s.known.last, s.named)
-		}
-		return s.known.last
-	}
-	seen := c.clock.Log().C(s.idx)
-	if s.known.last >= seen {
-		s.lossy = false
+	seen := s.named
+	if c.connecting == nil { // else the log may be of another coordinator
+		seen = c.clock.Log().C(s.idx)
+		s.lossy = s.lossy && s.known.last < seen
 	}
 	if s.lossy || c.state == stateStarting && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]) {
 		return s.known.last
