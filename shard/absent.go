@@ -159,12 +159,16 @@ func (c *Core) beginReturned() {
 		s.rec = s.known
 		s.settledTo = max(s.settledTo, s.rec.last)
 		c.maxClock = max(c.maxClock, s.rec.last)
-		s.streamStart(max(c.ring.Tail(), c.compacted-1), func(p point, st codec.Status) {
+		from := max(c.ring.Tail(), c.compacted-1)
+		s.streamStart(from, func(p point, st codec.Status) {
 			if st.Code != codec.OK {
 				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
 				return
 			}
 			s.rec = p
+			if p.last > from {
+				c.noteTorn(p.last) // somebody compacted the member meanwhile, and what is gone was not seen
+			}
 			s.openFirst()
 			s.streaming = true
 			if l, ok := c.tr.(liveness); !ok || l.Connected(s.cluster) {
