@@ -8,7 +8,6 @@ import (
 
 	"spindle/codec"
 	"spindle/revclock"
-	"spindle/watchring"
 )
 
 // This file lets a proxy start without member clusters that are not what they were: restored from older backups, or wiped.
@@ -36,6 +35,7 @@ func (s *shardState) leave(why string) {
 func (s *shardState) forget(why string) {
 	s.absent, s.begun, s.returning = why, false, false
 	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
+	s.lossy, s.accepted, s.marked = false, false, 0
 }
 
 // allRefused gives up when there is nothing left to serve. It returns true then.
@@ -83,17 +83,24 @@ func (k *connecting) leaveOut(epoch revclock.ID) bool {
 			return true
 		}
 	}
-	out := 0
+	out, accepted := 0, false
 	for i := range k.looks {
 		l := &k.looks[i]
 		switch {
 		case l.out:
 			out++
 		case l.m.Epoch == epoch || c.state != stateStarting:
+		case l.s.marked > 0:
+			accepted = true // a rebuild brings it to the others' epoch
 		case slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[l.s.cluster]):
 			c.log.Warn("a member cluster is of an older epoch of the coordinator: it has lost data, which is accepted", "shard", l.s.name, "revision", l.rec.Last)
-			l.s.lossy, l.s.accepted = true, true
-			return false // it is fenced by a rebuild
+			turn := k.turn
+			l.s.markLoss(l.local, func() {
+				if k.live(turn) {
+					k.look()
+				}
+			})
+			return true
 		default:
 			l.s.leave(fmt.Sprintf("it is at revision %d, of an older epoch of the coordinator: it was restored from an older backup", l.rec.Last))
 			l.out = true
@@ -103,7 +110,7 @@ func (k *connecting) leaveOut(epoch revclock.ID) bool {
 	if c.allRefused() {
 		return true
 	}
-	if out == 0 || k.sure {
+	if accepted || out == 0 || k.sure {
 		return false
 	}
 	k.sure, k.stands, k.wrong = true, false, ""
@@ -152,12 +159,16 @@ func (c *Core) beginReturned() {
 		s.rec = s.known
 		s.settledTo = max(s.settledTo, s.rec.last)
 		c.maxClock = max(c.maxClock, s.rec.last)
-		s.streamStart(max(c.ring.Tail(), c.compacted-1), func(p point, st codec.Status) {
+		from := max(c.ring.Tail(), c.compacted-1)
+		s.streamStart(from, func(p point, st codec.Status) {
 			if st.Code != codec.OK {
 				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
 				return
 			}
 			s.rec = p
+			if p.last > from {
+				c.noteTorn(p.last) // somebody compacted the member meanwhile, and what is gone was not seen
+			}
 			s.openFirst()
 			s.streaming = true
 			if l, ok := c.tr.(liveness); !ok || l.Connected(s.cluster) {
@@ -234,7 +245,7 @@ func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, s.Identity))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
 	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
-	b.readopted = append(b.readopted, s.Identity)
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
 	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
 		if b.c.state != stateStarting {
 			return
@@ -288,61 +299,4 @@ func byIdentity(x, y *probe) int {
 		return -1
 	}
 	return bytes.Compare(x.identity[:], y.identity[:])
-}
-
-// awaitFences goes on when the clocks of shards whose loss is accepted are above everything that was handed out before, by two
-// revisions at least: a watch of who had seen everything begins at the next one, which a compaction at it would leave.
-func (b *bootstrap) awaitFences(n int64) {
-	c := b.c
-	rev := int64(0)
-	for _, s := range c.shards {
-		if !s.accepted || s.absent != "" {
-			continue
-		}
-		if s.rec.last > n+1 {
-			rev = max(rev, s.rec.last)
-			continue
-		}
-		s.wantFence = true
-		s.touch()
-		c.after(retryDelay, func() {
-			if c.state == stateStarting {
-				b.awaitFences(n)
-			}
-		})
-		return
-	}
-	if rev > 0 {
-		c.noteCompaction(rev)
-		c.frontier.SetCompacted(c.compacted) // wherever the frontier is: no watch has come this far
-	}
-	b.ready()
-	if rev > 0 {
-		c.forgetPast(rev)
-	}
-}
-
-// forgetPast compacts everything below rev, where the fences are that follow an accepted loss. What was before may have
-// been different for clients, and reads and watches of it would show neither what was nor what is: whoever needs it is told
-// that it is compacted, and lists anew.
-func (c *Core) forgetPast(rev int64) {
-	k := &compaction{c: c, rev: rev, timeout: c.cfg.ShardTimeout, deadline: c.deadline()}
-	k.done = func(_ int64, st codec.Status) {
-		if st.Code != codec.OK && st != codec.ErrCompacted {
-			c.after(20*retryDelay, func() {
-				if c.state == stateReady {
-					c.forgetPast(rev)
-				}
-			})
-			return
-		}
-		for _, s := range c.shards {
-			if s.accepted {
-				s.accepted = false
-				c.log.Info("what a member cluster has lost is accepted; revisions before are compacted. Start the other proxies now, and this one again without --accept-data-loss", "shard", s.name, "revision", rev)
-			}
-		}
-	}
-	c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
-	c.awaitFrontier(watchring.All, rev, k.deadline, k.decide)
 }

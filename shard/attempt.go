@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -58,15 +59,27 @@ type attempt struct {
 // maxFreeAttempts bounds what is kept for reuse.
 const maxFreeAttempts = 256
 
-// call sends a request that may be sent again. It ends with DeadlineExceeded when an attempt has had its time, which
-// may be long before the shard timeout.
+// call sends a request that may be sent again. It ends with DeadlineExceeded, or Unavailable, when an attempt has had its time, which
+// may be long before the shard timeout. Of the two only DeadlineExceeded counts as a slow shard: a node that has become mute must not make
+// the next attempts patient, for the next node may be mute, too.
 func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, false)
 }
 
-// callLarge is call for pages of lists, which take their time on a busy member and say nothing about batches.
+// callLarge is call for what may have a large answer, pages of lists above all, which take their time on a busy member and say nothing about batches.
 func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, true)
+}
+
+// readsMuch says whether what p reads on its shard at once may be of any size: ranges without a small limit. A member may need its time
+// for that, which says nothing about other requests.
+func (p *Plan) readsMuch() bool {
+	if p.Kind == OpRange {
+		r := &p.ranges[0]
+		return len(p.ops[0].end) > 0 && !r.countOnly && (r.limit <= 0 || r.limit > maxBatchedKeys || !r.plain())
+	}
+	many := func(iv Interval) bool { return len(iv.End) > 0 }
+	return slices.ContainsFunc(p.Reads, many) || slices.ContainsFunc(p.Writes, many)
 }
 
 // patienceFor returns the patience with attempts of a kind, and its limit. A large read that half of the shard timeout was not

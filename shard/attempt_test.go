@@ -4,6 +4,9 @@ import (
 	"testing"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"google.golang.org/protobuf/proto"
+
 	"spindle/codec"
 )
 
@@ -47,11 +50,32 @@ func TestPatience(t *testing.T) {
 type spanTransport struct {
 	codec.Transport
 	spans []time.Duration
+	mute  bool
 }
 
 func (t *spanTransport) Call(_ codec.ClusterID, _ codec.Method, _ []byte, timeout time.Duration, done codec.Completion) {
 	t.spans = append(t.spans, timeout)
-	done.Complete(nil, statusDeadline, true)
+	st := statusDeadline
+	if t.mute {
+		st = statusMute
+	}
+	done.Complete(nil, st, true)
+}
+
+// A node that says nothing while others do makes no attempt longer: the next one to fail would cost the more.
+func TestMuteNodeIsNoSlowShard(t *testing.T) {
+	tr := &spanTransport{mute: true}
+	s := &shardState{c: &Core{tr: tr, cfg: CoreConfig{ShardTimeout: 5 * time.Second, Now: func() int64 { return int64(time.Hour) }}}}
+	done := completion(func([]byte, codec.Status, bool) {})
+	for range 3 {
+		s.call(codec.MethodTxn, nil, done)
+		s.callLarge(codec.MethodRange, nil, done)
+	}
+	for i, d := range tr.spans {
+		if d != firstPatience {
+			t.Errorf("attempt %d has %v", i, d)
+		}
+	}
 }
 
 // A page that takes long on a busy member says nothing about batches. No attempt but one at a large read that is known to take
@@ -73,5 +97,43 @@ func TestPatienceOfLargeReads(t *testing.T) {
 			t.Errorf("attempt %d: %v, expected %v", i, tr.spans[i], want)
 		}
 		now += int64(3 * time.Second)
+	}
+}
+
+// What may have a large answer has the patience of pages: a second look of a read, and what a lost reply was.
+func TestPatienceByWhatIsRead(t *testing.T) {
+	for _, c := range []struct {
+		req  proto.Message
+		kind OpKind
+		much bool
+	}{
+		{&pb.RangeRequest{Key: []byte("a")}, OpRange, false},
+		{&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b"), Limit: maxBatchedKeys}, OpRange, false},
+		{&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b"), CountOnly: true}, OpRange, false},
+		{&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b")}, OpRange, true},
+		{&pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b"), Limit: 3, SortOrder: pb.RangeRequest_DESCEND, SortTarget: pb.RangeRequest_VALUE}, OpRange, true},
+		{&pb.PutRequest{Key: []byte("a")}, OpPut, false},
+		{&pb.DeleteRangeRequest{Key: []byte("a"), RangeEnd: []byte("b")}, OpDeleteRange, true},
+		{&pb.TxnRequest{Success: []*pb.RequestOp{{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("b")}}}}}, OpTxn, true},
+	} {
+		tr := &spanTransport{}
+		s := &shardState{c: &Core{state: stateFailed, tr: tr, cfg: CoreConfig{ShardTimeout: 5 * time.Second, Now: func() int64 { return int64(time.Hour) }}}}
+		s.largePatience = patience{4 * time.Second, int64(time.Hour)}
+		want := firstPatience
+		if c.much {
+			want = 4 * time.Second
+		}
+		op := &Op{Kind: c.kind, Done: func(*Op) {}}
+		if st := op.core.plan.Parse(c.kind, mustMarshal(t, c.req), nil); st.Code != codec.OK {
+			t.Fatal(st)
+		}
+		if c.kind == OpRange {
+			s.readAt(&readBatch{s: s, items: []readItem{{op: op}}}, 7)
+		} else {
+			(&recovery{b: &batch{s: s}, w: &write{op: op, plan: &op.core.plan}}).send()
+		}
+		if len(tr.spans) != 1 || tr.spans[0] != want {
+			t.Errorf("%v: %v, expected %v", c.req, tr.spans, want)
+		}
 	}
 }

@@ -232,6 +232,7 @@ type batchTxn struct {
 	record  *Record
 	mapMod  int64 // the shard's revision of \0map that this proxy believes in
 	floor   int64 // the clock that the shard has been at
+	loss    bool  // it ends an accepted loss, see accept.go
 	noGuard bool  // planted bug
 }
 
@@ -262,6 +263,9 @@ func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 	dst = codec.EndMessage(dst, m3)
 	dst = codec.EndMessage(dst, m2)
 	dst = codec.EndMessage(dst, m)
+	if b.loss {
+		dst = appendLossEnd(dst, b.record.Last)
+	}
 	dst = appendGet(dst, txnFailure, KeyClock, 0)
 	return appendGet(dst, txnFailure, KeyMap, 0)
 }

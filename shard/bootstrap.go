@@ -26,18 +26,17 @@ import (
 // Every step is a compare-and-create, so any number of proxies may do this at once. What does not answer
 // is asked again for ever; what does not fit fails the Core with a sentence for the operator.
 type bootstrap struct {
-	c         *Core
-	round     int // of probing; replies of older ones are ignored
-	probes    []probe
-	coord     probe
-	waiting   int
-	clocks    []int64 // clock of each shard as probed, by index in the map
-	started   bool    // the clock is
-	unread    int     // streams that have not come to the probed clock
-	begun     int     // shards whose stream's start is still looked for
-	tail      int64
-	looked    int           // rounds that have shown a map and an empty member
-	readopted []revclock.ID // shards whose data is lost, which is accepted
+	c       *Core
+	round   int // of probing; replies of older ones are ignored
+	probes  []probe
+	coord   probe
+	waiting int
+	clocks  []int64 // clock of each shard as probed, by index in the map
+	started bool    // the clock is
+	unread  int     // streams that have not come to the probed clock
+	begun   int     // shards whose stream's start is still looked for
+	tail    int64
+	looked  int // rounds that have shown a map and an empty member
 }
 
 // probe is what one cluster answered. It is the Completion of its call.
@@ -59,7 +58,8 @@ type probe struct {
 	mapBytes []byte
 	mapMod   int64
 	compact  int64
-	notEmpty bool // a look for any key at all has found one
+	marked   int64 // where KeyLoss was put, 0 if it is not there
+	notEmpty bool  // a look for any key at all has found one
 }
 
 func newBootstrap(c *Core) *bootstrap {
@@ -123,7 +123,7 @@ func (p *probe) send() {
 		c.tr.Call(p.id, codec.MethodRange, body, c.cfg.ShardTimeout, p)
 		return
 	}
-	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact} {
+	for _, k := range []string{KeyID, KeyClock, KeyMap, KeyCompact, KeyLoss} {
 		body = appendGet(body, txnSuccess, k, 0)
 	}
 	c.tr.Call(p.id, codec.MethodTxn, body, c.cfg.ShardTimeout, p)
@@ -194,7 +194,7 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 			c.fail(fmt.Errorf("%s does not speak etcd's protocol", p.name))
 			return
 		}
-		if len(t.resps) == 4 && !p.notEmpty {
+		if len(t.resps) == 5 && !p.notEmpty {
 			if _, found := firstKV(t.resps[0]); !found {
 				p.cluster, p.local = t.cluster, t.rev
 				p.peek()
@@ -224,7 +224,7 @@ func (p *probe) sendAgain() {
 }
 
 func (p *probe) read(t txnReply) error {
-	if len(t.resps) != 4 {
+	if len(t.resps) != 5 {
 		return fmt.Errorf("%s does not speak etcd's protocol", p.name)
 	}
 	p.cluster, p.local = t.cluster, t.rev
@@ -252,6 +252,11 @@ func (p *probe) read(t txnReply) error {
 	if kv, found := firstKV(t.resps[3]); found {
 		if p.compact, ok = ParseCompaction(kv.Value); !ok {
 			return fmt.Errorf("%s has a compaction record that this version of spindle cannot read: upgrade spindle", p.name)
+		}
+	}
+	if kv, found := firstKV(t.resps[4]); found {
+		if p.marked = kv.ModRevision; !ParseLossMark(kv.Value) {
+			return fmt.Errorf("%s has a mark of an accepted loss that this version of spindle cannot read: upgrade spindle", p.name)
 		}
 	}
 	return nil
@@ -406,7 +411,7 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 			compactRec: p.compact,
 			rec:        point{p.clock.First, p.clock.Last, p.clockAt},
 			known:      point{p.clock.First, p.clock.Last, p.clockAt},
-			lossy:      slices.Contains(b.readopted, ms.Identity), accepted: slices.Contains(b.readopted, ms.Identity)}
+			lossy:      p.marked > 0, accepted: p.marked > 0, marked: p.marked}
 		compact = max(compact, p.compact)
 	}
 	for _, s := range c.shards {
@@ -494,9 +499,8 @@ func (b *bootstrap) compareClocks() {
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
 			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
 				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
-				b.clocks[i], s.rec, s.lossy = rec.Last, point{rec.First, rec.Last, kv.ModRevision}, true
-				s.accepted = true
-				b.compareClocks()
+				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				s.markLoss(kv.ModRevision, b.compareClocks)
 			case rec.Last < seen:
 				s.leave(fmt.Sprintf("it is at revision %d, but has been at %d: it was restored from an older backup", rec.Last, seen))
 				b.compareClocks()
@@ -579,7 +583,7 @@ func (b *bootstrap) streamMoved(s *shardState) {
 	if b.unread--; b.unread > 0 {
 		return
 	}
-	b.awaitFences(c.clock.Log().N())
+	b.awaitFences()
 }
 
 // ready ends the start.

@@ -199,3 +199,22 @@ func (s *shardState) foundForeign(key []byte, local int64) {
 	s.found[string(key)] = local
 	s.armRewrites(fenceJitter)
 }
+
+// awaitRewrite looks again at a write's keys when what somebody else wrote there may have been taken over.
+func (s *shardState) awaitRewrite(w *write, parts [][]byte) {
+	c := s.c
+	if c.cfg.Now()-w.since > int64(c.cfg.ShardTimeout) {
+		s.answer(w, codec.ErrTimeout)
+		return
+	}
+	for _, part := range parts {
+		it := codec.Fields{Msg: part}
+		for it.Next() {
+			if it.Field.Num == 2 && foreignKV(it.Field.Bytes) {
+				kv, _ := codec.ParseKV(it.Field.Bytes)
+				s.foundForeign(kv.Key, kv.ModRevision)
+			}
+		}
+	}
+	c.after(c.jitter(retryDelay), func() { s.lookup(w) })
+}

@@ -107,7 +107,7 @@ func (k *compaction) decide() {
 		case definite(st):
 			k.end(st)
 			return
-		case st.Code == codec.ResourceExhausted:
+		case st == codec.ErrNoSpace:
 			// A full member must be able to free space: go on without the record.
 		default:
 			k.retried = k.retried || sent
@@ -163,11 +163,11 @@ func (k *compaction) record(s *shardState) {
 	}
 	c := k.c
 	s.call(codec.MethodTxn, k.recordTxn(), completion(func(resp []byte, st codec.Status, _ bool) {
-		switch st.Code {
-		case codec.OK:
+		switch {
+		case st.Code == codec.OK:
 			s.compactRecorded(k.rev, resp)
-		case codec.ResourceExhausted:
-		default:
+		case st == codec.ErrNoSpace:
+		default: // "too many requests", too: without its record the compaction does not hold on other proxies
 			c.after(c.jitter(retryDelay), func() { k.record(s) })
 			return
 		}
@@ -327,26 +327,35 @@ func (c *Core) armCompactionLags() {
 	c.completing = true
 	c.after(c.jitter(2*c.cfg.ShardTimeout), func() {
 		c.completing = false
-		if c.state != stateReady {
-			return
+		if c.state == stateReady {
+			c.completeCompaction(c.compactionLags())
 		}
-		lag := c.compactionLags()
-		if len(lag) == 0 {
-			return
-		}
-		c.completing = true
+	})
+}
+
+// completeCompaction brings the newest compaction record to shards, and compacts each. One that is away keeps none of the
+// others from it, and what is done is not done again: only those that still lack the record are tried later.
+func (c *Core) completeCompaction(shards []*shardState) {
+	open := len(shards)
+	if open == 0 {
+		return
+	}
+	c.completing = true
+	for _, s := range shards {
 		k := &compaction{c: c, rev: c.compactRec, timeout: c.cfg.ShardTimeout, deadline: c.deadline()}
 		k.done = func(int64, codec.Status) {
-			c.completing = false
-			c.armCompactionLags()
+			if open--; open == 0 {
+				c.completing = false
+				c.armCompactionLags()
+			}
 		}
 		c.at(k.deadline, func() { k.end(codec.ErrTimeout) })
-		c.awaitFrontier(watchring.All, k.rev, k.deadline, func() {
+		c.awaitFrontier(s.idx, k.rev, k.deadline, func() {
 			if !k.over {
-				k.spread(lag)
+				k.spread([]*shardState{s})
 			}
 		})
-	})
+	}
 }
 
 // restartStreamAt continues a shard's stream where its member was compacted at a local revision, without

@@ -162,6 +162,7 @@ type Core struct {
 	dirty        bool // some shard has something to flush
 	nowQueue     []nowEntry
 	sweeping     bool
+	lagLooks     bool // a timer will look at who waits for frontiers
 	probing      bool
 	naming       bool // a timer will look whether clocks have to be named
 	historyTimer bool // one will look whether a History can give its place up
@@ -219,6 +220,7 @@ type nowWaiter interface {
 type frontierWaiter struct {
 	shard    int // or watchring.All
 	rev      int64
+	since    int64 // ns
 	deadline int64 // ns; dropped then: who waits has a timer of its own
 	f        func()
 }
@@ -477,8 +479,9 @@ func (c *Core) awaitFrontier(shard int, rev, deadline int64, f func()) {
 		f()
 		return
 	}
-	c.waiters = append(c.waiters, frontierWaiter{shard, rev, deadline, f})
+	c.waiters = append(c.waiters, frontierWaiter{shard, rev, c.cfg.Now(), deadline, f})
 	c.armSweep()
+	c.armLagLook()
 }
 
 // finish answers op with st. Resp must be complete when st is OK.

@@ -36,7 +36,7 @@ func TestCoreGetsAllocateNothing(t *testing.T) {
 	for range 2 { // the probe, and the look with which the epoch is believed
 		tr.answer(&tr.shard, mustMarshal(t, &pb.TxnResponse{Header: head(4), Responses: []*pb.ResponseOp{
 			rangeOf(kv(KeyID, AppendIdentity(nil, revclock.ID{5}), 2)), rangeOf(kv(KeyClock, record, 2)),
-			rangeOf(kv(KeyMap, AppendMap(nil, m), 3)), rangeOf()}}))
+			rangeOf(kv(KeyMap, AppendMap(nil, m), 3)), rangeOf(), rangeOf()}}))
 	}
 	c.Flush()
 	epochKV := kv(revclock.KeyEpoch, revclock.AppendEpoch(nil, epoch), 2)

@@ -473,7 +473,7 @@ func (w *fuzzWorld) start(shards int) {
 				h := head(4)
 				h.ClusterId += uint64(c.to)
 				m = &pb.TxnResponse{Header: h, Responses: []*pb.ResponseOp{rangeOf(kv(KeyID, AppendIdentity(nil, ids[c.to]), 2)),
-					rangeOf(kv(KeyClock, record, 2)), rangeOf(kv(KeyMap, AppendMap(nil, w.table), 3)), rangeOf()}}
+					rangeOf(kv(KeyClock, record, 2)), rangeOf(kv(KeyMap, AppendMap(nil, w.table), 3)), rangeOf(), rangeOf()}}
 			case c.m == codec.MethodRange:
 				m = &pb.RangeResponse{Header: head(3)}
 			default:

@@ -41,6 +41,7 @@ type foreignKeys struct {
 	keys  map[string]foreignKey
 	bytes int
 	undo  []foreignChange // since the last record, for the stream to be opened again there
+	turn  uint64          // of reading: counts how often that was done
 	// unknown are keys whose previous value is foreign, although no foreign put was seen: the stream begins
 	// behind it. They must be looked up before the events can be taken.
 	unknown []foreignRef
@@ -68,15 +69,18 @@ func (f *foreignKeys) missing(kv, prev *codec.KV) bool {
 }
 
 // lookup reads from the shard's history what unknown foreign values have replaced, and calls f; the stream must
-// then be opened again at its last record.
+// then be opened again at its last record. If the stream was opened again meanwhile, what is found counts for nothing: that reading may have come
+// beyond the place already, and asks for itself.
 func (f *foreignKeys) lookup(s *shardState, then func()) {
 	refs := f.unknown
 	f.unknown = nil
 	f.rewind()
-	left := len(refs)
+	left, turn := len(refs), f.turn
 	for _, ref := range refs {
 		s.before([]byte(ref.key), ref.local, s.c.deadline(), func(old []byte, st codec.Status) {
 			switch {
+			case turn != f.turn:
+				return
 			case st.Code == codec.OK:
 				f.change(ref.key, foreignKey{local: ref.local, known: true, old: append([]byte(nil), old...)}, true)
 			case st == codec.ErrCompacted:
@@ -127,6 +131,7 @@ func (f *foreignKeys) rewind() {
 		f.change(f.undo[i].key, f.undo[i].was, f.undo[i].had)
 	}
 	f.recorded()
+	f.turn++
 }
 
 // put takes a foreign put. It returns false if the key is not to be remembered.

@@ -65,6 +65,7 @@ var (
 		00`
 	goldenIdentity = `01 101112131415161718191a1b1c1d1e1f`
 	goldenCompact  = `01 00000000000003e8`
+	goldenLoss     = `01`
 	goldenMarker   = `01 878080808080808010 00 03`
 )
 
@@ -120,6 +121,10 @@ func TestGoldenFormats(t *testing.T) {
 	if rev, ok := ParseCompaction(goldenBytes(t, goldenCompact)); !ok || rev != 1000 {
 		t.Errorf("compaction %d %v", rev, ok)
 	}
+	check("mark of a loss", AppendLossMark(nil), goldenLoss)
+	if !ParseLossMark(goldenBytes(t, goldenLoss)) || ParseLossMark(nil) || ParseLossMark([]byte{1, 0}) {
+		t.Error("mark of a loss")
+	}
 	marker := LeaseMarker{Member: 0x1000000000000007, Shards: []int{0, 3}}
 	check("marker", AppendLeaseMarker(nil, &marker), goldenMarker)
 	var m LeaseMarker
@@ -129,7 +134,7 @@ func TestGoldenFormats(t *testing.T) {
 	if k := AppendLeaseKey(nil, 0x7587); string(k) != "\x00lease/0000000000007587" {
 		t.Errorf("lease key %q", k)
 	}
-	for _, k := range []string{KeyClock, KeyMap, KeyID, KeyCompact, KeyLeases, KeyLeaseEnd} {
+	for _, k := range []string{KeyClock, KeyMap, KeyID, KeyCompact, KeyLoss, KeyLeases, KeyLeaseEnd} {
 		if k[0] != 0 || k >= KeyUserFirst {
 			t.Errorf("%q is not reserved", k)
 		}
@@ -369,6 +374,9 @@ func FuzzStoredFormats(f *testing.F) {
 		}
 		if rev, ok := ParseCompaction(b); ok {
 			same("compaction", AppendCompaction(nil, rev))
+		}
+		if ParseLossMark(b) {
+			same("mark of a loss", AppendLossMark(nil))
 		}
 		var m LeaseMarker
 		if ParseLeaseMarker(&m, b) {

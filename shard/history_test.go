@@ -36,6 +36,7 @@ type pastWatch struct {
 	sink   codec.WatchSink
 	held   bool
 	closed bool
+	mute   bool // its node says nothing, others do
 }
 
 type pastCall struct {
@@ -90,6 +91,8 @@ func (r *pastRig) KeepAlive(codec.ClusterID, codec.WatchSink) codec.WatchHandle 
 func (w *pastWatch) Send([]byte)    {}
 func (w *pastWatch) Hold(hold bool) { w.held = hold }
 func (w *pastWatch) Close()         { w.closed = true }
+
+func (w *pastWatch) Mute(time.Duration) bool { return w.mute }
 
 // open returns the open streams.
 func (r *pastRig) open() (out []*pastWatch) {

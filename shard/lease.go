@@ -143,7 +143,11 @@ func (q *memberCall) send() {
 		q.done(nil, codec.ErrTimeout, q.unknown)
 	default:
 		// Half of the time at most, so that a node that has become mute costs a turn and not the request.
-		c.tr.Call(q.s.cluster, q.m, q.req, min(time.Duration(left), c.cfg.ShardTimeout/2), q)
+		span := c.cfg.ShardTimeout / attemptShare
+		if !q.once {
+			span = q.s.patience.get(c.cfg.Now(), span)
+		}
+		c.tr.Call(q.s.cluster, q.m, q.req, min(time.Duration(left), span), q)
 	}
 }
 
@@ -157,6 +161,9 @@ func (q *memberCall) Complete(resp []byte, st codec.Status, sent bool) {
 	case leaseFinal(st):
 		q.done(resp, st, q.unknown)
 		return
+	}
+	if st.Code == codec.DeadlineExceeded && !q.once {
+		q.s.patience.ranOut(c.cfg.Now(), c.cfg.ShardTimeout/attemptShare)
 	}
 	q.unknown = q.unknown || sent && st != codec.ErrTooManyRequests
 	if q.once && q.unknown {

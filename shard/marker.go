@@ -14,13 +14,14 @@ const (
 	KeyMap      = "\x00map"     // a Map
 	KeyID       = "\x00id"      // the shard's identity
 	KeyCompact  = "\x00compact" // up to which revision clients compacted
+	KeyLoss     = "\x00loss"    // there while an accepted loss is not fenced yet
 	KeyLeases   = "\x00lease/"  // prefix of lease markers: KeyLeases ‖ 16 hex digits of the client's lease ID
 	KeyLeaseEnd = "\x00lease0"  // end of the range of all lease markers
 	// KeyUserFirst is the smallest key that a client can have; ranges that begin below are clamped to it.
 	KeyUserFirst = "\x01"
 )
 
-const smallFormat = 1 // of the identity, the compaction record, the lease marker
+const smallFormat = 1 // of the identity, the compaction record, the mark of a loss, the lease marker
 
 // AppendIdentity appends the value of KeyID: 0x01 ‖ identity[16], random, written once at the shard's
 // first start.
@@ -53,6 +54,12 @@ func ParseCompaction(v []byte) (rev int64, ok bool) {
 	rev = int64(p.Be64())
 	return rev, p.Done() && rev >= 0
 }
+
+// AppendLossMark appends the value of KeyLoss: 0x01. Whoever finds it goes on with what it means, see accept.go.
+func AppendLossMark(dst []byte) []byte { return append(dst, smallFormat) }
+
+// ParseLossMark reads a value of KeyLoss.
+func ParseLossMark(v []byte) (ok bool) { return len(v) == 1 && v[0] == smallFormat }
 
 // LeaseMarker is the value of a marker: which lease on the members stands for a client's lease, and
 // which shards hold copies of it.

@@ -296,6 +296,7 @@ func (p *Pool) Down(id codec.ClusterID) (why string, since time.Duration) {
 //   - Unavailable, naming the cluster: no connection (sent false), or the connection was lost (sent true,
 //     unless the request was still in this process);
 //   - DeadlineExceeded "context deadline exceeded": timeout passed, the stream was reset;
+//   - Unavailable (sent true): the same, and nothing at all came on that connection meanwhile, while others of the cluster brought something;
 //   - ResourceExhausted: more than maxPendingCalls wait for the member's stream limit (sent false);
 //   - Internal: an answer that no unary call may have.
 func (p *Pool) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time.Duration, done codec.Completion) {
@@ -383,6 +384,11 @@ func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*p
 		}
 	}
 	return nil, nil
+}
+
+// heardBut says whether another connection than l has brought something since a moment.
+func (cl *poolCluster) heardBut(l *poolLink, since int64) bool {
+	return slices.ContainsFunc(cl.ready, func(o *poolLink) bool { return o != l && o.lastRecv >= since })
 }
 
 // linkReady takes l into use.

@@ -11,6 +11,7 @@ import (
 var (
 	// statusDeadline has the text of Go's context, as clients know it from grpc-go.
 	statusDeadline       = codec.Status{Code: codec.DeadlineExceeded, Msg: "context deadline exceeded"}
+	statusMute           = codec.Status{Code: codec.Unavailable, Msg: "spindle: a node of the member cluster says nothing, while others do"}
 	statusTooManyStreams = codec.Status{Code: codec.ResourceExhausted, Msg: "spindle: too many requests wait for the member cluster's stream limit"}
 	statusNoMessage      = codec.Status{Code: codec.Internal, Msg: "spindle: member cluster answered OK without a message"}
 	statusTwoMessages    = codec.Status{Code: codec.Internal, Msg: "spindle: member cluster answered a unary call with several messages"}
@@ -126,12 +127,16 @@ func (c *poolCall) due(now int64) {
 	l, s := c.link, c.stream
 	c.link, c.stream = nil, nil
 	l.reset(s)
+	st := statusDeadline
 	if l.lastRecv < c.begun {
 		l.suspect(now)
+		if c.cluster.heardBut(l, c.begun) {
+			st = statusMute // which says nothing about how fast the cluster is
+		}
 	}
 	l.unanswered(now)
 	l.ep.judge(statusDeadline)
-	c.complete(statusDeadline, true)
+	c.complete(st, true)
 }
 
 // complete reports the end and reuses c.

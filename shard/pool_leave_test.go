@@ -104,6 +104,32 @@ func TestPoolSilentConnection(t *testing.T) {
 	}
 }
 
+// A request that had no answer on a connection that brought nothing, while another one did, tells so: that is no slow
+// cluster. A stream can ask for the same.
+func TestPoolMuteNode(t *testing.T) {
+	a, b := newFakeMember(t, echo), newFakeMember(t, echo)
+	r := newRelay(t, "127.0.0.1:0", a.addr())
+	e := newPoolEnv(t, []string{r.url(), b.url()}, func(c *PoolConfig) { c.PingInterval, c.PingTimeout = time.Hour, time.Hour })
+	e.until("both", func() bool { return len(e.pool.clusters[0].ready) == 2 })
+	r.freeze(true)
+	x, y := e.begin(0, codec.MethodTxn, []byte("x"), 500*time.Millisecond), e.begin(0, codec.MethodTxn, []byte("y"), 500*time.Millisecond)
+	got := []codec.Status{x.wait(t).st, y.wait(t).st}
+	if got[0].Code != codec.OK {
+		got[0], got[1] = got[1], got[0]
+	}
+	if got[0].Code != codec.OK || got[1] != statusMute {
+		t.Errorf("%v", got)
+	}
+	e.loop.do(func() {
+		for _, l := range e.pool.links {
+			w := &poolWatch{pool: e.pool, link: l}
+			if mute := w.Mute(time.Nanosecond); mute != l.silent {
+				t.Errorf("%s: mute %v, silent %v", l.ep.url, mute, l.silent)
+			}
+		}
+	})
+}
+
 // Down tells for how long nothing has been connected.
 func TestPoolDown(t *testing.T) {
 	m := newFakeMember(t, echo)

@@ -1,6 +1,10 @@
 package shard
 
-import "spindle/codec"
+import (
+	"time"
+
+	"spindle/codec"
+)
 
 // poolWatch is one Watch or KeepAlive stream; the handle that its owner has. It outlives its connection: calls on a stream
 // that has ended do nothing.
@@ -12,7 +16,10 @@ type poolWatch struct {
 	over   bool // OnEnd was called, or Close
 }
 
-var _ codec.WatchHandle = (*poolWatch)(nil)
+var (
+	_ codec.WatchHandle = (*poolWatch)(nil)
+	_ muteness          = (*poolWatch)(nil)
+)
 
 func (w *poolWatch) onMessage(msg []byte) {
 	if !w.over {
@@ -58,6 +65,20 @@ func (w *poolWatch) Hold(hold bool) {
 	}
 	w.link.conn.Hold(w.stream, hold)
 	w.link.touch()
+}
+
+// Mute implements muteness.
+func (w *poolWatch) Mute(d time.Duration) bool {
+	l := w.link
+	if w.over || l == nil || l.dead {
+		return false
+	}
+	now := w.pool.timers.now()
+	if now-l.lastRecv < int64(d) || !l.ep.cluster.heardBut(l, l.lastRecv+1) {
+		return false
+	}
+	l.suspect(now)
+	return true
 }
 
 // Close implements codec.WatchHandle.

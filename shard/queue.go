@@ -193,6 +193,9 @@ func (s *shardState) closeBatch(ws []*write) {
 	if b.spare || b.fence {
 		n++
 	}
+	if b.loss = b.fence && s.marked > 0; b.loss {
+		n = lossFence
+	}
 	c.nextToken++
 	s.token = c.nextToken
 	if b.fence {

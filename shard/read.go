@@ -45,6 +45,7 @@ type readBatch struct {
 	s       *shardState
 	items   []readItem
 	sent    int  // how many of them there were when it was sent
+	large   bool // the answer may be
 	ticket  bool // asked for a now
 	haveNow bool
 	got     bool
@@ -172,6 +173,7 @@ func (s *shardState) flushReads() {
 			}
 			ops += it.ops
 			needNow = needNow || it.op != nil
+			b.large = b.large || it.plan().readsMuch()
 			b.items = append(b.items, *it)
 		}
 		n := copy(s.reads, s.reads[k:])
@@ -191,7 +193,7 @@ func (s *shardState) flushReads() {
 		s.readItems += b.sent
 		c.stats.ReadBatches++
 		c.stats.BatchedReads += uint64(len(b.items))
-		s.call(codec.MethodTxn, b.body, b)
+		s.attempt(codec.MethodTxn, b.body, b, b.large)
 	}
 }
 
@@ -479,9 +481,10 @@ func (s *shardState) readAt(b *readBatch, local int64) {
 	body := b.body[:0]
 	for i := range b.items {
 		body, b.items[i].ops = s.appendRead(body, &b.items[i], local)
+		b.large = b.large || b.items[i].plan().readsMuch()
 	}
 	b.body = body
-	s.call(codec.MethodTxn, b.body, b)
+	s.attempt(codec.MethodTxn, b.body, b, b.large)
 }
 
 // answerReads answers a second look.
@@ -578,23 +581,4 @@ func filterMeets(filter []byte, iv Interval) bool {
 		return len(filter) > 0
 	}
 	return revclock.FilterMayContain(filter, iv.Key)
-}
-
-// awaitRewrite looks again at a write's keys when what somebody else wrote there may have been taken over.
-func (s *shardState) awaitRewrite(w *write, parts [][]byte) {
-	c := s.c
-	if c.cfg.Now()-w.since > int64(c.cfg.ShardTimeout) {
-		s.answer(w, codec.ErrTimeout)
-		return
-	}
-	for _, part := range parts {
-		it := codec.Fields{Msg: part}
-		for it.Next() {
-			if it.Field.Num == 2 && foreignKV(it.Field.Bytes) {
-				kv, _ := codec.ParseKV(it.Field.Bytes)
-				s.foundForeign(kv.Key, kv.ModRevision)
-			}
-		}
-	}
-	c.after(c.jitter(retryDelay), func() { s.lookup(w) })
 }

@@ -50,13 +50,15 @@ type shardState struct {
 	returning   bool   // it was left out at the start and is what it was again, but its stream was not opened
 	named       int64  // the largest C_i of epochs that were believed before
 	lossy       bool   // it was behind at the start, and the operator accepts that
-	accepted    bool   // what it has lost is accepted: it is fenced, and the past is compacted
+	accepted    bool   // what it has lost is accepted at this start
+	marked      int64  // local revision of the mark that says so, until the fence that ends it is seen
 	banned      string // why it is not the shard that it was
 	astray      int64  // ns; when the log was told last that one of its endpoints is not used
 	known       point  // the newest record that anything has shown, for verify.go
 	unnamed     int64  // its last revision when armNaming was called
 	offline     bool   // without a connection when last looked at; a timer looks again
 	expiring    bool
+	lagLook     bool // one is under way, see stream_look.go
 	quota       quota
 	quotaLooks  bool   // one is under way
 	quotaSoon   bool   // the next is less than quotaLookNear away
@@ -240,7 +242,7 @@ func (s *shardState) take(msg []byte) {
 		return
 	}
 	if len(events) > 0 {
-		s.stall.brought++
+		s.stall.brought = s.c.cfg.Now()
 	}
 	if fragment || len(s.partial) > 0 {
 		events = s.complete(events, fragment)
@@ -384,6 +386,10 @@ func (s *shardState) reservedChanged(kv, prev codec.KV, del bool) {
 	case KeyCompact:
 		if rev, ok := ParseCompaction(kv.Value); ok && !del {
 			s.sawCompaction(rev)
+		}
+	case KeyLoss:
+		if del && kv.ModRevision > s.marked {
+			s.marked = 0
 		}
 	case KeyMap:
 		if kv.ModRevision > s.mapMod {

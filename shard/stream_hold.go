@@ -65,6 +65,7 @@ func (s *shardState) resumeStream() {
 	}
 	if s.holding && s.handle != nil {
 		s.holding = false
+		s.stall.brought = s.c.cfg.Now() // it was not the stream that was silent
 		s.handle.Hold(false)
 	}
 }

@@ -9,6 +9,8 @@ const (
 	// with every opening that brought no record: a member may need longer than that for its first data, and
 	// whatever was on its way is lost with the stream.
 	streamStall = 2 * time.Second
+	// stallLook is how often a stream that lacks something is looked at.
+	stallLook = 250 * time.Millisecond
 	// maxStreamStall is where it stays.
 	maxStreamStall = time.Minute
 	// lastingStream is how long a stream must have been open for its end to be the first one of a row.
@@ -21,17 +23,26 @@ func stallTime(times int) time.Duration { return min(streamStall<<min(times, 10)
 // stall is what a shard's own stream is watched by.
 type stall struct {
 	timer    bool
-	expected int64  // local revision that a reply has shown to be there
-	brought  uint64 // messages with events, of all openings
-	times    int    // openings that were given up for their silence, in a row, without a record
-	opened   int64  // ns
+	expected int64 // local revision that a reply has shown to be there
+	lacks    int64 // ns; since when the stream lacks something, if it does
+	brought  int64 // ns; when it brought events last, or went on after it was held back
+	times    int   // openings that were given up for their silence, in a row, without a record
+	opened   int64 // ns
 }
+
+// muteness is what a WatchHandle may tell besides: whether its connection has brought nothing for so long, although others to
+// the same cluster have. Then those are used first from now on.
+type muteness interface{ Mute(time.Duration) bool }
 
 // expectOnStream is told that the shard has reached a local revision. A stream that does not show it, and
 // brings nothing else for some time, is opened again, on another node if there is one. A stream that is behind
 // and moves is left alone.
 func (s *shardState) expectOnStream(local int64) {
-	s.stall.expected = max(s.stall.expected, local)
+	l := &s.stall
+	if s.pos >= l.expected && s.pos < local {
+		l.lacks = s.c.cfg.Now()
+	}
+	l.expected = max(l.expected, local)
 	s.watchStall()
 }
 
@@ -41,17 +52,30 @@ func (s *shardState) watchStall() {
 		return
 	}
 	l.timer = true
-	gen, brought := s.gen, l.brought
-	s.c.after(stallTime(l.times), func() {
+	s.c.after(stallLook, func() {
 		l.timer = false
 		if s.c.state == stateFailed || s.c.state == stateClosed {
 			return
 		}
-		if s.pos < l.expected && s.gen == gen && l.brought == brought && !s.holding && s.handle != nil {
+		if s.pos < l.expected && !s.holding && s.handle != nil && s.stalled() {
 			s.c.log.Warn("the watch stream of a member cluster lags behind its answers and is silent; opening it again", "shard", s.name)
 			l.times++
 			s.reopen()
 		}
 		s.watchStall()
 	})
+}
+
+// stalled says whether a stream that lacks something has been silent for too long. That is soon where its node has become mute: then the
+// connection brings nothing else either, while other nodes answer.
+func (s *shardState) stalled() bool {
+	l := &s.stall
+	idle := time.Duration(s.c.cfg.Now() - max(l.lacks, l.brought, l.opened))
+	return idle >= stallTime(l.times) || idle >= stallLook && l.times == 0 && s.mute()
+}
+
+// mute says whether the node that the stream is on says nothing.
+func (s *shardState) mute() bool {
+	h, ok := s.handle.(muteness)
+	return ok && h.Mute(firstPatience)
 }

@@ -131,7 +131,10 @@ func (w *wideTxn) ask() {
 		w.op.Resp = w.appendAnswer(w.op.Resp[:0])
 		w.end(codec.Status{})
 		return
-	case w.op.canceled, w.held > 0 && w.c.cfg.Memory.Over():
+	case w.op.canceled:
+		w.end(statusCanceled)
+		return
+	case w.held > 0 && w.c.cfg.Memory.Over():
 		// It is written, but what it shows is not known: the client cannot be told either.
 		w.end(codec.ErrTimeout)
 		return

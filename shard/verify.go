@@ -90,6 +90,7 @@ func (k *Check) AppendRequest(dst []byte) []byte {
 	dst = appendGet(dst, txnSuccess, KeyClock, 0)
 	if k.absent {
 		dst = appendGet(dst, txnSuccess, KeyMap, 0)
+		dst = appendGet(dst, txnSuccess, KeyLoss, 0)
 	}
 	if k.holds() {
 		dst = appendGet(dst, txnSuccess, KeyClock, k.known.local)
@@ -164,14 +165,24 @@ func (k *Check) differs(resp []byte) string {
 		return fmt.Sprintf("it has been at revision %d and is at %d: it was restored from an older backup", max(k.floor, k.known.last), rec.Last)
 	}
 	rest := t.resps[2:]
-	if len(rest) == 0 && (k.absent || k.holds()) || len(rest) == 1 && k.absent && k.holds() {
+	want := 0
+	if k.absent {
+		want += 2
+	}
+	if k.holds() {
+		want++
+	}
+	if len(rest) < want {
 		return "it does not speak etcd's protocol"
 	}
 	if k.absent {
 		c := k.s.c
 		k.at = point{rec.First, rec.Last, kv.ModRevision}
+		if _, marked := firstKV(rest[1]); marked {
+			return "its loss is being accepted, and that has not come to its end: restart a proxy"
+		}
 		kv, _ = firstKV(rest[0])
-		rest = rest[1:]
+		rest = rest[2:]
 		k.mapMod = kv.ModRevision
 		// At a start that waits none is believed: there the look that follows compares the maps.
 		started := c.boot == nil || c.boot.started
@@ -205,15 +216,10 @@ func (s *shardState) floor() int64 {
 	if c.cfg.Sabotage.TrustConnections {
 		return 0
 	}
-	if c.connecting != nil { // the log may be of another coordinator
-		if s.absent != "" {
-			return max(s.known.last, s.named)
-		}
-		return s.known.last
-	}
-	seen := c.clock.Log().C(s.idx)
-	if s.known.last >= seen {
-		s.lossy = false
+	seen := s.named
+	if c.connecting == nil { // else the log may be of another coordinator
+		seen = c.clock.Log().C(s.idx)
+		s.lossy = s.lossy && s.known.last < seen
 	}
 	if s.lossy || c.state == stateStarting && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]) {
 		return s.known.last

@@ -46,6 +46,7 @@ type batch struct {
 	tries  int // sends that told nothing
 	writes []*write
 	fence  bool
+	loss   bool // a fence that ends an accepted loss
 	filter []byte
 	first  int64
 	last   int64
@@ -114,7 +115,7 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	s.c.stats.Batches++
 	s.c.stats.BatchedWrites += uint64(live)
 	b.mapMod, b.floor = s.mapMod, s.floor()
-	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
+	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, loss: b.loss, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
 	s.body = nil
 	s.sentBytes(len(b.body))
 	b.state = batchGranted

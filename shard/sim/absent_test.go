@@ -420,3 +420,22 @@ func TestAcceptedLossEndsWatches(t *testing.T) {
 		}
 	}
 }
+
+// A shard returns, and somebody has compacted it meanwhile: a watch that still needs what is gone is told so. (Seed 7501219 of
+// TestSimulation: it went on without.)
+func TestAbsentMemberReturnsCompacted(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	newest := w.c.Etcd
+	w.c.replace(newest.rewound(w.lastButOne()))
+	p := w.start()
+	o := p.newViewer().watch(&watchring.Watcher{Key: "k", End: "z", Start: 2})
+	p.turn()
+	w.pass(time.Second)
+	newest.compact = newest.rev
+	w.c.replace(newest)
+	w.wantWhole(p)
+	w.pass(time.Second)
+	if !o.ended {
+		t.Errorf("the watch goes on, it got %d revisions of %d", len(o.got), 4*3+3)
+	}
+}

@@ -93,3 +93,35 @@ func compactedUnseen(t *testing.T) *unseen {
 	}
 	return w
 }
+
+// TestCompactionRecordOnBusyMembers: a member that has too many requests to take the record of a compaction is asked again. Without it
+// the compaction does not hold on other proxies; only one that is out of space goes without. (Seed 7007228 of TestRebuild.)
+func TestCompactionRecordOnBusyMembers(t *testing.T) {
+	w := newScript(t, Config{Seed: 1, Shards: 3, Proxies: 1, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
+		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
+	p := w.proxies[0]
+	for range 10 {
+		last := int64(0)
+		for i := range w.Keys {
+			last = w.put(p, keyName(i))
+		}
+		w.net.Faults = Faults{Refused: 0.5}
+		st := codec.ErrTooManyRequests // the first member's, whose record decides
+		for st == codec.ErrTooManyRequests {
+			_, st = w.call(p, shard.OpCompact, &pb.CompactionRequest{Revision: last})
+		}
+		if st.Code != codec.OK {
+			t.Fatal(st)
+		}
+		w.net.Faults = Faults{}
+		for _, c := range w.net.Members {
+			r := c.at([]byte(shard.KeyCompact), c.Rev())
+			if r == nil {
+				t.Fatalf("%s has no record of a compaction", c)
+			}
+			if rev, _ := shard.ParseCompaction(r.KV.Value); rev < last {
+				t.Errorf("%s has the record of %d, %d was compacted", c, rev, last)
+			}
+		}
+	}
+}

@@ -1,0 +1,81 @@
+package shard
+
+import (
+	"spindle/codec"
+)
+
+// This file accepts what a member cluster has lost, because an operator said so (--accept-data-loss). What clients saw of
+// the lost time is neither in the state nor in the history, and no event takes it back. So the shard's clock is fenced
+// above everything that was handed out, and all that is below the fence counts as compacted: whoever needs it is told so,
+// and lists anew. Nobody is served before that.
+//
+// It may be cut short anywhere. What shows that something is missing (a clock below C_i, an older epoch, an empty member)
+// is soon gone, so first of all the shard gets a mark (KeyLoss). A start that finds it goes on, with or without the
+// flag. The fence takes the mark away, and in the same Txn puts the compaction record, of its own last revision: the largest record counts for all
+// shards, at every start and on every stream, and what the other shards lack of it is brought to them by anybody (armCompactionLags).
+
+// lossFence is how many revisions such a fence has. A watch may begin at a compacted revision itself, and one of who had
+// seen everything begins at the next revision that is handed out, the fence's first.
+const lossFence = 2
+
+// markLoss puts the mark on a shard whose clock was last put at local, and calls f, whether it is there now or not.
+func (s *shardState) markLoss(local int64, f func()) {
+	c := s.c
+	body := appendCompareValue(nil, KeyID, resultEqual, AppendIdentity(nil, c.m.Shards[s.idx].Identity))
+	body = appendCompareInt(body, KeyClock, "", resultEqual, targetMod, cmpMod, local)
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
+	c.tr.Call(s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		if t, ok := parseTxnReply(resp, nil); st.Code == codec.OK && ok && t.succeeded {
+			s.lossy, s.accepted, s.marked = true, true, t.rev
+			f()
+			return
+		}
+		c.after(c.jitter(20*retryDelay), f) // it is looked at again
+	}))
+}
+
+// appendLossEnd appends what the fence that ends with a revision does besides.
+func appendLossEnd(dst []byte, last int64) []byte {
+	dst = appendPutOp(dst, txnSuccess, KeyCompact, AppendCompaction(nil, last))
+	dst, m := codec.BeginMessage(dst, txnSuccess)
+	dst, m2 := codec.BeginMessage(dst, opDelete)
+	dst = codec.AppendString(dst, 1, KeyLoss)
+	dst = codec.EndMessage(dst, m2)
+	return codec.EndMessage(dst, m)
+}
+
+// awaitFences ends the start when no shard has the mark any more.
+func (b *bootstrap) awaitFences() {
+	c := b.c
+	accepted := false
+	for _, s := range c.shards {
+		switch {
+		case s.absent != "":
+		case s.marked > 0:
+			s.wantFence = true
+			s.touch()
+			c.after(retryDelay, func() {
+				if c.state == stateStarting {
+					b.awaitFences()
+				}
+			})
+			return
+		default:
+			accepted = accepted || s.accepted
+		}
+	}
+	if accepted {
+		c.frontier.SetCompacted(c.compacted) // wherever the frontier is: no watch has come this far
+	}
+	b.ready()
+	if !accepted {
+		return
+	}
+	for _, s := range c.shards {
+		if s.accepted {
+			s.accepted = false
+			c.log.Info("what a member cluster has lost is accepted; revisions before are compacted. Start the other proxies now, and this one again without --accept-data-loss", "shard", s.name, "revision", s.compactRec)
+		}
+	}
+	c.completeCompaction(c.shards)
+}
