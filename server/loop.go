@@ -19,6 +19,10 @@ import (
 	"spindle/shard"
 )
 
+// pushTarget is how many bytes of events may come together on a loop before they are written. They were just copied, so they
+// are in the processor's cache still; megabytes would not be.
+const pushTarget = 256 << 10
+
 // maxTurnRounds bounds how often the end of one turn is repeated because its own work made more work
 // (a write that failed closed a connection, whose requests ended, ...). What is left waits for the tick.
 const maxTurnRounds = 16
@@ -57,6 +61,7 @@ type Loop struct {
 
 	conns    map[*clientConn]struct{} // open client connections
 	dirty    []*clientConn            // have output to write at the end of the turn
+	unsent   int                      // bytes pushed to them since flush ran last
 	flushing []*clientConn            // the other half of dirty
 	blocked  []*clientConn            // wait for a client that does not read
 	timers   wheel                    // deadlines of RPCs
@@ -328,8 +333,17 @@ func (l *Loop) end(outer bool) {
 	}
 }
 
+// pushed counts what a hook has for clients, and lets it be written when it is enough. So a fan-out of many megabytes goes
+// out piece by piece, and nothing else that waits to be written waits for all of it.
+func (l *Loop) pushed(n int) {
+	if l.unsent += n; l.unsent >= pushTarget {
+		l.flush()
+	}
+}
+
 // flush writes the output of every connection that has some.
 func (l *Loop) flush() {
+	l.unsent = 0
 	l.flushing, l.dirty = l.dirty, l.flushing[:0]
 	for i, c := range l.flushing {
 		l.flushing[i] = nil
