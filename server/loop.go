@@ -36,7 +36,8 @@ var (
 // under load, so it serves as the doorbell only), hooks at the end of a turn, and a coarse tick.
 //
 // A turn is one event of one socket or one emptying of the mailbox. At its end the hooks run in order,
-// then every client connection with output writes once. Unless noted otherwise, fields belong to the
+// then every client connection with output writes once; a hook that has much for clients lets go of it piece by piece
+// (pushed). Unless noted otherwise, fields belong to the
 // loop's goroutine.
 type Loop struct {
 	index int
