@@ -21,6 +21,8 @@ type buffer struct {
 	b    []byte
 	off  int // queue: bytes at the start that are already taken
 	next *buffer
+	// shared: others read b, too (Conn.SendParts).
+	shared bool
 }
 
 var bufferPools [maxBufferBits - minBufferBits + 1]sync.Pool
@@ -42,7 +44,7 @@ func getBuffer(n int) *buffer {
 
 // putBuffer gives b back; its bytes must not be used afterwards. nil is a no-op.
 func putBuffer(b *buffer) {
-	if b == nil {
+	if b == nil || b.shared {
 		return
 	}
 	class := bits.Len(uint(cap(b.b))) - 1 - minBufferBits
@@ -84,14 +86,13 @@ func (q *queue) push(p []byte) {
 	}
 }
 
-// pushOwned links p itself, without its first off bytes, to the end. putBuffer leaves memory of its size to the garbage
-// collector, or takes it as any other.
-func (q *queue) pushOwned(p []byte, off int) {
-	if off == len(p) {
+// pushBlock links b to the end, with all that it holds behind off.
+func (q *queue) pushBlock(b *buffer) {
+	if b.off == len(b.b) {
 		return
 	}
-	q.n += len(p) - off
-	q.link(&buffer{b: p, off: off})
+	q.n += len(b.b) - b.off
+	q.link(b)
 }
 
 func (q *queue) link(b *buffer) {

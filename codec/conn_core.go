@@ -215,7 +215,7 @@ func (c *Conn) Flushed() {
 		c.control = 0
 	}
 	if b := c.outBuf; b != nil {
-		c.outHint = min(max(len(c.out), c.outHint/2), maxOutHint)
+		c.outHint = min(max(len(c.out), c.outHint-c.outHint/8), maxOutHint)
 		b.b = c.out[:0]
 		c.out, c.outBuf = nil, nil
 		putBuffer(b)
@@ -231,7 +231,11 @@ func (c *Conn) room(n int) []byte {
 	if cap(c.out)-len(c.out) >= n {
 		return c.out
 	}
-	b := getBuffer(max(minOutput, c.outHint, 2*len(c.out), len(c.out)+n))
+	size := max(minOutput, 2*len(c.out), len(c.out)+n)
+	if size > minOutput {
+		size = max(size, c.outHint) // once it is more than a little, it is mostly as much as it was before
+	}
+	b := getBuffer(size)
 	b.b = append(b.b, c.out...)
 	if old := c.outBuf; old != nil {
 		old.b = c.out[:0]

@@ -9,43 +9,66 @@ import (
 // the windows allow; else it waits on its stream, and the streams take turns of one DATA frame (at most maxFrameSize) each.
 
 // Send queues one gRPC message on s; msg is copied (or framed into Output) before return.
-func (c *Conn) Send(s *Stream, msg []byte) { c.send(s, msg, false) }
+func (c *Conn) Send(s *Stream, msg []byte) { c.send(s, nil, msg, msgCopied) }
 
 // SendOwned is Send, but takes msg over instead of copying it: for answers so large that two of them would hurt.
 // The memory is freed when all of it was sent.
-func (c *Conn) SendOwned(s *Stream, msg []byte) { c.send(s, msg, true) }
+func (c *Conn) SendOwned(s *Stream, msg []byte) { c.send(s, nil, msg, msgOwned) }
 
-func (c *Conn) send(s *Stream, msg []byte, owned bool) {
+// SendParts is Send of head and body as one message. A body that is shared, because many streams get it, is not copied
+// if it has to wait. kept says so: then nobody may ever change it, and its memory is the garbage collector's.
+func (c *Conn) SendParts(s *Stream, head, body []byte, shared bool) (kept bool) {
+	if shared {
+		return c.send(s, head, body, msgShared)
+	}
+	return c.send(s, head, body, msgCopied)
+}
+
+// Whose the bytes of a message's body are.
+const (
+	msgCopied = iota // the caller's
+	msgOwned         // the Conn's
+	msgShared        // nobody's, once they wait
+)
+
+// send queues head and body as one message.
+func (c *Conn) send(s *Stream, head, body []byte, whose int) (kept bool) {
 	st := &s.stream
 	if st.phase != phaseLive || st.ending != endNone || st.localClosed || !c.usable() {
-		return
+		return false
 	}
-	if c.queued > hardQueueFactor*c.cfg.MaxQueuedBytes || len(msg) > math.MaxUint32 {
+	size := len(head) + len(body)
+	if c.queued > hardQueueFactor*c.cfg.MaxQueuedBytes || size > math.MaxUint32 {
 		c.giveUp(s)
-		return
+		return false
 	}
-	whole := msg
-	var room [prefixLen]byte
-	prefix := appendPrefix(room[:0], len(msg))
-	if st.q.n == 0 && c.ready.head == nil && !c.blocked && len(c.out) < outputTarget && min(st.sendWin, c.sendWin) >= prefixLen {
-		msg = c.sendDirect(s, prefix, whole)
-		if len(msg) == 0 {
-			return
+	var room [prefixLen + leadRoom]byte
+	lead := append(appendPrefix(room[:0], size), head...)
+	rest := body
+	if st.q.n == 0 && c.ready.head == nil && !c.blocked && len(c.out) < outputTarget && min(st.sendWin, c.sendWin) >= int64(len(lead)) && len(lead) <= maxFrameSize {
+		rest = c.sendDirect(s, lead, body)
+		if len(rest) == 0 {
+			return false
 		}
-		prefix = nil
+		lead = nil
 	}
 	mem := st.q.mem
-	st.q.push(prefix)
-	if owned {
-		st.q.pushOwned(whole, len(whole)-len(msg))
-	} else {
-		st.q.push(msg)
+	st.q.push(lead)
+	switch {
+	case whose == msgOwned:
+		st.q.pushBlock(&buffer{b: body, off: len(body) - len(rest)}) // its memory ends up in the pools, if they take its size
+	case whose == msgShared && len(rest) >= minShared:
+		st.q.pushBlock(&buffer{b: rest, shared: true})
+		kept = true
+	default:
+		st.q.push(rest)
 	}
-	c.queued += len(prefix) + len(msg)
+	c.queued += len(lead) + len(rest)
 	c.queueMem += st.q.mem - mem
 	c.wake(s)
 	c.pump()
 	st.wantDrained = st.wantDrained || st.q.n > 0
+	return kept
 }
 
 // sendDirect frames as much of a message as the windows and outputTarget allow, and returns the rest.
@@ -65,7 +88,7 @@ func (c *Conn) sendDirect(s *Stream, prefix, msg []byte) []byte {
 		c.sendWin -= int64(n)
 		c.sentData += int64(n)
 		msg, prefix = msg[k:], nil
-		if len(msg) == 0 || st.sendWin <= 0 || c.sendWin <= 0 || len(c.out) >= outputTarget {
+		if len(msg) == 0 || st.sendWin <= 0 || c.sendWin <= 0 || len(c.out) >= outputTarget && len(msg) > outputSlack {
 			return msg
 		}
 	}

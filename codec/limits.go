@@ -81,6 +81,14 @@ const (
 	// outputTarget is how much DATA one Output collects before the other streams, and the socket, get
 	// their turn.
 	outputTarget = 256 << 10
+	// outputSlack is by how much more a message that has begun in an Output may end in it: what stays behind is copied once
+	// more.
+	outputSlack = 64 << 10
+
+	// leadRoom is room for what SendParts puts before a body, minShared the size of one below which it is copied all
+	// the same.
+	leadRoom  = 64
+	minShared = 4 << 10
 
 	// clientStreamsBeforeSettings bounds Open until the server's SETTINGS are here (RFC 9113 6.5.2 advises
 	// servers not to go below 100).

@@ -197,6 +197,46 @@ func TestDrainedWatchGoesOnInTheSameTurn(t *testing.T) {
 	}
 }
 
+// What a Hub has for many watches is written while it is still being sent, not all of it at the end of the turn: neither
+// it nor an answer that was there before waits for megabytes.
+func TestFanOutIsWrittenPieceByPiece(t *testing.T) {
+	r := newClockRig(t)
+	e := r.loop.eng
+	t.Cleanup(func() { close(e.done) })
+	front := watchring.NewFrontier(1, 0)
+	ring := watchring.NewRing(64, 1<<30, 0)
+	svc := NewWatchService(e, WatchConfig{
+		Ring: ring, Frontier: front,
+		ShardsOf: func(key, end []byte) int { return 0 },
+		Now:      func(func(int64, codec.Status)) {},
+	})
+	r.greet(1 << 30)
+	create := marshal(t, &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: &pb.WatchCreateRequest{
+		Key: []byte("k"), StartRevision: 1,
+	}}})
+	const watches, size = 61, 32 << 10
+	for i := range uint32(watches) {
+		r.send(2*i+1, WatchPath, false, create)
+	}
+	body, err := proto.Marshal(&mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte("k"), Value: make([]byte, size), ModRevision: 1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ring.Publish(&watchring.Entry{Rev: 1, Size: len(body), Events: []watchring.Event{{Key: []byte("k"), Body: body, NoPrev: len(body)}}})
+	front.Set(0, 1)
+	before, within := r.sock.written, 0
+	r.loop.OnTurnEnd(func() { within = max(within, r.sock.written-before) }) // behind the Hub, before the end of the turn
+	svc.FrontierRose()
+	r.mail()
+	all := r.sock.written - before
+	if all < watches*size || within < watches*size-pushTarget || within == all {
+		t.Errorf("%d of %d bytes were written when the Hub was done", within, all)
+	}
+	if r.sock.largest > 2*pushTarget {
+		t.Errorf("%d bytes in one write", r.sock.largest)
+	}
+}
+
 type panicCore struct{}
 
 func (panicCore) Submit(*shard.Op) { panic("in the core") }

@@ -19,6 +19,10 @@ import (
 	"spindle/shard"
 )
 
+// pushTarget is how many bytes of events may come together on a loop before they are written. They were just copied, so they
+// are in the processor's cache still; megabytes would not be.
+const pushTarget = 256 << 10
+
 // maxTurnRounds bounds how often the end of one turn is repeated because its own work made more work
 // (a write that failed closed a connection, whose requests ended, ...). What is left waits for the tick.
 const maxTurnRounds = 16
@@ -32,7 +36,8 @@ var (
 // under load, so it serves as the doorbell only), hooks at the end of a turn, and a coarse tick.
 //
 // A turn is one event of one socket or one emptying of the mailbox. At its end the hooks run in order,
-// then every client connection with output writes once. Unless noted otherwise, fields belong to the
+// then every client connection with output writes once; a hook that has much for clients lets go of it piece by piece
+// (pushed). Unless noted otherwise, fields belong to the
 // loop's goroutine.
 type Loop struct {
 	index int
@@ -57,6 +62,7 @@ type Loop struct {
 
 	conns    map[*clientConn]struct{} // open client connections
 	dirty    []*clientConn            // have output to write at the end of the turn
+	unsent   int                      // bytes pushed to them since flush ran last
 	flushing []*clientConn            // the other half of dirty
 	blocked  []*clientConn            // wait for a client that does not read
 	timers   wheel                    // deadlines of RPCs
@@ -328,8 +334,17 @@ func (l *Loop) end(outer bool) {
 	}
 }
 
+// pushed counts what a hook has for clients, and lets it be written when it is enough. So a fan-out of many megabytes goes
+// out piece by piece, and nothing else that waits to be written waits for all of it.
+func (l *Loop) pushed(n int) {
+	if l.unsent += n; l.unsent >= pushTarget {
+		l.flush()
+	}
+}
+
 // flush writes the output of every connection that has some.
 func (l *Loop) flush() {
+	l.unsent = 0
 	l.flushing, l.dirty = l.dirty, l.flushing[:0]
 	for i, c := range l.flushing {
 		l.flushing[i] = nil

@@ -34,15 +34,21 @@ type fakeSock struct {
 	gnet.Conn // nil: what is not below is not called
 	in        []byte
 	written   int
+	largest   int // bytes of one Write
 	waiting   int // what the test says that gnet's buffer holds
 }
 
-func (f *fakeSock) Peek(int) ([]byte, error)    { return f.in, nil }
-func (f *fakeSock) Discard(n int) (int, error)  { f.in = f.in[n:]; return n, nil }
-func (f *fakeSock) Write(p []byte) (int, error) { f.written += len(p); return len(p), nil }
-func (f *fakeSock) OutboundBuffered() int       { return f.waiting }
-func (f *fakeSock) Fd() int                     { return -1 }
-func (f *fakeSock) RemoteAddr() net.Addr        { return &net.UnixAddr{} }
+func (f *fakeSock) Peek(int) ([]byte, error)   { return f.in, nil }
+func (f *fakeSock) Discard(n int) (int, error) { f.in = f.in[n:]; return n, nil }
+func (f *fakeSock) OutboundBuffered() int      { return f.waiting }
+func (f *fakeSock) Fd() int                    { return -1 }
+func (f *fakeSock) RemoteAddr() net.Addr       { return &net.UnixAddr{} }
+
+func (f *fakeSock) Write(p []byte) (int, error) {
+	f.written += len(p)
+	f.largest = max(f.largest, len(p))
+	return len(p), nil
+}
 
 // fakeEL is a gnet.EventLoop whose mailbox the test empties, by rig.mail.
 type fakeEL struct {

@@ -44,6 +44,20 @@ func (r *RPC) Send(msg []byte) {
 	r.conn.send(r.stream, msg)
 }
 
+// Push is Send of head and events as one message, for what many streams get in one turn. It must not be called from
+// within a method of a StreamHandler: once enough has come together on the loop it is written, which may end any
+// connection. shared says that others get events, too; kept that their bytes must not be changed any more
+// (codec.Conn.SendParts).
+func (r *RPC) Push(head, events []byte, shared bool) (kept bool) {
+	if r.stream == nil {
+		return false
+	}
+	kept = r.conn.h2.SendParts(r.stream, head, events, shared)
+	r.conn.touch()
+	r.loop.pushed(len(head) + len(events))
+	return kept
+}
+
 // Finish ends the RPC with st, after what is queued. The handler gets no further call.
 func (r *RPC) Finish(st codec.Status) {
 	if r.stream == nil {

@@ -31,6 +31,7 @@ var statusBadMessage = codec.Status{Code: codec.Internal, Msg: "grpc: error unma
 // watchRPC is what a watchStream needs of its RPC.
 type watchRPC interface {
 	Send(msg []byte)
+	Push(head, events []byte, shared bool) (kept bool)
 	Finish(st codec.Status)
 	Queued() int
 	Hold(hold bool)
@@ -152,8 +153,10 @@ func (s *watchStream) Drained() {
 	}
 }
 
-// Send implements watchring.Sink.
-func (s *watchStream) Send(msg []byte) { s.rpc.Send(msg) }
+// Send implements watchring.Sink. The Hub is at work in the loop's hooks and its mailbox only.
+func (s *watchStream) Send(head, events []byte, shared bool) (kept bool) {
+	return s.rpc.Push(head, events, shared)
+}
 
 // Blocked implements watchring.Sink.
 func (s *watchStream) Blocked() bool {

@@ -135,6 +135,11 @@ func (f *fakeRPC) Send(msg []byte) {
 	}
 }
 
+func (f *fakeRPC) Push(head, events []byte, shared bool) (kept bool) {
+	f.Send(slices.Concat(head, events))
+	return false
+}
+
 func (f *fakeRPC) Finish(st codec.Status) { f.status = &st }
 func (f *fakeRPC) Queued() int            { return f.queued }
 func (f *fakeRPC) Hold(h bool)            { f.held = h }

@@ -20,7 +20,7 @@ type cohort struct {
 	members []*Watcher
 
 	// What was collected since the last flush; buf is nil if nothing was.
-	buf         []byte // headroom, then events
+	buf         []byte // encoded events
 	first, last int64  // revisions of the first and the last event in buf
 	events      int
 }
@@ -53,7 +53,7 @@ func (h *Hub) flush(c *cohort) {
 		return
 	}
 	header := h.encodeHeader(c.last)
-	sent := 0
+	sent, kept := 0, false
 	// Backwards: a member that leaves is replaced by one that was served already.
 	for i := len(c.members) - 1; i >= 0; i-- {
 		w := c.members[i]
@@ -67,14 +67,18 @@ func (h *Hub) flush(c *cohort) {
 		}
 		w.quiet = false
 		w.stream.shown = max(w.stream.shown, c.last)
-		h.sendEvents(w, header, c.buf)
+		if h.sendEvents(w, header, c.buf, true) {
+			kept = true
+		}
 		sent++
 	}
 	h.stats.Events.Add(uint64(sent * c.events))
 	h.stats.Responses.Add(uint64(sent))
-	h.work += sent * (len(c.buf) - headroom)
-	h.collected -= len(c.buf) - headroom
-	h.putBuffer(c.buf)
+	h.work += sent * len(c.buf)
+	h.collected -= len(c.buf)
+	if !kept {
+		h.putBuffer(c.buf)
+	}
 	c.buf = nil
 }
 
@@ -100,9 +104,9 @@ func (h *Hub) getBuffer() []byte {
 		h.free[n-1] = nil
 		h.free = h.free[:n-1]
 		h.freeBytes -= cap(b)
-		return b[:headroom]
+		return b[:0]
 	}
-	return make([]byte, headroom, firstBuffer)
+	return make([]byte, 0, firstBuffer)
 }
 
 func (h *Hub) putBuffer(b []byte) {

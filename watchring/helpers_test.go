@@ -3,6 +3,7 @@ package watchring
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -67,15 +68,16 @@ type recorder struct {
 	onSend  func()
 }
 
-func (r *recorder) Send(msg []byte) {
+func (r *recorder) Send(head, events []byte, shared bool) (kept bool) {
 	m := new(etcdserverpb.WatchResponse)
-	if err := proto.Unmarshal(msg, m); err != nil {
-		r.t.Fatalf("response %x: %v", msg, err)
+	if err := proto.Unmarshal(slices.Concat(head, events), m); err != nil {
+		r.t.Fatalf("response %x %x: %v", head, events, err)
 	}
 	r.got = append(r.got, m)
 	if r.onSend != nil {
 		r.onSend()
 	}
+	return false
 }
 
 func (r *recorder) Blocked() bool    { return r.blocked }

@@ -289,7 +289,7 @@ func (h *Hub) deliverPast(w *Watcher, entries []*Entry, upTo int64) (all bool) {
 		w.pos = e.Rev
 		if len(buf) > h.maxResponse {
 			h.deliver(w, buf, last, events)
-			buf, events = buf[:headroom], 0
+			buf, events = buf[:0], 0
 			if w.closed {
 				return true
 			}

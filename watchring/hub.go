@@ -89,8 +89,7 @@ type Hub struct {
 	free      [][]byte
 	freeBytes int
 	headerBuf []byte
-	fragment  []byte
-	control   []byte
+	head      []byte
 }
 
 // group is all watchers that follow one frontier.
@@ -118,7 +117,7 @@ func NewHub(ring *Ring, frontier *Frontier, shardsOf func(key, end []byte) int, 
 	}
 	return &Hub{
 		ring: ring, frontier: frontier, shardsOf: shardsOf, header: header, stats: stats,
-		maxResponse:   cmp.Or(cfg.MaxResponse, d.MaxResponse) + headroom,
+		maxResponse:   cmp.Or(cfg.MaxResponse, d.MaxResponse),
 		maxFragment:   cmp.Or(cfg.MaxFragment, d.MaxFragment),
 		maxCollected:  cmp.Or(cfg.MaxCollected, d.MaxCollected),
 		pumpRevs:      cmp.Or(cfg.PumpRevisions, d.PumpRevisions),

@@ -12,10 +12,14 @@ import (
 // discard is a Sink that takes everything.
 type discard struct{ messages, bytes int }
 
-func (d *discard) Send(msg []byte) { d.messages++; d.bytes += len(msg) }
-func (d *discard) Blocked() bool   { return false }
-func (d *discard) Ended(*Watcher)  {}
-func (d *discard) Failed(string)   {}
+func (d *discard) Send(head, events []byte, shared bool) bool {
+	d.messages++
+	d.bytes += len(head) + len(events)
+	return false
+}
+func (d *discard) Blocked() bool  { return false }
+func (d *discard) Ended(*Watcher) {}
+func (d *discard) Failed(string)  {}
 
 func TestHubAllocs(t *testing.T) {
 	ring, front := NewRing(1<<12, 1<<30, 0), NewFrontier(2, 0)

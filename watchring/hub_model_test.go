@@ -1,6 +1,7 @@
 package watchring
 
 import (
+	"bytes"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -73,6 +74,7 @@ type world struct {
 	streams []*modelStream
 	counts  worldCounts
 
+	kept      []keptEvents
 	notifying bool       // within Notify
 	past      *modelPast // nil: the Hub has no history to read
 }
@@ -280,6 +282,11 @@ func (w *world) run() {
 		s.s.Close()
 	}
 	pumpAll(w.t, w.hub)
+	for _, k := range w.kept {
+		if !bytes.Equal(k.events, k.was) {
+			w.fail("events that a sink has kept were changed")
+		}
+	}
 	if w.past != nil && (len(w.past.open) != 0 || len(w.hub.readers) != 0 || len(w.hub.divers) != 0 || w.hub.stats.Deep.Load() != 0) {
 		w.fail("left behind: %d readers of the past, %d watchers that wait for one", len(w.hub.readers), len(w.hub.divers))
 	}
@@ -435,12 +442,25 @@ func (s *modelStream) Ended(x *Watcher) {
 	}
 }
 
-func (s *modelStream) Send(msg []byte) {
+func (s *modelStream) Send(head, events []byte, shared bool) (kept bool) {
 	w := s.w
 	m := new(etcdserverpb.WatchResponse)
-	if err := proto.Unmarshal(msg, m); err != nil {
-		w.fail("%x: %v", msg, err)
+	if err := proto.Unmarshal(slices.Concat(head, events), m); err != nil {
+		w.fail("%x %x: %v", head, events, err)
 	}
+	if kept = shared && w.rng.IntN(4) == 0; kept {
+		w.kept = append(w.kept, keptEvents{events, slices.Clone(events)})
+	}
+	s.take(m)
+	return kept
+}
+
+// keptEvents is what a sink has kept, and how it was then.
+type keptEvents struct{ events, was []byte }
+
+// take checks one response.
+func (s *modelStream) take(m *etcdserverpb.WatchResponse) {
+	w := s.w
 	if s.closed {
 		w.fail("sent after Close: %v", m)
 	}

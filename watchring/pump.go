@@ -219,7 +219,7 @@ func (h *Hub) catchUp(w *Watcher) {
 	events, last := 0, int64(0)
 	revs, sent := 0, 0
 	gone := false
-	for w.pos < g.cursor && revs < h.turnRevisions && sent+len(buf)-headroom < h.turnBytes {
+	for w.pos < g.cursor && revs < h.turnRevisions && sent+len(buf) < h.turnBytes {
 		rev := w.pos + 1
 		if rev < h.frontier.Compacted() {
 			gone = true
@@ -249,9 +249,9 @@ func (h *Hub) catchUp(w *Watcher) {
 		}
 		w.pos = rev
 		if len(buf) > h.maxResponse {
-			sent += len(buf) - headroom
+			sent += len(buf)
 			h.deliver(w, buf, last, events)
-			buf, events = buf[:headroom], 0
+			buf, events = buf[:0], 0
 			if w.closed || w.stream.sink.Blocked() {
 				break
 			}
@@ -292,8 +292,8 @@ func (h *Hub) isGone(w *Watcher) bool {
 func (h *Hub) deliver(w *Watcher, buf []byte, last int64, events int) {
 	w.quiet = false
 	w.stream.shown = max(w.stream.shown, last)
-	h.work += len(buf) - headroom
-	h.sendEvents(w, h.encodeHeader(last), buf)
+	h.work += len(buf)
+	h.sendEvents(w, h.encodeHeader(last), buf, false)
 	h.stats.Events.Add(uint64(events))
 	h.stats.Responses.Add(1)
 }

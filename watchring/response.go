@@ -41,11 +41,6 @@ func AppendResponse(dst []byte, r *Response) []byte {
 	return codec.AppendString(dst, fieldCancelReason, r.CancelReason)
 }
 
-// headroom is what a response's fields before the events take at most: a header of four varints, the
-// watch id, the fragment flag. Events are collected behind that much room, so that the same
-// bytes can be sent to one watcher after another with only the room rewritten.
-const headroom = 64
-
 // appendEvent appends one event to the events of a response.
 func appendEvent(dst []byte, ev *Event, prevKV bool) []byte {
 	body := ev.Body
@@ -56,65 +51,45 @@ func appendEvent(dst []byte, ev *Event, prevKV bool) []byte {
 	return protowire.AppendBytes(dst, body)
 }
 
-// sendEvents sends buf, which is headroom and then at least one event, to w as one response or, if w
-// asked for fragments and they are too large for one, as several (etcd's sendFragments: a fragment
-// stays below the limit unless a single event exceeds it; all but the last are marked). header holds
-// the encoded header field.
-func (h *Hub) sendEvents(w *Watcher, header, buf []byte) {
-	if w.Fragment && len(buf)-headroom+len(header)+1+protowire.SizeVarint(uint64(w.ID)) >= h.maxFragment {
-		h.sendFragments(w, header, buf[headroom:])
-		return
+// sendEvents sends events, at least one, to w as one response or, if w asked for fragments and they are too large for
+// one, as several (etcd's sendFragments: a fragment stays below the limit unless a single event exceeds it; all but
+// the last are marked). header holds the encoded header field. shared and kept are the Sink's.
+func (h *Hub) sendEvents(w *Watcher, header, events []byte, shared bool) (kept bool) {
+	head := append(h.head[:0], header...)
+	head = codec.AppendInt(head, fieldWatchID, w.ID)
+	h.head = head
+	if !w.Fragment || len(head)+len(events) < h.maxFragment {
+		return w.stream.sink.Send(head, events, shared)
 	}
-	w.stream.sink.Send(prepend(buf, header, w.ID))
-}
-
-// prepend writes the fields before the events into the headroom of buf, and returns the message.
-func prepend(buf, header []byte, id int64) []byte {
-	var idField [11]byte
-	f := codec.AppendInt(idField[:0], fieldWatchID, id)
-	at := headroom - len(f)
-	copy(buf[at:], f)
-	at -= len(header)
-	copy(buf[at:], header)
-	return buf[at:]
-}
-
-func (h *Hub) sendFragments(w *Watcher, header, events []byte) {
-	for len(events) > 0 {
-		msg := append(h.fragment[:0], header...)
-		msg = codec.AppendInt(msg, fieldWatchID, w.ID)
-		more := len(msg)
-		msg = codec.AppendInt(msg, fieldFragment, 1)
+	last := len(head)
+	head = codec.AppendInt(head, fieldFragment, 1)
+	h.head = head
+	for len(events) > 0 && !w.closed {
 		n := 0
 		for n < len(events) {
 			_, _, size := protowire.ConsumeField(events[n:])
-			if size < 0 || n > 0 && len(msg)+n+size >= h.maxFragment {
+			if size < 0 || n > 0 && len(head)+n+size >= h.maxFragment {
 				break
 			}
 			n += size
 		}
 		if n == 0 {
-			return // not what appendEvent wrote; cannot happen
+			break // not what appendEvent wrote; cannot happen
 		}
 		if n == len(events) {
-			msg = msg[:more]
+			head = head[:last]
 		}
-		msg = append(msg, events[:n]...)
+		if w.stream.sink.Send(head, events[:n:n], shared) {
+			kept = true
+		}
 		events = events[n:]
-		h.fragment = msg
-		w.stream.sink.Send(msg)
-		if w.closed {
-			break
-		}
 	}
-	if cap(h.fragment) > maxKeptBuffer {
-		h.fragment = nil
-	}
+	return kept
 }
 
 // sendControl sends a response without events.
 func (h *Hub) sendControl(s *Stream, r *Response) {
 	r.Header.ClusterID, r.Header.MemberID, r.Header.RaftTerm = h.header.ClusterID, h.header.MemberID, h.header.RaftTerm
-	h.control = AppendResponse(h.control[:0], r)
-	s.sink.Send(h.control)
+	h.head = AppendResponse(h.head[:0], r)
+	s.sink.Send(h.head, nil, false)
 }

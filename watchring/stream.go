@@ -3,8 +3,10 @@ package watchring
 // Sink is where the responses of a Stream go: one Watch RPC. The Hub calls it on the loop's goroutine, from
 // within its own methods. A Sink may call any method of Hub, Stream and Watcher meanwhile.
 type Sink interface {
-	// Send takes one encoded WatchResponse; msg is copied before return.
-	Send(msg []byte)
+	// Send takes one encoded WatchResponse, in two pieces, which are copied before return. If events are shared, which
+	// means that others get them as well, the Sink may also keep them as they are, and says so: the Hub leaves their
+	// memory alone from then on.
+	Send(head, events []byte, shared bool) (kept bool)
 	// Blocked says that so much waits for the client that no events should be added. Once it was true,
 	// the owner calls Stream.Drained when it is false again.
 	Blocked() bool

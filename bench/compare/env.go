@@ -22,7 +22,8 @@ type Config struct {
 	Spindle     string
 	SpindleArgs []string // given to it besides
 	Rounds      int
-	// Profile is a directory that gets a CPU and an allocation profile of Spindle and the etcds without TLS for each round; "": none.
+	// Profile is a directory that gets a CPU and an allocation profile of Spindle and the etcds without TLS for each round, and a CPU
+	// profile of the generator; "": none.
 	Profile string
 	// DiskBps is how many bytes a second a throttled disk writes.
 	DiskBps  int

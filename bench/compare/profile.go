@@ -7,15 +7,27 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/pprof"
 	"sync"
 	"time"
 )
 
-// profile takes a CPU profile and the allocations of each of t's processes that shows them, from after on and for as long as the load
-// measures, to files that begin with name. What it returns waits for the end of that.
+// profile takes a CPU profile and the allocations of each of t's processes that shows them, and a CPU profile of this one, which is the
+// generator, from after on and for as long as the load measures, to files that begin with name. What it returns waits for the end of that.
 func (e *Env) profile(ctx context.Context, name string, t *target, after, long time.Duration) (wait func()) {
 	seconds := max(1, int(long/time.Second))
 	var all sync.WaitGroup
+	all.Go(func() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(after):
+		}
+		file := filepath.Join(e.cfg.Profile, name+"-generator.cpu")
+		if err := profileSelf(ctx, long, file); err != nil {
+			e.say("no profile of the generator: %v", err)
+		}
+	})
 	for _, p := range t.procs {
 		if p.web == "" {
 			continue
@@ -35,6 +47,24 @@ func (e *Env) profile(ctx context.Context, name string, t *target, after, long t
 		}
 	}
 	return all.Wait
+}
+
+// profileSelf profiles this process for as long as the load measures.
+func profileSelf(ctx context.Context, long time.Duration, file string) error {
+	out, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	if err := pprof.StartCPUProfile(out); err != nil {
+		return err
+	}
+	defer pprof.StopCPUProfile()
+	select {
+	case <-ctx.Done():
+	case <-time.After(long):
+	}
+	return nil
 }
 
 // fetch writes what url shows to a file.

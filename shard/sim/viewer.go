@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -144,7 +145,12 @@ func (v *viewer) askProgress() {
 }
 
 // Send implements watchring.Sink.
-func (v *viewer) Send(msg []byte) {
+func (v *viewer) Send(head, events []byte, shared bool) (kept bool) {
+	v.take(slices.Concat(head, events))
+	return false
+}
+
+func (v *viewer) take(msg []byte) {
 	r := v.p.r
 	m := &pb.WatchResponse{}
 	if err := proto.Unmarshal(msg, m); err != nil || m.Header == nil {
