@@ -74,6 +74,10 @@ type pagePart struct {
 	waits   bool   // for a look before it is asked for
 	endless bool   // a look found no ends
 
+	pages [][]byte // that were gathered
+	size  int64    // of their keys in client form
+	keys  int64
+
 	counted bool
 	total   int64 // keys of the shard in the whole range, at its local revision
 	taken   int64 // keys merged, or walked over to count them
@@ -94,7 +98,11 @@ func (p *pagePart) pageLimit() int64 {
 		want *= wholeFactor
 	}
 	if p.limit > 0 {
-		want = min(p.fullPage(), p.limit*pageGrowth)
+		growth := int64(pageGrowth)
+		if r.gathering {
+			growth = gatherGrowth
+		}
+		want = min(p.fullPage(), p.limit*growth)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
@@ -108,6 +116,9 @@ func (p *pagePart) fullPage() int64 {
 	aim, most := r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
 	if r.whole() && r.c.cfg.PageKeys >= firstPageKeys {
 		aim, most = wholePageBytes, wholePageKeys
+		if r.gathering {
+			aim = gatherPageBytes
+		}
 	}
 	return min(aim/max(p.perKey, 1), most)
 }
