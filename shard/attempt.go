@@ -64,7 +64,7 @@ func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, false)
 }
 
-// callLarge is call for pages of lists, which take their time on a busy member and say nothing about batches.
+// callLarge is call for lists and their pages, which take their time on a busy member and say nothing about batches.
 func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, true)
 }

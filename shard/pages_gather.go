@@ -39,7 +39,7 @@ func (r *pagedRead) gather() {
 		p := &r.parts[i]
 		first := p.page
 		p.page, p.it = nil, partIter{}
-		if !p.keepGathered(first) {
+		if !p.keepGathered(first, p.pageSum) {
 			return
 		}
 	}
@@ -54,7 +54,7 @@ func (r *pagedRead) gatherOn() {
 		if p.full {
 			page := p.ahead
 			p.ahead, p.full = nil, false
-			if !p.keepGathered(page) {
+			if !p.keepGathered(page, p.aheadSum) {
 				return
 			}
 		}
@@ -88,18 +88,11 @@ func (r *pagedRead) gatherOn() {
 	r.end(codec.Status{})
 }
 
-// keepGathered takes one page. false: the list has ended, because it is not protobuf, or there is no room for it.
-func (p *pagePart) keepGathered(page []byte) bool {
+// keepGathered takes one page. false: there is no room for it, and the list has ended.
+func (p *pagePart) keepGathered(page []byte, sum pageSum) bool {
 	r := p.r
-	it := partIter{it: codec.Fields{Msg: page}}
-	for it.next() {
-		p.size += int64(sizeKVField(&it.kv.KV))
-		p.keys++ // what a member counts has foreign keys, too
-	}
-	if it.it.Bad {
-		r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
-		return false
-	}
+	p.size += sum.size
+	p.keys += sum.keys // what a member counts has foreign keys, too
 	p.pages = append(p.pages, page)
 	r.gathered += int64(cap(page))
 	return r.grownTo(r.gathered)
