@@ -19,10 +19,24 @@ const (
 // buffer is a pooled byte slice, and a link of a queue.
 type buffer struct {
 	b    []byte
-	off  int // queue: bytes at the start that are already taken
+	off  int    // queue: bytes at the start that are already taken
+	src  Source // queue: instead of b
 	next *buffer
 	// shared: others read b, too (Conn.SendParts).
 	shared bool
+}
+
+// Source is a message that is made as it is sent, from memory that it holds, so that the whole of it never stands anywhere.
+// It belongs to the Conn from SendFrom on.
+type Source interface {
+	// Next appends the next n bytes, which are no more than Len.
+	Next(dst []byte, n int) []byte
+	// Len is how many bytes are left.
+	Len() int
+	// Mem is how many bytes of memory it holds. It only falls.
+	Mem() int
+	// Drop lets go of all of it. Nothing else is called afterwards.
+	Drop()
 }
 
 var bufferPools [maxBufferBits - minBufferBits + 1]sync.Pool
@@ -95,6 +109,13 @@ func (q *queue) pushBlock(b *buffer) {
 	q.link(b)
 }
 
+// pushSource links what src will make to the end.
+func (q *queue) pushSource(src Source) {
+	q.n += src.Len()
+	q.link(&buffer{src: src})
+	q.mem += src.Mem()
+}
+
 func (q *queue) link(b *buffer) {
 	q.mem += cap(b.b)
 	if q.tail == nil {
@@ -110,27 +131,48 @@ func (q *queue) popAppend(dst []byte, n int) []byte {
 	q.n -= n
 	for n > 0 {
 		h := q.head
+		if h.src != nil {
+			k, mem := min(n, h.src.Len()), h.src.Mem()
+			dst = h.src.Next(dst, k)
+			q.mem += h.src.Mem() - mem
+			n -= k
+			if h.src.Len() == 0 {
+				q.mem -= h.src.Mem()
+				h.src.Drop()
+				q.unlink()
+			}
+			continue
+		}
 		k := min(n, len(h.b)-h.off)
 		dst = append(dst, h.b[h.off:h.off+k]...)
 		h.off += k
 		n -= k
 		if h.off == len(h.b) {
-			q.head = h.next
-			if q.head == nil {
-				q.tail = nil
-			}
 			q.mem -= cap(h.b)
+			q.unlink()
 			putBuffer(h)
 		}
 	}
 	return dst
 }
 
+// unlink takes the first link out.
+func (q *queue) unlink() {
+	q.head = q.head.next
+	if q.head == nil {
+		q.tail = nil
+	}
+}
+
 // drop forgets everything.
 func (q *queue) drop() {
 	for h := q.head; h != nil; {
 		next := h.next
-		putBuffer(h)
+		if h.src != nil {
+			h.src.Drop()
+		} else {
+			putBuffer(h)
+		}
 		h = next
 	}
 	*q = queue{}

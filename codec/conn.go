@@ -65,6 +65,14 @@ func (s *Stream) Queued() int { return s.stream.q.n }
 // QueueMemory returns the memory that these messages take; see Conn.QueueMemory.
 func (s *Stream) QueueMemory() int { return s.stream.q.mem }
 
+// Received returns how many bytes are here of the message that is coming in, 0 if none is.
+func (s *Stream) Received() int {
+	if s.stream.msg == nil {
+		return 0
+	}
+	return len(s.stream.msg.b)
+}
+
 // ServerEvents is what happens on a server's Conn. All calls come on the goroutine that owns the Conn, from
 // within Conn.Feed or Conn.Close; OnDrained, and OnCancel of a stream that Send had to give up, also from
 // within Conn.Output. None comes from within Send, Finish, CloseSend, Reset, Hold or SetBlocked. Handlers may

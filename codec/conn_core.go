@@ -322,6 +322,9 @@ func (c *Conn) Queued() int { return c.queued }
 // QueueMemory returns the memory that those messages take, with what was sent of them but is freed only with the rest.
 func (c *Conn) QueueMemory() int { return c.queueMem }
 
+// SentData returns how many bytes of DATA were put into Output so far.
+func (c *Conn) SentData() int64 { return c.sentData }
+
 // Close says that the socket is gone: every open stream gets its OnCancel or OnEnd.
 func (c *Conn) Close() {
 	if c.closed {

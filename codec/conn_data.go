@@ -154,7 +154,7 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 		if len(p) == 0 {
 			return nil // the next piece may hold all of it
 		}
-		n := min(len(p), st.msgLen-c.partialLen(s))
+		n := min(len(p), st.msgLen-s.Received())
 		if !c.keep(s, p[:n]) {
 			c.hit(LimitPartial)
 			c.abort(s, Status{ResourceExhausted, "too many messages received in part on this connection"})
@@ -209,18 +209,11 @@ func (c *Conn) deliverMessage(s *Stream, msg []byte) {
 	}
 }
 
-func (c *Conn) partialLen(s *Stream) int {
-	if s.stream.msg == nil {
-		return 0
-	}
-	return len(s.stream.msg.b)
-}
-
 // keep appends p to the message that is being received. Its buffer doubles, so that a stream that announces
 // much and sends little costs little; a server that has sent a part of a reply is taken at its word. false means that the connection keeps too much already.
 func (c *Conn) keep(s *Stream, p []byte) bool {
 	st := &s.stream
-	have := c.partialLen(s)
+	have := s.Received()
 	if st.msg == nil || have+len(p) > cap(st.msg.b) {
 		size := max(have+len(p), min(2*have, st.msgLen))
 		if c.client && have >= st.msgLen/memberHaste {

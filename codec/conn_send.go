@@ -71,6 +71,33 @@ func (c *Conn) send(s *Stream, head, body []byte, whose int) (kept bool) {
 	return kept
 }
 
+// SendFrom is Send for a message that src makes as it is sent. It calls Drop when all is sent, or nothing more will be.
+func (c *Conn) SendFrom(s *Stream, src Source) {
+	st := &s.stream
+	if st.phase != phaseLive || st.ending != endNone || st.localClosed || !c.usable() {
+		src.Drop()
+		return
+	}
+	if c.queued > hardQueueFactor*c.cfg.MaxQueuedBytes || src.Len() > math.MaxUint32 {
+		src.Drop()
+		c.giveUp(s)
+		return
+	}
+	var room [prefixLen]byte
+	n, mem := st.q.n, st.q.mem
+	st.q.push(appendPrefix(room[:0], src.Len()))
+	if src.Len() == 0 {
+		src.Drop()
+	} else {
+		st.q.pushSource(src)
+	}
+	c.queued += st.q.n - n
+	c.queueMem += st.q.mem - mem
+	c.wake(s)
+	c.pump()
+	st.wantDrained = st.wantDrained || st.q.n > 0
+}
+
 // sendDirect frames as much of a message as the windows and outputTarget allow, and returns the rest.
 func (c *Conn) sendDirect(s *Stream, prefix, msg []byte) []byte {
 	st := &s.stream

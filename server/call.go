@@ -94,7 +94,7 @@ func (c *clientConn) submit(k *call, msg []byte) {
 	op.Msg = append(op.Msg, msg...)
 	op.Deadline = k.deadline
 	op.Done = opDone
-	op.User, op.Client = k, &c.client
+	op.User, op.Client, op.Lists = k, &c.client, true
 	k.op, k.opSize = op, len(msg)
 	k.refs++
 	c.ops++
@@ -117,6 +117,9 @@ func opDone(op *shard.Op) {
 		op.Status, op.Resp = codec.ErrTooManyRequests, nil // nothing was changed by it
 	}
 	k.carried = int64(len(op.Resp))
+	if op.List != nil { // always admitted
+		k.carried = int64(op.List.Mem())
+	}
 	if k.carried < chargeStep {
 		k.carried = 0
 	}
@@ -144,6 +147,9 @@ func (k *call) answered() {
 	if k.stream != nil {
 		switch {
 		case k.op.Status.Code != codec.OK:
+		case k.op.List != nil:
+			c.h2.SendFrom(k.stream, k.op.List)
+			k.op.List = nil
 		case len(k.op.Resp) >= ownedAnswer:
 			c.h2.SendOwned(k.stream, k.op.Resp)
 			k.op.Resp = nil

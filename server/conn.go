@@ -35,7 +35,7 @@ const (
 	// connection's buffer: answers to a flood of PING, SETTINGS or the like. It is dropped beyond.
 	maxBlockedControl = 1 << 20
 	// maxStalledReplies is how much memory answers may take that wait for HTTP/2 window for longer than
-	// Config.StallTimeout while none of them is taken; the connection is dropped beyond. A stream (a Watch)
+	// Config.StallTimeout while none of them is taken, nor minTaken of others; the connection is dropped beyond. A stream (a Watch)
 	// that its client reads late is no such answer: it is held back on its own, and up to maxStalledStream
 	// of it do not count.
 	maxStalledReplies = 1 << 20
@@ -91,7 +91,8 @@ type clientConn struct {
 	lastDone  int                // what had gone through then
 	streaming map[*call]struct{} // open streaming RPCs; nil until there is one
 	waiting   int                // bytes of answers that waited for window when second looked, sent parts not counted
-	waitSince int64              // when second last saw that they were few, or fewer than before
+	waitSent  int64              // what had been sent of answers then
+	waitSince int64              // when second last saw that they were few, fewer than before, or being taken; at first, opened
 
 	ops      int // unary requests and keep-alives with the core, canceled ones included
 	opsBytes int // the size of their messages
@@ -115,7 +116,7 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 		c.remote = sock.RemoteAddr()
 	}
 	c.opened = c.loop.now()
-	c.received = c.opened
+	c.received, c.waitSince = c.opened, c.opened
 	c.eng.conns.Add(1)
 	c.loop.clients.Add(1)
 	c.loop.conns[c] = struct{}{}
@@ -319,12 +320,15 @@ func (c *clientConn) second(now int64) {
 			mem -= k.stream.QueueMemory() - max(0, k.stream.Queued()-maxStalledStream)
 		}
 	}
-	if c.blocked || mem <= maxStalledReplies || waiting < c.waiting {
+	// Who takes much may be given more than that, second after second.
+	sent := c.h2.SentData()
+	taken := sent-c.waitSent > int64(waiting/minTaken)
+	if c.blocked || mem <= maxStalledReplies || waiting < c.waiting || taken {
 		c.waitSince = now
 	} else if now-c.waitSince >= int64(c.eng.cfg.StallTimeout) {
 		c.drop(limitNoWindow, "client gives no window for its answers")
 	}
-	c.waiting = waiting
+	c.waiting, c.waitSent = waiting, sent
 }
 
 func (c *clientConn) drop(l limit, why string) {

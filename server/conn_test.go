@@ -158,6 +158,49 @@ func TestStalledAnswersEndTheConnection(t *testing.T) {
 	}
 }
 
+// A large answer may be waiting for window when a new connection is looked at for the first time, however long the process has
+// been there by then. It was dropped if that was longer than StallTimeout: in a suite of lists once in some thirty.
+func TestNewConnectionWithALargeAnswerIsKept(t *testing.T) {
+	r := newClockRig(t)
+	r.now = int64(10 * r.loop.eng.cfg.StallTimeout)
+	r.conn.kill()
+	r.conn = newClientConn(r.loop)
+	r.att = &attachment{loop: r.loop, h: r.conn}
+	r.loop.clock = 0 // another turn
+	r.att.event(r.sock, attachmentOpen)
+	r.core.resp = make([]byte, 10<<20)
+	r.greet(64 << 10)
+	r.send(1, "/etcdserverpb.KV/Range", true, []byte("q"))
+	for range 5 {
+		if r.pass(time.Second); r.conn.closed {
+			t.Fatal("a client that has just begun to read its list was dropped")
+		}
+	}
+}
+
+// A client that takes its answers is not dropped when more of them wait each time that it is looked at.
+func TestBusyReaderIsKept(t *testing.T) {
+	r := newClockRig(t)
+	r.greet(0)
+	const size = 1 << 20
+	id := uint32(1)
+	for sec := range int(2 * r.loop.eng.cfg.StallTimeout / time.Second) {
+		r.core.resp = make([]byte, size+sec)
+		r.send(id, "/etcdserverpb.KV/Range", true, []byte("q"))
+		r.core.resp = make([]byte, size+sec+1)
+		r.send(id+2, "/etcdserverpb.KV/Range", true, []byte("q"))
+		r.window(id, 2*size) // one of the two is taken, and some of the other
+		r.window(id+2, size-1000)
+		id += 4
+		if r.pass(time.Second); r.conn.closed {
+			t.Fatalf("dropped after %d s", sec+1)
+		}
+		if sec == 0 && r.conn.h2.Queued() == 0 {
+			t.Fatal("nothing waits")
+		}
+	}
+}
+
 // A watch that was held back goes on in the turn in which its client takes what waited: Drained is called from
 // within that turn's output, after the hooks, and nothing else may happen on the loop for long.
 func TestDrainedWatchGoesOnInTheSameTurn(t *testing.T) {

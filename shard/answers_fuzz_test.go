@@ -128,7 +128,7 @@ func checkTxnReply(t *testing.T, msg []byte) {
 func checkRangeReply(t *testing.T, msg []byte) {
 	first, found := firstKV(msg)
 	lease := carriesLease(msg)
-	end := endOf(msg)
+	end := sumPage(msg).end
 	snap := NewSnapshot([][]byte{msg})
 	stored, storedOK := storedKVs(msg, nil)
 	var want pb.RangeResponse

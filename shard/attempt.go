@@ -66,7 +66,8 @@ func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, false)
 }
 
-// callLarge is call for what may have a large answer, pages of lists above all, which take their time on a busy member and say nothing about batches.
+// callLarge is call for lists, their pages, and whatever else may have a large answer, which takes its time on a busy member and
+// says nothing about batches.
 func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
 	s.attempt(m, req, done, true)
 }

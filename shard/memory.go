@@ -94,7 +94,9 @@ func (r *pagedRead) admit() bool {
 		r.admitted = true
 		return true
 	}
-	size += min(size, 2*int64(len(r.parts))*wholePageBytes) // the pages, as long as it is put together
+	if !r.long() {
+		size += min(size, 2*int64(len(r.parts))*wholePageBytes) // the pages, as long as it is put together
+	}
 	c := r.c
 	if len(c.large.waiting) == 0 && c.roomFor(size) {
 		r.hold(size)
@@ -166,8 +168,10 @@ func (r *pagedRead) keep(size int64) {
 }
 
 // grown sees to an answer that became larger than it was expected to be. false: it may not, and was ended.
-func (r *pagedRead) grown() bool {
-	m, n := r.c.cfg.Memory, int64(len(r.out))
+func (r *pagedRead) grown() bool { return r.grownTo(int64(len(r.out))) }
+
+func (r *pagedRead) grownTo(n int64) bool {
+	m := r.c.cfg.Memory
 	switch more := n + n/4 - r.held; {
 	case m == nil || r.stream != nil || n <= max(r.held, largeAnswer):
 	case r.held == 0:

@@ -297,11 +297,32 @@ func (r *rangeSpec) appendKV(dst []byte, kv *codec.KV) []byte {
 // appendKVField appends kv as the message num. Its size is computed first: lists are long, and moving
 // what was written costs more than counting.
 func appendKVField(dst []byte, num protowire.Number, kv *codec.KV) []byte {
-	size := sizeBytes(kv.Key) + sizeInt(kv.CreateRevision) + sizeInt(kv.ModRevision) + sizeInt(kv.Version) +
-		sizeBytes(kv.Value) + sizeInt(kv.Lease)
 	dst = protowire.AppendTag(dst, num, protowire.BytesType)
-	dst = protowire.AppendVarint(dst, uint64(size))
+	dst = protowire.AppendVarint(dst, uint64(sizeKV(kv)))
 	return codec.AppendKV(dst, kv)
+}
+
+// sizeKV is the length of what codec.AppendKV appends.
+func sizeKV(kv *codec.KV) int {
+	return sizeBytes(kv.Key) + sizeInt(kv.CreateRevision) + sizeInt(kv.ModRevision) + sizeInt(kv.Version) +
+		sizeBytes(kv.Value) + sizeInt(kv.Lease)
+}
+
+// sizeKVField is the length of what appendKVField appends, with a num below 16.
+func sizeKVField(kv *codec.KV) int { return 1 + protowire.SizeBytes(sizeKV(kv)) }
+
+// appendKVBefore appends what appendKVField does, up to the bytes of the value: behind them comes the lease.
+func appendKVBefore(dst []byte, num protowire.Number, kv *codec.KV) []byte {
+	dst = protowire.AppendTag(dst, num, protowire.BytesType)
+	dst = protowire.AppendVarint(dst, uint64(sizeKV(kv)))
+	bare := *kv
+	bare.Value, bare.Lease = nil, 0
+	dst = codec.AppendKV(dst, &bare)
+	if len(kv.Value) > 0 {
+		dst = protowire.AppendTag(dst, 5, protowire.BytesType)
+		dst = protowire.AppendVarint(dst, uint64(len(kv.Value)))
+	}
+	return dst
 }
 
 func sizeBytes(b []byte) int {

@@ -45,6 +45,9 @@ type Op struct {
 
 	// Resp is the encoded response message, appended to by the Core, valid when Status is OK.
 	Resp []byte
+	// Lists says that whoever has asked takes the answer to a long Range as a List, which is in place of Resp then.
+	Lists bool
+	List  *List
 	// Status is how it ended.
 	Status codec.Status
 	// Done is called exactly once, on the goroutine that owns the Core, also after Cancel. It may be
@@ -74,6 +77,9 @@ func AcquireOp() *Op { return opPool.Get().(*Op) }
 
 // ReleaseOp gives op back. Nothing may refer to op any more, neither the Core nor a pending Cancel.
 func ReleaseOp(op *Op) {
+	if op.List != nil {
+		op.List.Drop()
+	}
 	msg, resp := op.Msg[:0], op.Resp[:0]
 	if cap(msg) > maxPooledOp {
 		msg = nil

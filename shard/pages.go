@@ -49,6 +49,9 @@ type pagedRead struct {
 	expected int64    // bytes of the answer, while it waits
 	ends     [][]byte // ascending; places where pages end, see pages_ends.go
 	looking  bool     // a look for more of them is under way
+
+	gathering bool  // all pages are kept, for a List
+	gathered  int64 // bytes of them
 }
 
 func (c *Core) newPagedRead(op *Op, stream *RangeStream) *pagedRead {
@@ -99,6 +102,7 @@ func (r *pagedRead) begin() {
 func (r *pagedRead) restart() {
 	r.gen++
 	r.fixed, r.cut, r.ends, r.looking = false, false, nil, false
+	r.gathering, r.gathered = false, 0
 	for i := range r.parts {
 		p := &r.parts[i]
 		*p = pagePart{r: r, s: p.s, from: append(p.from[:0], r.iv.Key...), more: true,
@@ -293,6 +297,10 @@ func (r *pagedRead) merge() {
 }
 
 func (r *pagedRead) mergeOn() {
+	if r.gathering {
+		r.gatherOn()
+		return
+	}
 	if r.cut {
 		r.finish(true)
 		return
@@ -337,6 +345,10 @@ func (r *pagedRead) mergeOn() {
 		p := &r.parts[best]
 		if r.sent == 0 && r.stream == nil {
 			if !r.admit() {
+				return
+			}
+			if r.long() {
+				r.gather()
 				return
 			}
 			r.reserve()

@@ -23,7 +23,7 @@ const (
 	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
 	// a little less than a power of two, which is what the codec's buffers have.
 	maxPageKeys  = 2048
-	maxPageBytes = 7 << 16
+	maxPageBytes = 15 << 17
 	minPageBytes = 32 << 10
 	pageBudget   = 16 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
@@ -69,10 +69,16 @@ type pagePart struct {
 	full    bool
 	skipped int64
 
+	pageSum, aheadSum pageSum // what is in the two
+
 	fetched int64  // keys of the pages that have come
 	upTo    []byte // where the page that is asked for ends at the latest; nil: at the range's end
 	waits   bool   // for a look before it is asked for
 	endless bool   // a look found no ends
+
+	pages [][]byte // that were gathered
+	size  int64    // of their keys in client form
+	keys  int64
 
 	counted bool
 	total   int64 // keys of the shard in the whole range, at its local revision
@@ -94,7 +100,11 @@ func (p *pagePart) pageLimit() int64 {
 		want *= wholeFactor
 	}
 	if p.limit > 0 {
-		want = min(p.fullPage(), p.limit*pageGrowth)
+		growth := int64(pageGrowth)
+		if r.gathering {
+			growth = gatherGrowth
+		}
+		want = min(p.fullPage(), p.limit*growth)
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
@@ -108,6 +118,9 @@ func (p *pagePart) fullPage() int64 {
 	aim, most := r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
 	if r.whole() && r.c.cfg.PageKeys >= firstPageKeys {
 		aim, most = wholePageBytes, wholePageKeys
+		if r.gathering {
+			aim = gatherPageBytes
+		}
 	}
 	return min(aim/max(p.perKey, 1), most)
 }
@@ -138,12 +151,13 @@ func (p *pagePart) fetch() {
 	p.inFlight = true
 	p.limit = p.pageLimit()
 	if p.needsEnds() {
-		p.waits = true
 		if r := p.r; !r.looking {
 			r.looking = true
 			(&endsCall{p: p, gen: r.gen}).send()
 		}
-		return
+		if p.waits = p.total-p.fetched > lookKeys; p.waits {
+			return
+		}
 	}
 	p.ask()
 }
@@ -159,6 +173,7 @@ type pageCall struct {
 	p        *pagePart
 	gen      int
 	deadline int64
+	sum      pageSum // of the reply, but inside a batch
 }
 
 func (q *pageCall) send() {
@@ -255,7 +270,7 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 				resp = t.resps[0]
 			}
 		}
-		if !p.take(resp) {
+		if !p.take(resp, q.sum) {
 			r.end(codec.Status{Code: codec.Internal, Msg: "spindle: unreadable answer of member cluster " + p.s.name})
 			return
 		}
@@ -274,10 +289,15 @@ func (q *pageCall) txn() bool {
 // foreign says that the page holds values that somebody else wrote.
 func (q *pageCall) foreign(resp []byte) bool {
 	if !q.txn() {
-		return anyForeign(resp)
+		q.sum = sumPage(resp)
+		return q.sum.foreign
 	}
 	t, _ := parseTxnReply(resp, nil)
-	return anyForeign(t.resps...)
+	if q.p.inside || len(t.resps) == 0 {
+		return anyForeign(t.resps...)
+	}
+	q.sum = sumPage(t.resps[0])
+	return q.sum.foreign
 }
 
 // clean goes on with a page of what clients are to see.
@@ -293,7 +313,7 @@ func (q *pageCall) clean(resp []byte) {
 		}
 	}
 	end := func(part []byte) {
-		e := endOf(part)
+		e := sumPage(part).end
 		e.key = bytes.Clone(e.key)
 		q.p.was = append(q.p.was, e)
 	}
@@ -316,7 +336,7 @@ func (q *pageCall) clean(resp []byte) {
 }
 
 // take makes resp the page ahead.
-func (p *pagePart) take(resp []byte) bool {
+func (p *pagePart) take(resp []byte, sum pageSum) bool {
 	var last pageEnd
 	switch {
 	case p.inside:
@@ -331,7 +351,7 @@ func (p *pagePart) take(resp []byte) bool {
 				return false
 			}
 		}
-		after, before := p.endOf(t.resps[0], 0), p.endOf(t.resps[1], 1)
+		after, before := p.endOf(sumPage(t.resps[0]).end, 0), p.endOf(sumPage(t.resps[1]).end, 1)
 		if after.bad || before.bad {
 			return false
 		}
@@ -355,13 +375,14 @@ func (p *pagePart) take(resp []byte) bool {
 		}
 		p.rev = t.rev
 		p.clock = append(p.clock[:0], t.resps[1]...)
-		last = p.endOf(t.resps[0], 0)
+		last = p.endOf(sum.end, 0)
 		p.ahead = keepPage(p.ahead, t.resps[0], len(resp) > codec.KeptReply)
 	default:
-		last = p.endOf(resp, 0)
+		last = p.endOf(sum.end, 0)
 		p.ahead = keepPage(p.ahead, resp, len(resp) > codec.KeptReply)
 	}
-	p.was = p.was[:0]
+	p.was, p.aheadSum = p.was[:0], sum
+	p.aheadSum.end = pageEnd{} // its key lies in the reply
 	if last.bad || last.more && last.n == 0 {
 		return false
 	}
@@ -397,39 +418,12 @@ func keepPage(old, page []byte, owned bool) []byte {
 	return append(old[:0], page...)
 }
 
-// pageEnd is what stands at the end of a member's RangeResponse.
-type pageEnd struct {
-	key       []byte // the last one
-	n, count  int64
-	more, bad bool
-}
-
-// endOf returns the end of the page's i-th range, wherever its keys have gone meanwhile.
-func (p *pagePart) endOf(resp []byte, i int) pageEnd {
-	e := endOf(resp)
+// endOf returns the end of the page's i-th range, of which e is left, wherever its keys have gone meanwhile.
+func (p *pagePart) endOf(e pageEnd, i int) pageEnd {
 	if i < len(p.was) {
 		was := p.was[i]
 		e.key, e.n, e.more, e.bad = was.key, was.n, was.more, e.bad || was.bad
 	}
-	return e
-}
-
-func endOf(resp []byte) (e pageEnd) {
-	it := codec.Fields{Msg: resp}
-	var kv []byte
-	for it.Next() {
-		switch it.Field.Num {
-		case 2:
-			kv = it.Field.Bytes
-			e.n++
-		case 3:
-			e.more = it.Field.Val != 0
-		case 4:
-			e.count = int64(it.Field.Val)
-		}
-	}
-	last, ok := codec.ParseKV(kv)
-	e.key, e.bad = last.Key, it.Bad || !ok
 	return e
 }
 
@@ -453,6 +447,7 @@ func (p *pagePart) advance() bool {
 			return false
 		}
 		p.page, p.ahead, p.full = p.ahead, p.page, false
+		p.pageSum = p.aheadSum
 		if cap(p.ahead) > codec.KeptReply {
 			codec.Recycle(p.ahead)
 			p.ahead = nil

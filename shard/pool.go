@@ -314,7 +314,7 @@ func (p *Pool) Call(to codec.ClusterID, m codec.Method, req []byte, timeout time
 		return
 	}
 	c := p.acquireCall()
-	c.cluster, c.method, c.done = cl, m, done
+	c.cluster, c.method, c.done, c.span = cl, m, done, int64(timeout)
 	now := p.timers.now()
 	cl.metrics.inFlight.Inc()
 	p.timers.set(&c.timer, now+int64(timeout))

@@ -29,6 +29,8 @@ type poolCall struct {
 	link     *poolLink
 	stream   *codec.Stream
 	begun    int64 // when the request was sent
+	span     int64 // the time that it has, in ns, and has again when replyProgress of its reply has come
+	received int   // of the reply, when the time was over last
 	messages int
 	resp     []byte // copy of the reply: its status comes after it
 	req      []byte // copy of the request, while it waits in pendingCalls
@@ -61,7 +63,7 @@ func (p *Pool) releaseCall(c *poolCall) {
 		return
 	}
 	c.cluster, c.done, c.link, c.stream = nil, nil, nil, nil
-	c.messages = 0
+	c.messages, c.received = 0, 0
 	if c.resp = c.resp[:0]; cap(c.resp) > maxFreeCallBytes {
 		c.resp = nil
 	}
@@ -117,8 +119,19 @@ func (c *poolCall) onEnd(st codec.Status, sent bool) {
 	c.complete(st, sent)
 }
 
+// replyProgress is how many bytes of a reply have to come in the time of a call for it to go on: a large reply that is on
+// its way is not asked for once more, which would make a slow member slower.
+const replyProgress = 64 << 10
+
 // due is the timeout.
 func (c *poolCall) due(now int64) {
+	if c.link != nil {
+		if n := c.stream.Received(); n >= c.received+replyProgress {
+			c.received = n
+			c.pool.timers.set(&c.timer, now+c.span)
+			return
+		}
+	}
 	if c.link == nil {
 		c.cluster.pending.remove(c)
 		c.complete(statusDeadline, false)

@@ -100,6 +100,9 @@ func (c *Conn) Err() error {
 	return c.err
 }
 
+// Lost is Err, locked; nil also for a connection that only takes no more streams.
+func (c *Conn) Lost() error { return c.err }
+
 // Lock takes the connection; what is started until Unlock travels in one write.
 func (c *Conn) Lock() { c.mu.Lock() }
 

@@ -81,8 +81,13 @@ func (p *process) stop() {
 
 // failure describes how p ended, with the end of its log.
 func (p *process) failure() error {
+	return fmt.Errorf("%s has ended: %v\n%s", p.name, p.err, p.said())
+}
+
+// said returns the end of p's log.
+func (p *process) said() []byte {
 	b, _ := os.ReadFile(p.log)
-	return fmt.Errorf("%s has ended: %v\n%s", p.name, p.err, bytes.TrimSpace(b[max(0, len(b)-logTail):]))
+	return bytes.TrimSpace(b[max(0, len(b)-logTail):])
 }
 
 // await calls ready every now and then until it says yes.

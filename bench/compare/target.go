@@ -81,7 +81,7 @@ func (t *target) stop() {
 	}
 }
 
-// failed returns why a process of t has ended, nil if none has.
+// failed returns why a process of t has ended; if none has, what the one that clients talk to said last, nil if nothing.
 func (t *target) failed() error {
 	for _, p := range t.procs {
 		select {
@@ -89,6 +89,9 @@ func (t *target) failed() error {
 			return p.failure()
 		default:
 		}
+	}
+	if front := t.procs[len(t.procs)-1]; len(front.said()) > 0 {
+		return fmt.Errorf("the log of %s ends with\n%s", front.name, front.said())
 	}
 	return nil
 }

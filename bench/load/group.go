@@ -63,8 +63,12 @@ func (g *group) failed(s *stat, st codec.Status) {
 
 // lost: the connection takes no more requests.
 func (g *group) lost() {
-	if !g.run.stopped.Load() {
-		g.run.abort("a connection to the server is lost, or takes no more requests")
+	switch err := g.conn.Lost(); {
+	case g.run.stopped.Load():
+	case err != nil:
+		g.run.abort("a connection to the server is lost: %w", err)
+	default:
+		g.run.abort("a connection to the server takes no more requests")
 	}
 }
 
