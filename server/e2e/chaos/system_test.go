@@ -64,6 +64,7 @@ type proxy struct {
 	dir  string
 	log  *lineLog
 	in   *relay // of clients
+	link *link  // theirs
 
 	mu      sync.Mutex
 	proc    *process
@@ -158,7 +159,8 @@ func startSystem(t *testing.T, start time.Time) *system {
 	for i := range s.proxies {
 		p := &proxy{name: fmt.Sprintf("proxy-%d", i), dir: s.dir, log: newLog()}
 		var err error
-		p.in, err = newRelay(newLink())
+		p.link = newLink()
+		p.in, err = newRelay(p.link)
 		must(err)
 		p.args = []string{
 			"--listen-client-urls=http://127.0.0.1:0", "--listen-metrics-urls=",
