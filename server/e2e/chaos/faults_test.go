@@ -30,6 +30,8 @@ type kind struct {
 	make func(s *system, r *rand.Rand) *fault
 }
 
+const slowDisk = "slow disk"
+
 // kinds are all of them.
 var kinds = []kind{
 	{"proxy killed", func(s *system, r *rand.Rand) *fault { return s.proxyKilled(r.IntN(proxies)) }},
@@ -55,6 +57,7 @@ var kinds = []kind{
 		m := s.members[r.IntN(len(s.members))]
 		return stopped(m.spec.Name, onShard(m.shard), m.signal)
 	}},
+	{slowDisk, func(s *system, r *rand.Rand) *fault { return s.slowDisk(r.IntN(shards)) }},
 	{"coordinator stopped", func(s *system, _ *rand.Rand) *fault {
 		return stopped("coordinator", anywhere, s.coordinator.signal)
 	}},
@@ -170,6 +173,24 @@ func membersKilled(name string, members []*member, affects func(p, s int) bool, 
 			}
 			return nil
 		},
+	}
+}
+
+// slowDisk makes every fsync of a shard's nodes take slowFsync.
+func (s *system) slowDisk(place int) *fault {
+	signal := func(sig syscall.Signal) func() error {
+		return func() error {
+			for _, m := range s.nodes(place) {
+				if err := m.signal(sig); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
+	return &fault{
+		target: shardNames[place], affects: onShard(place), parts: []string{shardNames[place]},
+		begin: signal(slowDown), undo: signal(speedUp), await: nothing,
 	}
 }
 
