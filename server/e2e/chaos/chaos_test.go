@@ -89,8 +89,8 @@ func TestChaos(t *testing.T) {
 	if result == porcupine.Illegal {
 		t.Error("porcupine: the hot keys are not linearizable")
 	}
-	t.Logf("checked: %d acknowledged writes, %d with unknown outcome (%d of them happened), %d reads, %d watches, %d events, %d leases; porcupine: %s for %d requests",
-		v.acked, v.unknown, v.unknownDone, v.reads, v.segments, v.events, v.leases, result, ops)
+	t.Logf("checked: %d acknowledged writes (%d of them deletes over all shards), %d with unknown outcome (%d of them happened), %d reads, %d watches, %d events, %d leases; porcupine: %s for %d requests",
+		v.acked, v.wide, v.unknown, v.unknownDone, v.reads, v.segments, v.events, v.leases, result, ops)
 	t.Logf("%d rounds:\n%s", len(rounds), report(rounds, l))
 	for _, e := range rec.oddErrors() {
 		t.Error(e)

@@ -48,6 +48,8 @@ type request struct {
 	reads  []read
 	// stale marks what need not be linearizable (serializable reads).
 	stale bool
+	// wide is of a DeleteRange over several shards, which has no writes then.
+	wide *wideDelete
 	// swap is what the request means to one key, for porcupine; nil for all others.
 	swap *swap
 }
@@ -116,6 +118,7 @@ type leaseLife struct {
 type record struct {
 	mu       sync.Mutex
 	start    time.Time
+	shardOf  func(key string) int
 	requests []*request
 	segments []*segment
 	shown    []shown  // by watches
