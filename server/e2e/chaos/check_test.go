@@ -176,7 +176,7 @@ func (r *record) checkWrites(v *verdict, h *history) {
 	r.checkWide(v, h, owner, explained)
 	for _, e := range h.events {
 		if !explained[e] && !(e.del && e.lease != 0) {
-			v.complain("nobody asked for what the history has at %d: %s (delete: %v)", e.rev, e.key, e.del)
+			v.complain("nobody asked for what the history has at %d: %s (delete: %v, of %d); at that revision: %v", e.rev, e.key, e.del, e.prev, owner[e.rev])
 		}
 	}
 }

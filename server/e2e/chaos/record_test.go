@@ -55,8 +55,12 @@ type request struct {
 }
 
 func (q *request) String() string {
+	writes := q.writes
+	if q.wide != nil {
+		writes = q.wide.deleted
+	}
 	return fmt.Sprintf("%s by proxy %d from %.3f to %.3f: %v %s, revision %d, acked %v, writes %v",
-		q.what, q.proxy, q.call.Seconds(), q.ret.Seconds(), q.code, q.text, q.rev, q.acked, q.writes)
+		q.what, q.proxy, q.call.Seconds(), q.ret.Seconds(), q.code, q.text, q.rev, q.acked, writes)
 }
 
 // definite says that the error means that nothing was written, and never will be.

@@ -104,6 +104,12 @@ func (m *machine) wide(answered bool) {
 		if !answered && s > 1 {
 			break
 		}
+		if s == 0 && !answered {
+			// A key went with its lease, unnoticed until now.
+			m.rec.leases[99] = &leaseLife{id: 99}
+			q := m.write(true, true, nil, write{key: "lease/99", value: m.value(), lease: 99})
+			part = append([]write{{key: "lease/99", del: true, prevMod: q.rev}}, part...)
+		}
 		m.apply(part)
 		w.deleted = append(w.deleted, part...)
 		m.tick()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sort"
 	"time"
 
@@ -179,9 +180,12 @@ func (r *record) checkWide(v *verdict, h *history, owner map[int64]*request, exp
 		}
 		all := h.events[i:next]
 		i = next
-		if explained[e] || !e.del || e.lease != 0 || owner[e.rev] != nil {
+		// Keys that went with their lease may share the revision of the request behind them.
+		n := slices.IndexFunc(all, func(e *event) bool { return e.del && e.lease == 0 && !explained[e] })
+		if n < 0 || owner[e.rev] != nil {
 			continue
 		}
+		e = all[n]
 		s := r.shardOf(e.key)
 		for _, q := range unknown {
 			u := used[q]
