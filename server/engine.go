@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"runtime"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,16 +38,15 @@ const (
 	// defaultMaxOutbound is how many bytes may wait for one client's socket before its answers are held
 	// back. gnet's own buffer has no bound.
 	defaultMaxOutbound = 1 << 20
-	// maxConnsShare is the part of the process's file descriptors that clients may use, in percent. gnet
-	// shuts its whole engine down when accept fails for want of descriptors, so the rest is a reserve for
-	// a burst of accepts, for connections to members and for files.
+	// maxConnsShare is the part of the process's file descriptors that clients may use, in percent. The rest is for
+	// connections to members, for operators' and for files.
 	maxConnsShare = 60
-	// startTimeout bounds the search for gnet's loops.
-	startTimeout = 10 * time.Second
 	// drainPoll is how often Stop looks whether the requests under way were answered.
 	drainPoll = 2 * time.Millisecond
-	// keepAlive is the TCP keep-alive time: a client host that vanished is noticed after about twice this.
-	keepAlive = 30 * time.Second
+	// keepAlive is the TCP keep-alive time, and how many probes follow in as much again: a client host that vanished is
+	// noticed after about twice this.
+	keepAlive       = 30 * time.Second
+	keepAliveProbes = 5
 )
 
 // Core is what the server needs of a *shard.Core. Both methods are called on loop 0 only.
@@ -80,7 +78,7 @@ type Config struct {
 	KeepaliveInterval time.Duration
 	KeepaliveTimeout  time.Duration
 
-	MaxConns     int
+	MaxConns     int // 0: maxConnsShare of the descriptors that the process may have at the time
 	MaxOutbound  int // bytes
 	GreetTimeout time.Duration
 	StallTimeout time.Duration
@@ -110,14 +108,11 @@ type Engine struct {
 	byEL  map[gnet.EventLoop]*Loop // complete before the first client is accepted
 
 	// Fixed before the first client.
-	listens  map[string]*listen // by what gnet says a client's local address is
-	h2TLS    *tls.Config        // nil without TLS
+	doors    []*door
+	h2TLS    *tls.Config // nil without TLS
 	gate     *tlsconn.Gate
 	refusals refusals
-
-	unixMu     sync.Mutex // guards the next two
-	unix       []*net.UnixListener
-	unixClosed bool
+	shortage shortage
 
 	core   Core
 	routes routes
@@ -129,10 +124,9 @@ type Engine struct {
 	ticks    int64        // OnTick's
 	pace     pace         // OnTick's
 
-	gnet    gnet.Engine // set before booted is closed
-	booted  chan struct{}
-	once    sync.Once     // closes booted
-	done    chan struct{} // closed when gnet has returned
+	gnet    *gnet.Client
+	ended   sync.Once     // guards end
+	done    chan struct{} // closed when gnet's loops have ended
 	err     error         // why, valid after done
 	stopped sync.Once
 }
@@ -152,7 +146,6 @@ func Start(cfg Config) (*Engine, error) {
 			cfg.Loops = n / 2
 		}
 	}
-	cfg.MaxConns = orDefault(cfg.MaxConns, defaultMaxConns())
 	cfg.MaxOutbound = orDefault(cfg.MaxOutbound, defaultMaxOutbound)
 	cfg.GreetTimeout = orDefault(cfg.GreetTimeout, defaultGreetTimeout)
 	cfg.StallTimeout = orDefault(cfg.StallTimeout, defaultStallTimeout)
@@ -166,66 +159,64 @@ func Start(cfg Config) (*Engine, error) {
 	if err := needTLS(listens, cfg.TLS); err != nil {
 		return nil, err
 	}
-	for _, ln := range listens {
-		if err := ln.probe(); err != nil {
+	e := newEngine(cfg)
+	// Nothing is accepted before the loops are there.
+	for i := range listens {
+		d, err := openDoor(&listens[i])
+		if err != nil {
+			e.closeDoors()
 			return nil, err
 		}
+		e.doors = append(e.doors, d)
+		e.addrs = append(e.addrs, d.l.Addr())
+		e.urls = append(e.urls, d.ln.urlOf(d.l.Addr()))
 	}
-	for i := range listens {
-		if ln := &listens[i]; ln.network == "tcp" && strings.HasSuffix(ln.address, ":0") {
-			fd, err := ln.reserve()
-			if err != nil {
-				return nil, err
-			}
-			defer unix.Close(fd)
-		}
-	}
-	e := newEngine(cfg)
-	var gnetURLs []string
-	for i, ln := range listens {
-		if ln.network == "tcp" {
-			gnetURLs = append(gnetURLs, ln.network+"://"+ln.address)
-			e.listens[ln.local] = &listens[i]
-		}
-	}
-	if gnetURLs == nil {
-		// gnet does not go without a listener. listenUnix takes the path from it.
-		gnetURLs = []string{"unix://" + listens[0].address}
-	}
-	go func() {
-		err := gnet.Rotate((*handler)(e), gnetURLs,
-			gnet.WithNumEventLoop(cfg.Loops),
-			gnet.WithLoadBalancing(gnet.LeastConnections),
-			gnet.WithReuseAddr(true),
-			// Each loop accepts for itself, one connection at a time, and OnOpen counts it before the next. With one
-			// acceptor for all loops, a flood of connections waits for them uncounted, until accept fails for want
-			// of descriptors, which gnet does not survive.
-			gnet.WithReusePort(true),
-			gnet.WithTicker(true),
-			gnet.WithTCPNoDelay(gnet.TCPNoDelay),
-			gnet.WithTCPKeepAlive(keepAlive),
-			gnet.WithLogger(gnetLog{cfg.Log}))
-		e.err = err
-		e.pace.set(0)
-		e.closeUnix()
-		close(e.done)
-	}()
-	if err := e.awaitBoot(); err != nil {
-		return nil, fmt.Errorf("spindle: cannot listen on %v: %w", cfg.ListenURLs, err)
-	}
-	err = e.findLoops()
-	if err == nil {
-		err = e.findAddrs(listens)
-	}
-	if err == nil {
-		err = e.listenUnix(listens)
-	}
-	if err != nil {
-		_ = e.Stop(context.Background())
-		return nil, err
+	if err := e.startLoops(); err != nil {
+		e.closeDoors()
+		return nil, fmt.Errorf("spindle: cannot start the event loops: %w", err)
 	}
 	e.started.Store(true)
+	for _, d := range e.doors {
+		go e.accept(d)
+	}
 	return e, nil
+}
+
+// startLoops starts gnet's loops. They are a client's, as gnet has it, because gnet's servers accept clients themselves: an
+// accept that fails for want of descriptors ends them.
+func (e *Engine) startLoops() error {
+	var err error
+	e.gnet, err = gnet.NewClient((*handler)(e),
+		gnet.WithNumEventLoop(e.cfg.Loops),
+		gnet.WithTicker(true),
+		gnet.WithLogger(gnetLog{e.log}))
+	if err == nil {
+		err = e.gnet.Start()
+	}
+	if err != nil {
+		return err
+	}
+	if err = e.findLoops(); err != nil {
+		e.draining.Store(true)
+		e.end(nil)
+		<-e.done
+	}
+	return err
+}
+
+// end has the loops end, once. done tells when they have.
+func (e *Engine) end(why error) {
+	e.ended.Do(func() {
+		e.err = why
+		go func() {
+			e.closeDoors()
+			if err := e.gnet.Stop(); err != nil && e.err == nil {
+				e.err = err
+			}
+			e.pace.set(0)
+			close(e.done)
+		}()
+	})
 }
 
 func newEngine(cfg Config) *Engine {
@@ -234,12 +225,11 @@ func newEngine(cfg Config) *Engine {
 		log:      cfg.Log,
 		now:      cfg.Now,
 		byEL:     make(map[gnet.EventLoop]*Loop),
-		listens:  make(map[string]*listen),
 		gate:     tlsconn.NewGate(),
 		refusals: refusals{log: cfg.Log},
+		shortage: shortage{log: cfg.Log},
 		pace:     pace{mem: cfg.Memory},
 		routes:   newRoutes(),
-		booted:   make(chan struct{}),
 		done:     make(chan struct{}),
 	}
 	if cfg.TLS != nil {
@@ -265,64 +255,32 @@ func defaultMaxConns() int {
 	return max(1, int(lim.Cur)*maxConnsShare/100)
 }
 
-func (e *Engine) awaitBoot() error {
-	select {
-	case <-e.booted:
-		return nil
-	case <-e.done:
-		if e.err == nil {
-			return errors.New("the engine stopped at once")
-		}
-		return e.err
-	}
-}
-
-// findLoops learns gnet's loops, which gnet shows only through connections: it enrolls one end of
-// a socket pair after the other. gnet gives each to the loop with the fewest connections, so
-// they come to lie on different loops; clients that connect meanwhile may make it take a few more.
+// findLoops learns gnet's loops, which gnet shows only through connections: it enrolls one end of a socket pair after
+// the other. gnet gives each to the loop with the fewest connections, and nobody else is there yet, so they come to lie on
+// different loops.
 func (e *Engine) findLoops() error {
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
-	defer cancel()
-	var peers []int
-	defer func() {
-		for _, fd := range peers {
-			_ = unix.Close(fd) // the loop sees the end of the anchor and forgets it
-		}
-	}()
 	for len(e.loops) < e.cfg.Loops {
 		near, far, err := socketPair()
 		if err != nil {
-			return fmt.Errorf("spindle: socket pair: %w", err)
+			return fmt.Errorf("socket pair: %w", err)
 		}
 		// The context travels to OnOpen as the connection's; an anchor's loop is not known yet.
 		bell := &anchor{}
-		res, err := e.gnet.Register(gnet.NewContext(gnet.NewNetConnContext(ctx, near), bell))
+		c, err := e.gnet.EnrollContext(near, bell)
 		if err != nil {
-			_ = near.Close()
 			_ = unix.Close(far)
-			return fmt.Errorf("spindle: enroll an anchor: %w", err)
+			return fmt.Errorf("enroll an anchor: %w", err)
 		}
-		select {
-		case r := <-res:
-			if r.Err != nil {
-				_ = unix.Close(far)
-				return fmt.Errorf("spindle: enroll an anchor: %w", r.Err)
-			}
-			el := r.Conn.EventLoop()
-			if e.byEL[el] == nil {
-				l := newLoop(e, len(e.loops), el)
-				e.byEL[el] = l
-				e.loops = append(e.loops, l)
-				l.bell = far // this one stays
-				bell.loop.Store(l)
-			} else {
-				peers = append(peers, far)
-			}
-		case <-ctx.Done():
-			return fmt.Errorf("spindle: event loops did not start: %w", ctx.Err())
-		case <-e.done:
-			return fmt.Errorf("spindle: event loops did not start: %w", e.err)
+		el := c.EventLoop()
+		if e.byEL[el] != nil {
+			_ = unix.Close(far)
+			return errors.New("gnet gave two anchors to one loop")
 		}
+		l := newLoop(e, len(e.loops), el)
+		e.byEL[el] = l
+		e.loops = append(e.loops, l)
+		l.bell = far
+		bell.loop.Store(l)
 	}
 	return nil
 }
@@ -394,10 +352,7 @@ func (e *Engine) Stop(ctx context.Context) error {
 			e.passMail(late) // answers that it had for clients of other loops
 			cancel()
 		}
-		// Stop's own wait polls twice a second; done is exact.
-		gone, cancel := context.WithCancel(context.Background())
-		cancel()
-		_ = e.gnet.Stop(gone)
+		e.end(nil)
 	})
 	select {
 	case <-e.done:

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync/atomic"
@@ -17,10 +18,7 @@ type anchor struct{ loop atomic.Pointer[Loop] }
 type handler Engine
 
 // OnBoot implements gnet.EventHandler. The loops do not exist yet.
-func (h *handler) OnBoot(eng gnet.Engine) gnet.Action {
-	h.gnet = eng
-	return gnet.None
-}
+func (h *handler) OnBoot(gnet.Engine) gnet.Action { return gnet.None }
 
 // OnShutdown implements gnet.EventHandler. gnet calls it before it ends its loops.
 func (h *handler) OnShutdown(gnet.Engine) {
@@ -31,10 +29,8 @@ func (h *handler) OnShutdown(gnet.Engine) {
 	}
 }
 
-// OnTick implements gnet.EventHandler. gnet calls it on a goroutine of its own that it starts after all
-// loops are in place, which is what the first call tells.
+// OnTick implements gnet.EventHandler. gnet calls it on a goroutine of its own.
 func (h *handler) OnTick() (time.Duration, gnet.Action) {
-	h.once.Do(func() { close(h.booted) })
 	if h.started.Load() {
 		h.ticks++
 		second := h.ticks%int64(time.Second/tickEvery) == 0
@@ -47,34 +43,9 @@ func (h *handler) OnTick() (time.Duration, gnet.Action) {
 	return tickEvery, gnet.None
 }
 
-// OnOpen implements gnet.EventHandler.
+// OnOpen implements gnet.EventHandler. Every connection was enrolled: an anchor, or one with an attachment.
 func (h *handler) OnOpen(c gnet.Conn) ([]byte, gnet.Action) {
-	e := (*Engine)(h)
-	switch a := c.Context().(type) {
-	case *anchor:
-		return nil, gnet.None
-	case *attachment: // enrolled
-		if !a.event(c, attachmentOpen) {
-			return nil, gnet.Close
-		}
-		return nil, gnet.None
-	}
-	if !e.admits() {
-		return nil, gnet.Close
-	}
-	ln := e.listens[c.LocalAddr().String()]
-	if ln == nil {
-		e.log.Error("a client came in by an address that is none of the listen URLs", "address", c.LocalAddr())
-		return nil, gnet.Close
-	}
-	l := e.byEL[c.EventLoop()]
-	cc := newClientConn(l)
-	if ln.tls {
-		cc.secure()
-	}
-	a := &attachment{loop: l, h: cc}
-	c.SetContext(a)
-	if !a.event(c, attachmentOpen) {
+	if a, ok := c.Context().(*attachment); ok && !a.event(c, attachmentOpen) {
 		return nil, gnet.Close
 	}
 	return nil, gnet.None
@@ -101,11 +72,19 @@ func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
 
 // OnClose implements gnet.EventHandler.
 func (h *handler) OnClose(c gnet.Conn, err error) gnet.Action {
-	if a, ok := c.Context().(*attachment); ok {
+	switch a := c.Context().(type) {
+	case *attachment:
 		a.close(c, err)
+	case *anchor:
+		// Nobody closes it but a loop that ends.
+		if e := (*Engine)(h); a.loop.Load() != nil && !e.draining.Load() {
+			e.end(errLoopEnded)
+		}
 	}
 	return gnet.None
 }
+
+var errLoopEnded = errors.New("spindle: an event loop has ended by itself, see the log")
 
 // gnetLog passes gnet's log on. Its news of every start are for debugging here.
 type gnetLog struct{ log *slog.Logger }

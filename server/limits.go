@@ -14,6 +14,7 @@ type limit uint8
 
 const (
 	limitConns          limit = iota // Config.MaxConns
+	limitDescriptors                 // none are left
 	limitPreface                     // Config.GreetTimeout
 	limitHandshakeTime               // tlsconn.HandshakeTimeout, or Config.GreetTimeout if that is shorter
 	limitHandshakes                  // tlsconn.ErrCrowded
@@ -35,7 +36,7 @@ const (
 )
 
 var limitNames = [limitCount]string{
-	limitConns: "connections", limitPreface: "preface_time", limitHandshakeTime: "handshake_time",
+	limitConns: "connections", limitDescriptors: "descriptors", limitPreface: "preface_time", limitHandshakeTime: "handshake_time",
 	limitHandshakes: "handshakes", limitHandshakeBytes: "handshake_bytes", limitTLSRecords: "tls_records", limitTLSErrors: "tls_errors", limitKeepalive: "keepalive", limitStalled: "stalled_reader",
 	limitNoWindow: "no_window", limitBlockedControl: "blocked_control", limitMemory: "memory",
 	limitRequests: "requests_in_flight", limitAllRequests: "all_requests_in_flight", limitRequestBytes: "request_bytes_in_flight", limitReplies: "waiting_replies",

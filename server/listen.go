@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,11 +26,8 @@ const probeTimeout = time.Second
 type listen struct {
 	url     string // as configured
 	network string // "tcp" or "unix"
-	address string // host:port as gnet wants it, or the socket's path
+	address string // host:port, or the socket's path
 	tls     bool
-	// local is what gnet gives as the local address of a connection that came in here: the listener's, which
-	// it makes of address. Names are resolved once, so that both are of one answer.
-	local string
 }
 
 // parseListens understands the URLs of a configuration; two equal ones are an error.
@@ -73,7 +71,7 @@ func parseListen(s string) (listen, error) {
 		if strings.Contains(host, "%") {
 			return bad("must not have an IPv6 zone")
 		}
-		// Go listens on both protocols for "::", gnet on IPv6 alone; an empty host is both for gnet.
+		// An empty host is both protocols, as "::" is.
 		if ip := net.ParseIP(host); ip != nil && ip.To4() == nil && ip.IsUnspecified() {
 			host = ""
 		}
@@ -88,7 +86,7 @@ func parseListen(s string) (listen, error) {
 		if host != "" {
 			address = addr.String()
 		}
-		return listen{s, "tcp", address, u.Scheme == "https", addr.String()}, nil
+		return listen{s, "tcp", address, u.Scheme == "https"}, nil
 	case "unix", "unixs":
 		if strings.ContainsAny(s, "?#%@") {
 			return bad("has a character that is not supported in a socket's path (? # % @)")
@@ -101,7 +99,7 @@ func parseListen(s string) (listen, error) {
 		if err != nil {
 			return bad("has no absolute path: " + err.Error())
 		}
-		return listen{s, "unix", path, u.Scheme == "unixs", path}, nil
+		return listen{s, "unix", path, u.Scheme == "unixs"}, nil
 	}
 	return bad("needs the scheme http, https, unix or unixs")
 }
@@ -134,19 +132,31 @@ func hasIPv6() bool {
 	return true
 }
 
-// probe looks whether one can listen here, because gnet's own error does not say where it failed. For a
-// unix socket it also protects what lies at the path: gnet removes it, whatever it is.
-func (ln listen) probe() error {
-	if ln.network == "tcp" {
-		l, err := net.Listen("tcp", ln.address)
-		if err == nil {
-			return l.Close()
-		}
-		if errors.Is(err, syscall.EADDRINUSE) {
-			return fmt.Errorf("spindle: cannot listen on %s: the address is in use by another process", ln.url)
-		}
-		return fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+// open listens. Its error names the URL.
+func (ln *listen) open() (net.Listener, error) {
+	network := ln.network
+	if host, _, _ := net.SplitHostPort(ln.address); network == "tcp" && net.ParseIP(host).To4() != nil {
+		network = "tcp4" // Go takes 0.0.0.0 for both protocols
 	}
+	if network == "unix" {
+		if err := ln.clear(); err != nil {
+			return nil, err
+		}
+	}
+	cfg := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive / keepAliveProbes, Count: keepAliveProbes}}
+	l, err := cfg.Listen(context.Background(), network, ln.address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("spindle: cannot listen on %s: the address is in use by another process", ln.url)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+	}
+	return l, nil
+}
+
+// clear makes room for a unix socket: one behind which nobody listens any more is removed, whatever else lies at the path
+// stays, and is an error.
+func (ln *listen) clear() error {
 	info, err := os.Lstat(ln.address)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -162,96 +172,6 @@ func (ln listen) probe() error {
 		_ = c.Close()
 		return fmt.Errorf("spindle: cannot listen on %s: the socket is in use by another process", ln.url)
 	}
-	return nil
-}
-
-// reserve gives a TCP listener on port 0 a port, which is the descriptor's until that is closed: every loop listens on its
-// own, and each would be given another one. Nothing listens on the descriptor.
-func (ln *listen) reserve() (fd int, err error) {
-	fail := func(err error) (int, error) {
-		if fd >= 0 {
-			_ = unix.Close(fd)
-		}
-		return -1, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
-	}
-	fd = -1
-	addr, err := net.ResolveTCPAddr("tcp", ln.local)
-	if err != nil {
-		return fail(err)
-	}
-	var at unix.Sockaddr
-	family := unix.AF_INET6
-	if ip := addr.IP.To4(); ip != nil {
-		family, at = unix.AF_INET, &unix.SockaddrInet4{Addr: [4]byte(ip)}
-	} else {
-		to := &unix.SockaddrInet6{}
-		copy(to.Addr[:], addr.IP)
-		at = to
-	}
-	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0); err != nil {
-		return fail(err)
-	}
-	if family == unix.AF_INET6 {
-		v6only := 0
-		if len(addr.IP) > 0 {
-			v6only = 1
-		}
-		if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, v6only); err != nil {
-			return fail(err)
-		}
-	}
-	for _, opt := range []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT} {
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, 1); err != nil {
-			return fail(err)
-		}
-	}
-	if err := unix.Bind(fd, at); err != nil {
-		return fail(err)
-	}
-	got, err := unix.Getsockname(fd)
-	if err != nil {
-		return fail(err)
-	}
-	switch got := got.(type) {
-	case *unix.SockaddrInet4:
-		addr.Port = got.Port
-	case *unix.SockaddrInet6:
-		addr.Port = got.Port
-	}
-	host, _, _ := net.SplitHostPort(ln.address)
-	ln.address, ln.local = net.JoinHostPort(host, strconv.Itoa(addr.Port)), addr.String()
-	return fd, nil
-}
-
-// findAddrs asks the kernel where gnet listens.
-func (e *Engine) findAddrs(listens []listen) error {
-	defer func() {
-		for i, a := range e.addrs {
-			e.urls = append(e.urls, listens[i].urlOf(a))
-		}
-	}()
-	for _, ln := range listens {
-		if ln.network == "unix" {
-			e.addrs = append(e.addrs, &net.UnixAddr{Name: ln.address, Net: "unix"})
-			continue
-		}
-		fd, err := e.gnet.DupListener("tcp", ln.address)
-		if err != nil {
-			return fmt.Errorf("spindle: the address of %s: %w", ln.url, err)
-		}
-		sa, err := unix.Getsockname(fd)
-		_ = unix.Close(fd)
-		if err != nil {
-			return fmt.Errorf("spindle: the address of %s: %w", ln.url, err)
-		}
-		switch sa := sa.(type) {
-		case *unix.SockaddrInet4:
-			e.addrs = append(e.addrs, &net.TCPAddr{IP: append(net.IP(nil), sa.Addr[:]...), Port: sa.Port})
-		case *unix.SockaddrInet6:
-			e.addrs = append(e.addrs, &net.TCPAddr{IP: append(net.IP(nil), sa.Addr[:]...), Port: sa.Port})
-		default:
-			return fmt.Errorf("spindle: the address of %s: unexpected %T", ln.url, sa)
-		}
-	}
+	_ = os.Remove(ln.address)
 	return nil
 }

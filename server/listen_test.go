@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
@@ -86,16 +84,6 @@ func TestUnixBesideTCP(t *testing.T) {
 	sock := filepath.Join(t.TempDir(), "s")
 	for _, urls := range [][]string{{"http://127.0.0.1:0", "unix://" + sock}, {"unix://" + sock}} {
 		s := startServer(t, Config{ListenURLs: urls, Loops: 2, MaxConns: most})
-		if len(urls) > 1 {
-			fd, err := s.gnet.DupListener("tcp", s.addr())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if v, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT); err != nil || v != 1 {
-				t.Errorf("one acceptor serves all loops: SO_REUSEPORT %d, %v", v, err)
-			}
-			_ = unix.Close(fd)
-		}
 		hits := limitHits[limitConns].Get()
 		var open []net.Conn
 		for range most {

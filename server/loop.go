@@ -286,6 +286,9 @@ func (x *enrollment) wait() {
 		}
 		if err != nil {
 			_ = x.nc.Close()
+			if noDescriptors(err) {
+				x.loop.eng.short(x.att.client())
+			}
 			x.loop.Post(func() { x.att.h.OnClose(nil, err) })
 		}
 	case <-x.loop.eng.done:

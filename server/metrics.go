@@ -13,7 +13,7 @@ import (
 // atomic addition. They belong to the process, like the registry they are in.
 var (
 	metricConns        = metrics.NewCounter(`spindle_client_connections_total`)
-	metricConnsRefused = metrics.NewCounter(`spindle_client_connections_refused_total`) // over Config.MaxConns
+	metricConnsRefused = metrics.NewCounter(`spindle_client_connections_refused_total`) // over Config.MaxConns, or for want of descriptors
 	metricConnsDropped = metrics.NewCounter(`spindle_client_connections_dropped_total`) // did not read, or gave no window
 	metricBytesIn      = metrics.NewCounter(`spindle_client_received_bytes_total`)
 	metricBytesOut     = metrics.NewCounter(`spindle_client_sent_bytes_total`)

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
-	"os"
 	"strings"
 	"time"
 
@@ -28,7 +27,8 @@ const (
 	metricsIdleTimeout   = time.Minute
 	metricsHeaderBytes   = 16 << 10
 	// maxMetricsConns is how many connections one URL serves at a time, handshakes of TLS included; further ones wait in
-	// the kernel. They come out of the descriptors that maxConnsShare leaves, without which gnet's engine ends.
+	// the kernel. They come out of the descriptors that maxConnsShare leaves. net/http waits up to a second when accept
+	// fails, and goes on.
 	maxMetricsConns = 128
 )
 
@@ -65,17 +65,10 @@ func StartMetrics(urls []string, files *tlsconn.ServerFiles, h Health, version s
 		return nil, err
 	}
 	for _, ln := range listens {
-		if err := ln.probe(); err != nil {
-			_ = m.Close()
-			return nil, err
-		}
-		if ln.network == "unix" {
-			_ = os.Remove(ln.address) // probe found nobody behind it
-		}
-		l, err := net.Listen(ln.network, ln.address)
+		l, err := ln.open()
 		if err != nil {
 			_ = m.Close()
-			return nil, fmt.Errorf("spindle: cannot listen on %s: %w", ln.url, err)
+			return nil, err
 		}
 		s := &http.Server{
 			Handler:           metricsMux(h, version, profiles),

@@ -348,6 +348,8 @@ func briefError(err error) string {
 	var errno syscall.Errno
 	var dns *net.DNSError
 	switch {
+	case errors.Is(err, syscall.EMFILE):
+		return "too many open files in this process (see its limit)" // not the endpoint's fault
 	case errors.As(err, &errno):
 		return errno.Error()
 	case errors.As(err, &dns):

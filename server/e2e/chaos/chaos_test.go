@@ -38,33 +38,17 @@ func TestChaos(t *testing.T) {
 		}
 		longest = 3 * time.Second
 	}
-	seed := rand.Uint64()
-	if v := os.Getenv("SPINDLE_SEED"); v != "" {
-		var err error
-		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
-			t.Fatalf("SPINDLE_SEED=%q is not a number", v)
-		}
+	seed := seedOf(t)
+	sys, l := startLoad(t, seed)
+	rec := l.rec
+	order := &schedule{r: newRand(seed, 0), sys: sys, kinds: slices.Clone(kinds)}
+	if !sys.slowDisks() {
+		t.Log(errNoSlowDisk)
+		order.kinds = slices.DeleteFunc(order.kinds, func(k kind) bool { return k.name == slowDisk })
 	}
-	t.Logf("seed: SPINDLE_SEED=%d", seed)
-
-	start := time.Now()
-	sys := startSystem(t, start)
-	rec := newRecord(start)
-	l, err := newLoad(sys, rec, seed)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range l.conn {
-		t.Cleanup(func() { c.Close() })
-	}
-	l.begin()
-	if !l.awaitAll(rec.now(), recoverTimeout, nil) {
-		t.Fatal("the load does not begin")
-	}
-	order := &schedule{r: newRand(seed, 0), sys: sys, kinds: kinds}
 	if v := os.Getenv("SPINDLE_CHAOS_KINDS"); v != "" {
 		only := strings.Split(v, ",")
-		order.kinds = slices.DeleteFunc(slices.Clone(kinds), func(k kind) bool { return !slices.Contains(only, k.name) })
+		order.kinds = slices.DeleteFunc(order.kinds, func(k kind) bool { return !slices.Contains(only, k.name) })
 		if len(order.kinds) == 0 {
 			t.Fatalf("SPINDLE_CHAOS_KINDS=%q names no kind", v)
 		}
@@ -105,12 +89,43 @@ func TestChaos(t *testing.T) {
 	if result == porcupine.Illegal {
 		t.Error("porcupine: the hot keys are not linearizable")
 	}
-	t.Logf("checked: %d acknowledged writes, %d with unknown outcome (%d of them happened), %d reads, %d watches, %d events, %d leases; porcupine: %s for %d requests",
-		v.acked, v.unknown, v.unknownDone, v.reads, v.segments, v.events, v.leases, result, ops)
+	t.Logf("checked: %d acknowledged writes (%d of them deletes over all shards), %d with unknown outcome (%d of them happened), %d reads, %d watches, %d events, %d leases; porcupine: %s for %d requests",
+		v.acked, v.wide, v.unknown, v.unknownDone, v.reads, v.segments, v.events, v.leases, result, ops)
 	t.Logf("%d rounds:\n%s", len(rounds), report(rounds, l))
 	for _, e := range rec.oddErrors() {
 		t.Error(e)
 	}
+}
+
+// seedOf returns the seed of this run and tells it.
+func seedOf(t *testing.T) uint64 {
+	seed := rand.Uint64()
+	if v := os.Getenv("SPINDLE_SEED"); v != "" {
+		var err error
+		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
+			t.Fatalf("SPINDLE_SEED=%q is not a number", v)
+		}
+	}
+	t.Logf("seed: SPINDLE_SEED=%d", seed)
+	return seed
+}
+
+// startLoad starts a system and its clients, and waits until they are at work.
+func startLoad(t *testing.T, seed uint64) (*system, *load) {
+	start := time.Now()
+	sys := startSystem(t, start)
+	l, err := newLoad(sys, newRecord(start), seed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range l.conn {
+		t.Cleanup(func() { c.Close() })
+	}
+	l.begin()
+	if !l.awaitAll(l.rec.now(), recoverTimeout, nil) {
+		t.Fatal("the load does not begin")
+	}
+	return sys, l
 }
 
 // suffer runs one round: the faults, and until everything goes on. Without a recovered time it does not.

@@ -3,6 +3,7 @@ package chaos
 import (
 	"fmt"
 	"sort"
+	"time"
 )
 
 // maxComplaints is how much of what is wrong is told.
@@ -28,7 +29,7 @@ func (h *history) from(rev int64) int {
 type verdict struct {
 	wrong []string
 	// What was checked.
-	acked, unknown, unknownDone, reads, segments, events, leases int
+	acked, unknown, unknownDone, wide, reads, segments, events, leases int
 }
 
 func (v *verdict) complain(format string, args ...any) {
@@ -172,16 +173,16 @@ func (r *record) checkWrites(v *verdict, h *history) {
 			}
 		}
 	}
+	r.checkWide(v, h, owner, explained)
 	for _, e := range h.events {
 		if !explained[e] && !(e.del && e.lease != 0) {
-			v.complain("nobody asked for what the history has at %d: %s (delete: %v)", e.rev, e.key, e.del)
+			v.complain("nobody asked for what the history has at %d: %s (delete: %v, of %d); at that revision: %v", e.rev, e.key, e.del, e.prev, owner[e.rev])
 		}
 	}
 }
 
-// checkOrder: a write's revision, and that of a linearizable read, is above (at least) every revision that anybody was
-// shown before it began.
-func (r *record) checkOrder(v *verdict) {
+// known returns what says which revision was known to somebody before a time; 0: none.
+func (r *record) known() func(time.Duration) int64 {
 	all := append([]shown(nil), r.shown...)
 	for _, q := range r.requests {
 		if q.code == 0 && q.rev > 0 {
@@ -192,16 +193,25 @@ func (r *record) checkOrder(v *verdict) {
 	for i := 1; i < len(all); i++ {
 		all[i].rev = max(all[i].rev, all[i-1].rev)
 	}
+	return func(at time.Duration) int64 {
+		i := sort.Search(len(all), func(i int) bool { return all[i].at >= at })
+		if i == 0 {
+			return 0
+		}
+		return all[i-1].rev
+	}
+}
+
+// checkOrder: a write's revision, and that of a linearizable read, is above (at least) every revision that anybody was
+// shown before it began.
+func (r *record) checkOrder(v *verdict) {
+	known := r.known()
 	for _, q := range r.requests {
 		if q.code != 0 || q.stale || q.rev == 0 {
 			continue
 		}
-		i := sort.Search(len(all), func(i int) bool { return all[i].at >= q.call })
-		if i == 0 {
-			continue
-		}
-		if floor := all[i-1].rev; q.rev < floor || q.acked && q.rev == floor {
-			v.complain("revision %d was known at %.3f, before this began: %v", floor, all[i-1].at.Seconds(), q)
+		if floor := known(q.call); q.rev < floor || q.acked && q.rev == floor {
+			v.complain("revision %d was known before this began: %v", floor, q)
 		}
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fault is something that breaks, and how it is mended.
@@ -28,6 +30,8 @@ type kind struct {
 	make func(s *system, r *rand.Rand) *fault
 }
 
+const slowDisk = "slow disk"
+
 // kinds are all of them.
 var kinds = []kind{
 	{"proxy killed", func(s *system, r *rand.Rand) *fault { return s.proxyKilled(r.IntN(proxies)) }},
@@ -48,10 +52,12 @@ var kinds = []kind{
 		p := s.proxies[i]
 		return stopped(p.name, throughProxy(i), func(sig syscall.Signal) error { return p.proc.signal(sig) })
 	}},
+	{"no descriptors", func(s *system, r *rand.Rand) *fault { return s.noDescriptors(r.IntN(proxies), r.IntN(shards)) }},
 	{"node stopped", func(s *system, r *rand.Rand) *fault {
 		m := s.members[r.IntN(len(s.members))]
 		return stopped(m.spec.Name, onShard(m.shard), m.signal)
 	}},
+	{slowDisk, func(s *system, r *rand.Rand) *fault { return s.slowDisk(r.IntN(shards)) }},
 	{"coordinator stopped", func(s *system, _ *rand.Rand) *fault {
 		return stopped("coordinator", anywhere, s.coordinator.signal)
 	}},
@@ -87,6 +93,32 @@ func (s *system) proxyKilled(i int) *fault {
 		begin: func() error { p.proc.kill(); return nil },
 		undo:  p.run,
 		await: p.await,
+	}
+}
+
+// noDescriptors takes from a proxy every descriptor that it has not got yet, and cuts its connections to its clients and to
+// one shard, which cannot be made anew then.
+func (s *system) noDescriptors(i, place int) *fault {
+	p := s.proxies[i]
+	var before unix.Rlimit
+	return &fault{
+		target: p.name, affects: throughProxy(i), parts: []string{p.name},
+		begin: func() error {
+			pid := p.proc.cmd.Process.Pid
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &before); err != nil {
+				return err
+			}
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: before.Max}, nil); err != nil {
+				return err
+			}
+			p.link.cut()
+			for _, m := range s.nodes(place) {
+				m.link[i].cut()
+			}
+			return nil
+		},
+		undo:  func() error { return unix.Prlimit(p.proc.cmd.Process.Pid, unix.RLIMIT_NOFILE, &before, nil) },
+		await: nothing,
 	}
 }
 
@@ -141,6 +173,24 @@ func membersKilled(name string, members []*member, affects func(p, s int) bool, 
 			}
 			return nil
 		},
+	}
+}
+
+// slowDisk makes every fsync of a shard's nodes take slowFsync.
+func (s *system) slowDisk(place int) *fault {
+	signal := func(sig syscall.Signal) func() error {
+		return func() error {
+			for _, m := range s.nodes(place) {
+				if err := m.signal(sig); err != nil {
+					return err
+				}
+			}
+			return nil
+		}
+	}
+	return &fault{
+		target: shardNames[place], affects: onShard(place), parts: []string{shardNames[place]},
+		begin: signal(slowDown), undo: signal(speedUp), await: nothing,
 	}
 }
 

@@ -127,12 +127,14 @@ type etcdSpec struct {
 	InitialCluster    string
 	TickMs, ElectMs   uint
 	MaxTxnOps, MaxReq uint
+	Disk              bool // its disk may be slow
 }
 
 // What an etcd says on stdout, as JSON behind a mark: where it listens and its member ID first, then that it serves.
 type etcdSays struct {
 	Client, Peer, ID string
 	Ready            bool
+	Disk             bool // its disk can be made slow
 }
 
 const etcdMark = "ETCD "
@@ -142,6 +144,12 @@ func beEtcd(spec string) error {
 	var s etcdSpec
 	if err := json.Unmarshal([]byte(spec), &s); err != nil {
 		return err
+	}
+	slowable := beDisk()
+	if !slowable && os.Getenv(diskEnv) == "" && s.Disk {
+		if err := takeDisk(); err != nil {
+			fmt.Fprintln(os.Stderr, errNoSlowDisk, err)
+		}
 	}
 	anyPort, err := url.Parse("http://127.0.0.1:0")
 	if err != nil {
@@ -157,15 +165,15 @@ func beEtcd(spec string) error {
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{*anyPort}, []url.URL{*peer}
 	cfg.LogLevel, cfg.LogOutputs = "warn", []string{"stderr"}
 	cfg.EnableGRPCGateway = false
-	// A process that is killed loses nothing that it has written, so no test here needs the disk.
-	cfg.UnsafeNoFsync = true
+	// A process that is killed loses nothing that it has written, so no test here needs the disk. beDisk answers for it.
+	cfg.UnsafeNoFsync = !slowable
 	cfg.TickMs, cfg.ElectionMs = s.TickMs, s.ElectMs
 	cfg.MaxTxnOps, cfg.MaxRequestBytes = s.MaxTxnOps, s.MaxReq
 	e, err := embed.StartEtcd(cfg)
 	if err != nil {
 		return err
 	}
-	says := etcdSays{Client: e.Clients[0].Addr().String(), Peer: e.Peers[0].Addr().String(), ID: e.Server.MemberID().String()}
+	says := etcdSays{Client: e.Clients[0].Addr().String(), Peer: e.Peers[0].Addr().String(), ID: e.Server.MemberID().String(), Disk: slowable}
 	tell := func() {
 		b, _ := json.Marshal(says)
 		fmt.Println(etcdMark + string(b))

@@ -48,13 +48,19 @@ type request struct {
 	reads  []read
 	// stale marks what need not be linearizable (serializable reads).
 	stale bool
+	// wide is of a DeleteRange over several shards, which has no writes then.
+	wide *wideDelete
 	// swap is what the request means to one key, for porcupine; nil for all others.
 	swap *swap
 }
 
 func (q *request) String() string {
+	writes := q.writes
+	if q.wide != nil {
+		writes = q.wide.deleted
+	}
 	return fmt.Sprintf("%s by proxy %d from %.3f to %.3f: %v %s, revision %d, acked %v, writes %v",
-		q.what, q.proxy, q.call.Seconds(), q.ret.Seconds(), q.code, q.text, q.rev, q.acked, q.writes)
+		q.what, q.proxy, q.call.Seconds(), q.ret.Seconds(), q.code, q.text, q.rev, q.acked, writes)
 }
 
 // definite says that the error means that nothing was written, and never will be.
@@ -116,6 +122,7 @@ type leaseLife struct {
 type record struct {
 	mu       sync.Mutex
 	start    time.Time
+	shardOf  func(key string) int
 	requests []*request
 	segments []*segment
 	shown    []shown  // by watches

@@ -86,6 +86,7 @@ func (l *link) pass(done <-chan struct{}) bool {
 // relay is a listener whose connections go to a process, wherever that listens at the moment.
 type relay struct {
 	l      net.Listener
+	dials  atomic.Int64           // connections that were asked for
 	target atomic.Pointer[string] // nil: nowhere, connections are refused
 	// linkOf returns the link of a connection, from the first bytes of it if there is more than one.
 	linkOf func(first []byte) *link
@@ -114,6 +115,7 @@ func listenRelay(r *relay) (*relay, error) {
 			if err != nil {
 				return
 			}
+			r.dials.Add(1)
 			go r.serve(c)
 		}
 	}()

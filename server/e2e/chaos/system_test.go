@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -54,6 +55,7 @@ type member struct {
 	proc    *process
 	id      string
 	client  string // where it listens now
+	disk    bool   // it can be made slow
 	serving chan struct{}
 }
 
@@ -64,6 +66,7 @@ type proxy struct {
 	dir  string
 	log  *lineLog
 	in   *relay // of clients
+	link *link  // theirs
 
 	mu      sync.Mutex
 	proc    *process
@@ -134,14 +137,16 @@ func startSystem(t *testing.T, start time.Time) *system {
 	s.coordinator = addMember("coordinator", -1)
 	for i, name := range shardNames {
 		if i != tripled {
-			s.members = append(s.members, addMember(name, i))
+			m := addMember(name, i)
+			m.spec.Disk = true
+			s.members = append(s.members, m)
 			continue
 		}
 		var trio []*member
 		var all []string
 		for n := range 3 {
 			m := addMember(fmt.Sprintf("%s-%d", name, n+1), i)
-			m.spec.Token, m.spec.TickMs, m.spec.ElectMs = name, trioTickMs, trioElectMs
+			m.spec.Disk, m.spec.Token, m.spec.TickMs, m.spec.ElectMs = true, name, trioTickMs, trioElectMs
 			trio, all = append(trio, m), append(all, m.spec.InitialCluster)
 		}
 		for _, m := range trio {
@@ -158,7 +163,8 @@ func startSystem(t *testing.T, start time.Time) *system {
 	for i := range s.proxies {
 		p := &proxy{name: fmt.Sprintf("proxy-%d", i), dir: s.dir, log: newLog()}
 		var err error
-		p.in, err = newRelay(newLink())
+		p.link = newLink()
+		p.in, err = newRelay(p.link)
 		must(err)
 		p.args = []string{
 			"--listen-client-urls=http://127.0.0.1:0", "--listen-metrics-urls=",
@@ -224,6 +230,15 @@ func (s *system) nodes(place int) []*member {
 		}
 	}
 	return out
+}
+
+// slowDisks says whether the members' disks can be made slow.
+func (s *system) slowDisks() bool {
+	return !slices.ContainsFunc(s.members, func(m *member) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return !m.disk
+	})
 }
 
 // learnPartition reads the map from a member, so that the test knows where a key lies.
@@ -303,7 +318,7 @@ func (m *member) run(dir string) error {
 	var err error
 	m.proc, err = startEtcd(m.spec, dir, m.log, func(says etcdSays) {
 		m.mu.Lock()
-		m.id, m.client = says.ID, says.Client
+		m.id, m.client, m.disk = says.ID, says.Client, says.Disk
 		m.mu.Unlock()
 		m.peer.point(says.Peer)
 		for _, r := range m.in {

@@ -90,6 +90,42 @@ func (m *machine) value() string {
 	return fmt.Sprintf("v%d", m.ids)
 }
 
+// wide makes a delete of all of wide/, one shard after the other. It reaches only some of them if there is no answer.
+func (m *machine) wide(answered bool) {
+	w := &wideDelete{key: "wide/", end: "wide0"}
+	q := &request{what: "delete over all shards", call: m.tick(), wide: w, rev: m.rev}
+	for s := range shards {
+		var part []write
+		for i := range 3 {
+			if e := m.state[wideKey(s, i)]; e != nil {
+				part = append(part, write{key: e.key, del: true, prevMod: e.rev})
+			}
+		}
+		if !answered && s > 1 {
+			break
+		}
+		if s == 0 && !answered {
+			// A key went with its lease, unnoticed until now.
+			m.rec.leases[99] = &leaseLife{id: 99}
+			q := m.write(true, true, nil, write{key: "lease/99", value: m.value(), lease: 99})
+			part = append([]write{{key: "lease/99", del: true, prevMod: q.rev}}, part...)
+		}
+		m.apply(part)
+		w.deleted = append(w.deleted, part...)
+		m.tick()
+	}
+	if q.rev, q.acked = m.rev, len(w.deleted) > 0; !answered {
+		q.code, q.rev, q.acked, w.deleted = codes.Unavailable, 0, false, nil
+	}
+	q.ret = m.tick()
+	m.rec.requests = append(m.rec.requests, q)
+}
+
+func wideKey(s, i int) string { return fmt.Sprintf("wide/%d/%d", i, s) }
+
+// wideShard is the shard of a wideKey.
+func wideShard(key string) int { return int(key[len(key)-1] - '0') }
+
 // segment makes what a watch shows from start up to upto.
 func (m *machine) segment(key, end string, start, upto int64) {
 	seg := &segment{who: fmt.Sprintf("watch of %s from %d", key, start), key: key, end: end, start: start, upto: upto, prevKV: true}
@@ -104,7 +140,19 @@ func (m *machine) segment(key, end string, start, upto int64) {
 // goodRecord makes a record in which nothing is wrong.
 func goodRecord(seed uint64) *record {
 	m := &machine{r: newRand(seed, 0), rec: newRecord(time.Time{}), rev: 1, state: map[string]*event{}}
+	m.rec.shardOf = wideShard
 	for i := range 200 {
+		if i%20 == 19 {
+			for s := range shards {
+				for j := range 3 {
+					// Now and then a shard has nothing.
+					if (i/20)%4 != 2 || s != 1 {
+						m.write(true, true, nil, write{key: wideKey(s, j), value: m.value()})
+					}
+				}
+			}
+			m.wide(i%60 != 59)
+		}
 		key := fmt.Sprintf("hot/%d", m.r.IntN(3))
 		var expected string
 		var mod int64
@@ -169,6 +217,21 @@ func (r *record) find(fits func(*request) bool) *request {
 }
 
 func isAcked(q *request) bool { return q.acked && len(q.writes) == 1 && !q.writes[0].del }
+
+// isWide is one that has deleted something on all shards.
+func isWide(q *request) bool { return q.acked && q.wide != nil && len(q.wide.deleted) == 3*shards }
+
+// partOf returns the events of a delete on one shard.
+func (r *record) partOf(q *request, s int) (out []*event) {
+	for _, w := range q.wide.deleted {
+		for _, e := range r.history {
+			if e.del && e.key == w.key && e.prev == w.prevMod && wideShard(e.key) == s {
+				out = append(out, e)
+			}
+		}
+	}
+	return out
+}
 
 // dropEvents takes events out of the history and of all watches.
 func (r *record) dropEvents(drop func(*event) bool) {
@@ -265,7 +328,7 @@ var tampers = []struct {
 		q := r.find(isAcked)
 		r.requests = slices.DeleteFunc(r.requests, func(o *request) bool { return o == q })
 	}},
-	{"a read of the past", "was known at", func(r *record) {
+	{"a read of the past", "was known before", func(r *record) {
 		// The last read is answered with the first one's state.
 		var reads []*request
 		for _, q := range r.requests {
@@ -290,13 +353,54 @@ var tampers = []struct {
 		rd := &q.reads[0]
 		rd.mods, rd.count = rd.mods[1:], rd.count-1
 	}},
-	{"a revision that runs backwards", "was known at", func(r *record) {
+	{"a revision that runs backwards", "was known before", func(r *record) {
 		q := r.find(isAcked)
 		r.shown = append(r.shown, shown{q.call - 1, q.rev})
 	}},
-	{"progress that is ahead of a write", "was known at", func(r *record) {
+	{"progress that is ahead of a write", "was known before", func(r *record) {
 		q := r.find(isAcked)
 		r.shown = append(r.shown, shown{q.call - 1, q.rev + 10})
+	}},
+	{"a delete over shards that is not in the history", "acknowledged, but not in the history", func(r *record) {
+		q := r.find(isWide)
+		gone := r.partOf(q, 1)[0]
+		r.dropEvents(func(e *event) bool { return e == gone })
+	}},
+	{"a delete over shards that takes one key later", "not at one revision", func(r *record) {
+		for _, e := range r.partOf(r.find(isWide), 1)[1:] {
+			e.rev++
+		}
+	}},
+	{"a delete over shards that leaves a key", "left something of shard", func(r *record) {
+		q := r.find(isWide)
+		left := r.partOf(q, 1)[0]
+		r.dropEvents(func(e *event) bool { return e == left })
+		q.wide.deleted = slices.DeleteFunc(q.wide.deleted, func(w write) bool { return w.key == left.key })
+	}},
+	{"a delete over shards that leaves a shard", "never empty", func(r *record) {
+		q := r.find(isWide)
+		left := r.partOf(q, 1)
+		r.dropEvents(func(e *event) bool { return slices.Contains(left, e) })
+		q.wide.deleted = slices.DeleteFunc(q.wide.deleted, func(w write) bool { return wideShard(w.key) == 1 })
+	}},
+	{"a delete with one revision for two shards", "belongs to two requests|largest revision", func(r *record) {
+		q := r.find(isWide)
+		rev := r.partOf(q, 1)[0].rev
+		for _, e := range r.partOf(q, 2) {
+			e.rev = rev
+		}
+	}},
+	{"a delete with the smallest revision of its parts", "largest revision", func(r *record) {
+		q := r.find(isWide)
+		q.rev = r.partOf(q, 0)[0].rev
+	}},
+	{"a delete over shards that happened twice", "nobody asked", func(r *record) {
+		q := r.find(isWide)
+		q.wide.deleted = slices.DeleteFunc(q.wide.deleted, func(w write) bool { return wideShard(w.key) == 0 })
+	}},
+	{"an old revision for a part", "for a part", func(r *record) {
+		q := r.find(isWide)
+		r.shown = append(r.shown, shown{q.call - 1, r.partOf(q, 0)[0].rev})
 	}},
 	{"a key that goes before its lease", "lives until", func(r *record) { r.leases[2].alive += time.Hour }},
 	{"a key that goes after the revoke was answered", "was answered at", func(r *record) { r.leases[1].endedRev-- }},

@@ -62,6 +62,7 @@ func newRand(seed uint64, stream int) *rand.Rand { return rand.New(rand.NewPCG(s
 
 func newLoad(sys *system, rec *record, seed uint64) (*load, error) {
 	l := &load{sys: sys, rec: rec, seed: seed, stop: make(chan struct{})}
+	rec.shardOf = sys.shardOf
 	for p := range proxies {
 		var err error
 		if l.conn[p], err = dial(sys.proxies[p].in.addr()); err != nil {
@@ -96,6 +97,7 @@ func (l *load) begin() {
 		}
 		client(func(r *rand.Rand) { l.list(r, p) })
 		client(func(r *rand.Rand) { l.keepLeases(r, p) })
+		client(func(r *rand.Rand) { l.wide(r, p) })
 		begin(&l.watches, func(*rand.Rand) { l.watchAll(p) })
 		begin(&l.watches, func(r *rand.Rand) { l.watchSome(r, p) })
 	}
