@@ -19,6 +19,7 @@ type write struct {
 	alone bool  // a batch with it was refused: it goes by itself, to find the culprit
 	since int64 // when it arrived, ns
 	once  bool  // it is not tried again when its guard fails
+	flat  bool  // it has no Txn of its own in the batch that carries it (flat.go)
 
 	// finish takes the answer (nil: the whole request is answered by op.Resp).
 	finish func(w *write, resp []byte, st codec.Status)
@@ -237,8 +238,7 @@ type batchTxn struct {
 }
 
 // appendBatch writes the whole Txn of a batch: guard (a record begins with its Last, and is longer: above be64(floor) means
-// floor or more), one nested Txn a request, the record; and, when
-// the guard fails, the clock and the map's revision, to tell why.
+// floor or more), what each request needs, the record; and, when the guard fails, the clock and the map's revision, to tell why.
 func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 	var bound [8]byte
 	if !b.noGuard {
@@ -247,7 +247,16 @@ func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 		dst = appendCompareInt(dst, KeyMap, "", resultEqual, targetMod, cmpMod, b.mapMod)
 	}
 	for _, w := range writes {
+		if w != nil && w.flat {
+			dst = w.plan.appendFlatCompares(dst)
+		}
+	}
+	for _, w := range writes {
 		if w == nil {
+			continue
+		}
+		if w.flat {
+			dst = w.plan.appendFlatOp(dst, w.rev)
 			continue
 		}
 		var m int

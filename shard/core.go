@@ -199,6 +199,8 @@ type Stats struct {
 	Unrecorded, Foreign                                                          uint64
 	// Rebuilds of the coordinator that this proxy has brought to their end.
 	Rebuilds uint64
+	// FlatFailed counts batches that were sent again in their nested form.
+	FlatFailed uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
 	// of reconciliation, and copies found by them that no marker named.
 	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64

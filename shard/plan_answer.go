@@ -17,6 +17,9 @@ import (
 type memberTxn struct {
 	succeeded bool
 	ops       codec.Fields
+	// kind and only stand for the one operation of a request that had no Txn of its own; planNone else.
+	kind planOpKind
+	only []byte
 }
 
 func readMemberTxn(msg []byte) (t memberTxn, ok bool) {
@@ -35,6 +38,10 @@ func readMemberTxn(msg []byte) (t memberTxn, ok bool) {
 
 // next returns the body of the next ResponseOp's member, whose number is a planOpKind.
 func (t *memberTxn) next() (kind planOpKind, body []byte, ok bool) {
+	if t.kind != planNone {
+		kind, t.kind = t.kind, planNone
+		return kind, t.only, true
+	}
 	for t.ops.Next() {
 		if t.ops.Field.Num != 3 {
 			continue
@@ -99,6 +106,12 @@ func (p *Plan) Answer(dst, responseTxn []byte, hdr codec.Header, learn Learner) 
 			return dst, Answered, errMemberReply
 		}
 	}
+	return p.answer(dst, outer, hdr, learn)
+}
+
+// answer is the rest of Answer: outer is the client's own Txn, or a level with the one operation of another request.
+func (p *Plan) answer(dst []byte, outer memberTxn, hdr codec.Header, learn Learner) (out []byte, oc Outcome, st codec.Status) {
+	ok := true
 	a := answering{p: p, hdr: hdr, learn: learn, begin: hdr.Revision}
 	if p.Kind != OpTxn {
 		kind, body, ok := outer.next()

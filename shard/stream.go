@@ -44,6 +44,7 @@ type shardState struct {
 	batchID     uint64
 	token       uint64
 	rejections  int
+	flat        flatForm
 	wantFence   bool
 	absent      string // why it was left out at the start, and was not taken in since
 	begun       bool   // its stream was opened once

@@ -13,8 +13,8 @@ import (
 //	queue -> closed (its tick is asked for) -> granted (it has its revisions and its bytes)
 //	      -> sent, perhaps more than once -> committed | void | refused | unknown
 //
-// Exactly one batch per shard is between closed and its end. The bytes never change once they are made:
-// whatever must change goes into a new batch with a new tick.
+// Exactly one batch per shard is between closed and its end. What it says never changes once its bytes are made: whatever
+// must change goes into a new batch with a new tick. (Its bytes may, once: flat.go.)
 
 // retryDelay is the pause before a batch or a read that told nothing is sent again.
 const (
@@ -52,6 +52,7 @@ type batch struct {
 	last   int64
 	spare  bool
 	record Record
+	flat   bool // the form of its bytes (flat.go)
 	body   []byte
 	mapMod int64 // that its guard names
 	floor  int64 // and the clock that the shard has been at
@@ -106,7 +107,7 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 			b.writes[i] = nil
 			continue
 		}
-		w.rev = rev
+		w.rev, w.flat = rev, false
 		live++
 		w.plan.RecordDeletes(func(key, end []byte) {
 			b.record.Deletes = append(b.record.Deletes, RecordDelete{Rev: rev, Key: key, End: end})
@@ -115,7 +116,8 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	s.c.stats.Batches++
 	s.c.stats.BatchedWrites += uint64(live)
 	b.mapMod, b.floor = s.mapMod, s.floor()
-	b.body = appendBatch(s.body[:0], &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, loss: b.loss, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
+	b.flat = s.flat.next() && flatten(b.writes, s.c.cfg.MemberMaxTxnOps)
+	b.body = s.appendBatch(s.body[:0], b)
 	s.body = nil
 	s.sentBytes(len(b.body))
 	b.state = batchGranted
@@ -123,6 +125,10 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 		s.answer(w, statusCanceled)
 	}
 	s.sendInOrder(b)
+}
+
+func (s *shardState) appendBatch(dst []byte, b *batch) []byte {
+	return appendBatch(dst, &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, loss: b.loss, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
 }
 
 // sendInOrder sends b when it is its turn among the proxies.
@@ -215,6 +221,9 @@ func (s *shardState) retry(b *batch) {
 func (s *shardState) committed(b *batch, t txnReply) {
 	c := s.c
 	s.rejections = 0
+	if b.flat {
+		s.flat.held()
+	}
 	s.settledTo = b.last
 	s.saw(point{b.first, b.last, t.rev})
 	s.body = b.body[:0]
@@ -234,7 +243,14 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		i++
 		hdr.Revision = w.rev
 		b.writes[at] = nil // from here on somebody else may use it
-		out, oc, st := w.plan.Answer(w.buffer(), payload, hdr, c.creates)
+		var out []byte
+		var oc Outcome
+		var st codec.Status
+		if w.flat {
+			out, oc, st = w.plan.AnswerFlat(w.buffer(), payload, hdr, c.creates)
+		} else {
+			out, oc, st = w.plan.Answer(w.buffer(), payload, hdr, c.creates)
+		}
 		if oc != Answered {
 			again = append(again, w)
 			continue
@@ -276,13 +292,18 @@ func (s *shardState) again(w *write) {
 // otherwise the stream must show whether its record is there.
 func (s *shardState) rejected(b *batch, t txnReply) {
 	c := s.c
-	c.stats.Rejected++
 	var clock, pmap codec.KV
 	if len(t.resps) == 2 {
 		clock, _ = firstKV(t.resps[0])
 		pmap, _ = firstKV(t.resps[1])
 	}
 	rec, ok := ParseRecord(clock.Value)
+	remapped := pmap.ModRevision != b.mapMod
+	if b.flat && ok && b.floor <= rec.Last && rec.Last < b.first && !remapped {
+		s.flatFailed(b)
+		return
+	}
+	c.stats.Rejected++
 	if rec.Last < b.floor {
 		s.wentBack(rec.Last, b.floor)
 		s.retry(b) // this copy was not applied, whatever became of others
@@ -291,7 +312,6 @@ func (s *shardState) rejected(b *batch, t txnReply) {
 	if ok {
 		s.saw(point{rec.First, rec.Last, clock.ModRevision})
 	}
-	remapped := pmap.ModRevision != b.mapMod
 	if pmap.ModRevision > s.mapMod {
 		c.connect("the partition map on member cluster " + s.name + " has changed")
 	}

@@ -47,9 +47,7 @@ func TestItBites(t *testing.T) {
 			oneLease(c)
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
-					for _, o := range q.Success {
-						dropLeaseGuards(o.GetRequestTxn())
-					}
+					dropLeaseGuards(q)
 				}
 			})
 		}},
@@ -83,9 +81,7 @@ func TestItBites(t *testing.T) {
 		{"guards on create revisions lost", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
 				if to >= 0 && writesClock(q) {
-					for _, o := range q.Success {
-						dropCreates(o.GetRequestTxn())
-					}
+					dropCreates(q)
 				}
 			})
 		}},

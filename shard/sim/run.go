@@ -327,6 +327,7 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.Rejected += b.Rejected
 	a.Fences += b.Fences
 	a.WrongCreates += b.WrongCreates
+	a.FlatFailed += b.FlatFailed
 	a.Settled += b.Settled
 	a.LostReplies += b.LostReplies
 	a.ReadBatches += b.ReadBatches
