@@ -230,11 +230,12 @@ func appendPutOp(dst []byte, branch int, key string, value []byte) []byte {
 
 // batchTxn is what a batch's bytes are made of besides its requests.
 type batchTxn struct {
-	record  *Record
-	mapMod  int64 // the shard's revision of \0map that this proxy believes in
-	floor   int64 // the clock that the shard has been at
-	loss    bool  // it ends an accepted loss, see accept.go
-	noGuard bool  // planted bug
+	record   *Record
+	mapMod   int64 // the shard's revision of \0map that this proxy believes in
+	floor    int64 // the clock that the shard has been at
+	loss     bool  // it ends an accepted loss, see accept.go
+	noGuard  bool  // planted bugs
+	bareFlat bool
 }
 
 // appendBatch writes the whole Txn of a batch: guard (a record begins with its Last, and is longer: above be64(floor) means
@@ -247,7 +248,7 @@ func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 		dst = appendCompareInt(dst, KeyMap, "", resultEqual, targetMod, cmpMod, b.mapMod)
 	}
 	for _, w := range writes {
-		if w != nil && w.flat {
+		if w != nil && w.flat && !b.bareFlat {
 			dst = w.plan.appendFlatCompares(dst)
 		}
 	}

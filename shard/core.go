@@ -79,6 +79,9 @@ type CoreConfig struct {
 type Sabotage struct {
 	// DropGuard leaves the clock guard out of batches.
 	DropGuard bool
+	// BareFlat leaves the requests' compares out of flat batches, FlatTwice sends a flat batch that failed again in its
+	// nested form without its guard.
+	BareFlat, FlatTwice bool
 	// RetickWithoutLooking takes a new range for a rejected batch without looking for its record.
 	RetickWithoutLooking bool
 	// FrontierIgnoresRanges moves the frontier to N whatever ranges are open.

@@ -133,7 +133,7 @@ func (p *Plan) AnswerFlat(dst, response []byte, hdr codec.Header, learn Learner)
 func (s *shardState) flatFailed(b *batch) {
 	s.c.stats.FlatFailed++
 	s.flat.failed()
-	b.flat = false
+	b.flat, b.again = false, true
 	for _, w := range b.writes {
 		if w != nil {
 			w.flat = false

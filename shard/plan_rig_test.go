@@ -365,10 +365,14 @@ func (r *planRig) runWrite(req proto.Message) {
 		}
 		r.checkCost(op)
 		snap := r.snapshot(r.member.kv.Rev())
-		body := appendPutOp(op, txnSuccess, KeyClock, []byte("record"))
-		reply := responsesOf(r.t, r.memberTxn(body))[0]
 		held := p.GuardsHold(snap)
-		out, oc, st := p.Answer(nil, reply, headerAt(rev), nil)
+		answer := p.AnswerFlat
+		reply, flat := r.flatForm(rev)
+		if !flat {
+			answer = p.Answer
+			reply = responsesOf(r.t, r.memberTxn(appendPutOp(op, txnSuccess, KeyClock, []byte("record"))))[0]
+		}
+		out, oc, st := answer(nil, reply, headerAt(rev), nil)
 		if held != (oc == Answered) {
 			r.t.Fatalf("%v: GuardsHold %v, outcome %v", req, held, oc)
 		}
@@ -386,7 +390,7 @@ func (r *planRig) runWrite(req proto.Message) {
 		if changed {
 			r.same("Answer", req, out, want)
 		}
-		out, _, _ = p.Answer(nil, reply, headerAt(shown), r.creates)
+		out, _, _ = answer(nil, reply, headerAt(shown), r.creates)
 		r.same("Answer", req, out, want)
 		out, wrote, st := p.Evaluate(nil, snap, headerAt(shown))
 		if st.Code != codec.OK || wrote != changed {
@@ -402,6 +406,36 @@ func (r *planRig) runWrite(req proto.Message) {
 		r.localOf[before] = r.member.kv.Rev()
 		r.stats["no change"]++
 	}
+}
+
+// flatForm sends the request without a Txn of its own, if it may go so, every other time. ok is false if it did not or if a
+// compare failed: nothing was done then.
+func (r *planRig) flatForm(rev int64) (reply []byte, ok bool) {
+	p := &r.plan
+	n, ok := p.flat()
+	if !ok || r.rng.IntN(2) == 0 {
+		return nil, false
+	}
+	body := p.appendFlatCompares(nil)
+	req := &pb.TxnRequest{}
+	unmarshal(r.t, body, req)
+	body = p.appendFlatOp(body, rev)
+	if len(req.Compare) != n || len(body) > p.Size() {
+		r.t.Fatalf("%d compares and %d bytes, %d and at most %d were announced", len(req.Compare), len(body), n, p.Size())
+	}
+	before := r.member.kv.Rev()
+	resp := &pb.TxnResponse{}
+	raw := r.memberTxn(appendPutOp(body, txnSuccess, KeyClock, []byte("record")))
+	unmarshal(r.t, raw, resp)
+	if !resp.Succeeded {
+		r.stats["flat failed"]++
+		if r.member.kv.Rev() != before {
+			r.t.Fatal("a compare failed, and something was written")
+		}
+		return nil, false
+	}
+	r.stats["flat"]++
+	return responsesOf(r.t, raw)[0], true
 }
 
 // checkCost compares OpCost with etcd's way of counting.

@@ -53,6 +53,7 @@ type batch struct {
 	spare  bool
 	record Record
 	flat   bool // the form of its bytes (flat.go)
+	again  bool // its flat form has failed
 	body   []byte
 	mapMod int64 // that its guard names
 	floor  int64 // and the clock that the shard has been at
@@ -128,7 +129,8 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 }
 
 func (s *shardState) appendBatch(dst []byte, b *batch) []byte {
-	return appendBatch(dst, &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, loss: b.loss, noGuard: s.c.cfg.Sabotage.DropGuard}, b.writes)
+	return appendBatch(dst, &batchTxn{record: &b.record, mapMod: b.mapMod, floor: b.floor, loss: b.loss,
+		noGuard: s.c.cfg.Sabotage.DropGuard || s.c.cfg.Sabotage.FlatTwice && b.again, bareFlat: s.c.cfg.Sabotage.BareFlat}, b.writes)
 }
 
 // sendInOrder sends b when it is its turn among the proxies.

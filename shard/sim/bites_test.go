@@ -28,6 +28,8 @@ func TestItBites(t *testing.T) {
 	}{
 		{"guard dropped", func(c *Config) { c.Sabotage = shard.Sabotage{DropGuard: true} }},
 		{"new range on a rejection without looking", func(c *Config) { c.Sabotage = shard.Sabotage{RetickWithoutLooking: true} }},
+		{"flat batches without their requests' compares", func(c *Config) { c.Sabotage = shard.Sabotage{BareFlat: true} }},
+		{"a flat batch that failed goes again without its guard", func(c *Config) { c.Sabotage = shard.Sabotage{FlatTwice: true} }},
 		{"frontier ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{FrontierIgnoresRanges: true} }},
 		{"a Get from the ring ignores open ranges", func(c *Config) { c.Sabotage = shard.Sabotage{RecentIgnoresRanges: true} }},
 		{"the past is not waited for", func(c *Config) { c.Sabotage, c.RingSize = shard.Sabotage{HistoryAhead: true}, 32 }},
