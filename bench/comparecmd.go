@@ -41,7 +41,7 @@ func compareCommand(ctx context.Context, args []string) error {
 		cfg.SpindleArgs = append(cfg.SpindleArgs, v)
 		return nil
 	})
-	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, of every round (costs them some percent)")
+	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, and CPU profiles of the generator, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
 	if err := f.Parse(args); err != nil {

@@ -29,6 +29,9 @@ func TestSharedBodies(t *testing.T) {
 			t.Errorf("%s: a body that waits was copied", head)
 		}
 	}
+	if got := r.c.QueueMemory(); got < 3*cap(body) {
+		t.Errorf("%d bytes of memory are counted for 3 times %d", got, cap(body))
+	}
 	if r.c.SendParts(all[2], []byte("mine"), body, false) || r.c.SendParts(all[2], nil, body[:minShared-1], true) {
 		t.Error("kept what is not shared, or small")
 	}

@@ -54,12 +54,10 @@ func (c *Conn) send(s *Stream, head, body []byte, whose int) (kept bool) {
 	}
 	mem := st.q.mem
 	st.q.push(lead)
+	kept = whose == msgShared && len(rest) >= minShared
 	switch {
-	case whose == msgOwned:
-		st.q.pushBlock(&buffer{b: body, off: len(body) - len(rest)}) // its memory ends up in the pools, if they take its size
-	case whose == msgShared && len(rest) >= minShared:
-		st.q.pushBlock(&buffer{b: rest, shared: true})
-		kept = true
+	case kept, whose == msgOwned: // all of body counts as memory; of an owned one it ends up in the pools, if they take its size
+		st.q.pushBlock(&buffer{b: body, off: len(body) - len(rest), shared: kept})
 	default:
 		st.q.push(rest)
 	}

@@ -51,7 +51,7 @@ var (
 )
 
 // clientConn is one client's connection: gnet's socket on one side, the codec on the other. What the
-// codec wants to send collects during a turn and is written once, at the turn's end. It belongs to its
+// codec wants to send collects during a turn and is written once, at the turn's end (or in Loop.pushed). It belongs to its
 // loop.
 type clientConn struct {
 	loop *Loop

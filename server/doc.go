@@ -10,7 +10,8 @@
 //
 // gnet knows no end of a turn and reorders what is posted to a loop, so Loop adds both: a mailbox in order, and hooks
 // after each event. The core collects during a turn and sends in its hook; client connections collect
-// output during a turn and write once, after the hooks.
+// output during a turn and write once, after the hooks. Only what a hook has for many clients at once, events, is written
+// meanwhile, in pieces that fit into a cache (Loop.pushed).
 //
 // # What bounds memory
 //

@@ -53,7 +53,7 @@ func TestTargets(t *testing.T) {
 	e := newEnv(t, Config{Rounds: 2})
 	spec := load.Default()
 	spec.Clients, spec.Connections, spec.Warmup, spec.Duration, spec.WatchAll = 16, 2, 0, 200*time.Millisecond, true
-	names := []string{Direct, Direct + TLSSuffix, Proxied, Proxied + TLSSuffix, SpindlePrefix + "2"}
+	names := []string{Direct, Direct + TLSSuffix, Proxied, Proxied + TLSSuffix, TwoStep, SpindlePrefix + "2"}
 	sc := &Scenario{Name: "s", Targets: append(names, "nothing"), Load: spec, Check: func(o *Outcome) []report.Check {
 		return []report.Check{
 			o.ratio("a", SpindlePrefix+"2", Direct, perSecond, atLeast(0)),
@@ -73,14 +73,14 @@ func TestTargets(t *testing.T) {
 		t.Errorf("%d runs", len(o.Runs))
 	}
 	for i, r := range o.Runs {
-		if want := slices.Concat(names, []string{SpindlePrefix + "2", Proxied + TLSSuffix, Proxied, Direct + TLSSuffix, Direct}); len(o.Failed) == 1 && r.Target != want[i] {
+		if want := slices.Concat(names, []string{SpindlePrefix + "2", TwoStep, Proxied + TLSSuffix, Proxied, Direct + TLSSuffix, Direct}); len(o.Failed) == 1 && r.Target != want[i] {
 			t.Errorf("run %d is of %s, want %s: rounds take turns", i, r.Target, want[i])
 		}
 		res := r.Result
-		if res.Total.Count == 0 || res.Total.Errors != 0 || res.Watches[0].Events == 0 {
+		if res.Total.Count == 0 || res.Total.Errors != 0 || r.Target != TwoStep && res.Watches[0].Events == 0 {
 			t.Errorf("%s: %+v %v", r.Target, res.Total, res.Texts)
 		}
-		if n := map[string]int{Proxied: 2, Proxied + TLSSuffix: 2, SpindlePrefix + "2": 4}[r.Target]; len(res.Processes) != max(n, 1) || res.Processes[0].RSS == 0 {
+		if n := map[string]int{Proxied: 2, Proxied + TLSSuffix: 2, TwoStep: 2, SpindlePrefix + "2": 4}[r.Target]; len(res.Processes) != max(n, 1) || res.Processes[0].RSS == 0 {
 			t.Errorf("%s: %+v", r.Target, res.Processes)
 		}
 	}

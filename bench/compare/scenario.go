@@ -150,6 +150,9 @@ func (e *Env) load(ctx context.Context, sc *Scenario, t *target, round int, rate
 	if e.cfg.Profile != "" {
 		defer e.profile(ctx, fmt.Sprintf("%s-%s-%d", sc.Name, t.name, round), t, spec.Warmup, spec.Duration)()
 	}
+	if t.coord != "" {
+		return load.TwoStep(ctx, spec, t.coord)
+	}
 	return load.Run(ctx, spec, io.Discard)
 }
 

@@ -17,11 +17,12 @@ import (
 )
 
 // Names of targets: Direct is one etcd, Proxied the same behind etcd grpc-proxy, "spindle-N" a Spindle over N
-// shards and a coordinator. Every etcd, proxy and Spindle is a process of its own. A name that ends in TLSSuffix has
+// shards and a coordinator, TwoStep a member and a coordinator without Spindle (load.TwoStep). Every etcd, proxy and Spindle is a process of its own. A name that ends in TLSSuffix has
 // mutual TLS towards clients.
 const (
 	Direct        = "direct"
 	Proxied       = "grpc-proxy"
+	TwoStep       = "two-etcds"
 	SpindlePrefix = "spindle-"
 	TLSSuffix     = "+tls"
 )
@@ -42,7 +43,7 @@ const (
 // CheckTarget says what is wrong with the name of a target.
 func CheckTarget(name string) error {
 	base := strings.TrimSuffix(name, TLSSuffix)
-	if base == Direct || base == Proxied {
+	if base == Direct || base == Proxied || name == TwoStep {
 		return nil
 	}
 	if _, err := shardsOf(base); err != nil {
@@ -64,6 +65,7 @@ func shardsOf(base string) (int, error) {
 type target struct {
 	name     string
 	endpoint string
+	coord    string // TwoStep: the coordinator
 	tls      *tls.Config
 	procs    []*process
 }
@@ -125,6 +127,23 @@ func (e *Env) up(ctx context.Context, name string, data func() (string, error)) 
 
 	if base == Direct {
 		if err := e.etcd(t, "etcd", dir, data, t.endpoint, c); err != nil {
+			return nil, err
+		}
+		return t, t.await(ctx)
+	}
+	if base == TwoStep {
+		at, err := freePort()
+		if err != nil {
+			return nil, err
+		}
+		t.coord = "http://" + at
+		if err := e.etcd(t, "shard-1", dir, data, t.endpoint, nil); err != nil {
+			return nil, err
+		}
+		if err := e.etcd(t, "coordinator", dir, nil, t.coord, nil); err != nil {
+			return nil, err
+		}
+		if err := t.awaitAt(ctx, t.coord); err != nil {
 			return nil, err
 		}
 		return t, t.await(ctx)
@@ -233,8 +252,10 @@ func (e *Env) etcd(t *target, name, dir string, data func() (string, error), end
 }
 
 // await returns when the target answers a linearizable read.
-func (t *target) await(ctx context.Context) error {
-	addr := t.endpoint[strings.Index(t.endpoint, "//")+2:]
+func (t *target) await(ctx context.Context) error { return t.awaitAt(ctx, t.endpoint) }
+
+func (t *target) awaitAt(ctx context.Context, endpoint string) error {
+	addr := endpoint[strings.Index(endpoint, "//")+2:]
 	return await(ctx, t.name, readyTimeout, t.procs, func() error {
 		c, err := client.Dial(addr, t.tls)
 		if err != nil {

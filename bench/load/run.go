@@ -58,19 +58,8 @@ func Run(ctx context.Context, spec Spec, progress io.Writer) (*Result, error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
 	}
-	now := time.Now()
-	r := &run{spec: spec, progress: progress, base: now, acks: make(acks, ackSlots)}
-	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	r := newRun(ctx, spec, progress)
 	defer r.cancel(nil)
-	r.keys = keys{prefix: spec.Prefix, tag: strconv.FormatInt(now.UnixMilli(), 36)}
-	r.podsKey, r.podsEnd = r.keys.pods()
-	for _, s := range spec.Mix {
-		r.weights += s.Weight
-	}
-	for _, p := range spec.Processes {
-		rss, _, _ := Memory(p.PID)
-		r.before = append(r.before, rss)
-	}
 	defer r.close()
 	if err := r.dial(); err != nil {
 		return nil, err
@@ -83,7 +72,23 @@ func Run(ctx context.Context, spec Spec, progress io.Writer) (*Result, error) {
 	if err := r.watch(); err != nil {
 		return nil, err
 	}
-	return r.measure()
+	return r.measure(r.begin)
+}
+
+func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
+	now := time.Now()
+	r := &run{spec: spec, progress: progress, base: now, acks: make(acks, ackSlots)}
+	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	r.keys = keys{prefix: spec.Prefix, tag: strconv.FormatInt(now.UnixMilli(), 36)}
+	r.podsKey, r.podsEnd = r.keys.pods()
+	for _, s := range spec.Mix {
+		r.weights += s.Weight
+	}
+	for _, p := range spec.Processes {
+		rss, _, _ := Memory(p.PID)
+		r.before = append(r.before, rss)
+	}
+	return r
 }
 
 // connect dials the i-th connection.
@@ -155,6 +160,11 @@ func (r *run) watch() error {
 	if r.all != nil {
 		r.all.open(0, 1, 1, []byte{0}, []byte{0})
 	}
+	return r.awaitWatches(n)
+}
+
+// awaitWatches returns when all watches are created.
+func (r *run) awaitWatches(n int) error {
 	timeout := time.NewTimer(watchTimeout)
 	defer timeout.Stop()
 	select {
@@ -167,19 +177,26 @@ func (r *run) watch() error {
 	}
 }
 
+// begin lets the clients begin.
+func (r *run) begin() {
+	s := &r.spec
+	if s.Mix.has(Idle) {
+		return
+	}
+	begin, period := r.now(), 0.0
+	if s.Rate > 0 {
+		period = float64(len(r.groups)) * 1e9 / s.Rate
+	}
+	for i, g := range r.groups {
+		g.begin(begin+int64(period*float64(i)/float64(len(r.groups))), period)
+	}
+}
+
 // measure runs the load.
-func (r *run) measure() (*Result, error) {
+func (r *run) measure(begin func()) (*Result, error) {
 	s := &r.spec
 	h := newHarvest(r)
-	if !s.Mix.has(Idle) {
-		begin, period := r.now(), 0.0
-		if s.Rate > 0 {
-			period = float64(len(r.groups)) * 1e9 / s.Rate
-		}
-		for i, g := range r.groups {
-			g.begin(begin+int64(period*float64(i)/float64(len(r.groups))), period)
-		}
-	}
+	begin()
 	if err := r.sleep(s.Warmup); err != nil {
 		return nil, err
 	}
