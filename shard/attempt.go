@@ -19,6 +19,10 @@ const (
 	attemptShare = 2
 	// patienceLasts is how long a shard is known to be slow after the last attempt that ran out of time.
 	patienceLasts = 10 * time.Second
+	// largeRate is how many bytes a second of a large answer an attempt has time for besides, less than a tenth of what a
+	// member does alone: the time until its first byte, which is there when the last one was read. From then on the answer
+	// is waited for as long as it comes (poolCall.due).
+	largeRate = 8 << 20
 )
 
 // patience is how long an attempt of one kind may take on one shard. It doubles when one was not enough, so a shard that
@@ -61,12 +65,13 @@ const maxFreeAttempts = 256
 // call sends a request that may be sent again. It ends with DeadlineExceeded when an attempt has had its time, which
 // may be long before the shard timeout.
 func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
-	s.attempt(m, req, done, false)
+	s.attempt(m, req, 0, done, false)
 }
 
-// callLarge is call for lists and their pages, which take their time on a busy member and say nothing about batches.
-func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
-	s.attempt(m, req, done, true)
+// callLarge is call for lists and their pages, which take their time on a busy member and say nothing about batches. size
+// is about what is expected, in bytes; 0 if that is not known.
+func (s *shardState) callLarge(m codec.Method, req []byte, size int64, done codec.Completion) {
+	s.attempt(m, req, time.Duration(min(size, maxEstimate))*time.Second/largeRate, done, true)
 }
 
 // patienceFor returns the patience with attempts of a kind, and its limit. A large read that half of the shard timeout was not
@@ -78,7 +83,7 @@ func (s *shardState) patienceFor(large bool) (p *patience, limit time.Duration) 
 	return &s.patience, s.c.cfg.ShardTimeout / attemptShare
 }
 
-func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, large bool) {
+func (s *shardState) attempt(m codec.Method, req []byte, more time.Duration, done codec.Completion, large bool) {
 	c := s.c
 	var a *attempt
 	if n := len(c.freeAttempts); n > 0 {
@@ -89,7 +94,7 @@ func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, 
 	}
 	a.s, a.done, a.large = s, done, large
 	p, limit := s.patienceFor(large)
-	c.tr.Call(s.cluster, m, req, p.get(c.cfg.Now(), limit), a)
+	c.tr.Call(s.cluster, m, req, min(p.get(c.cfg.Now(), limit)+more, limit), a)
 }
 
 // Complete implements codec.Completion.

@@ -86,7 +86,7 @@ func (q *endsCall) send() {
 	body = codec.AppendInt(body, 3, limit)
 	body = codec.AppendInt(body, 4, p.local)
 	c.scratch = codec.AppendBool(body, 8, true) // keys_only
-	p.s.callLarge(codec.MethodRange, c.scratch, q)
+	p.s.callLarge(codec.MethodRange, c.scratch, limit*int64(len(p.from)+lookOverhead), q)
 }
 
 func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {
