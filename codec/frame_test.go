@@ -93,7 +93,7 @@ func TestQueueAndBuffers(t *testing.T) {
 	if q.n != 0 || q.head != nil {
 		t.Fatal("drop left something")
 	}
-	for _, n := range []int{0, 1, 512, 513, 1024, 1 << 20, 1<<20 + 1} {
+	for _, n := range []int{0, 1, 512, 513, 1024, 1 << 20, 1<<20 + 1, 4 << 20, 4<<20 + 1, 5<<20 - 1, 9<<20 + 1, 32 << 20, 32<<20 + 1} {
 		b := getBuffer(n)
 		if cap(b.b) < n || len(b.b) != 0 {
 			t.Fatalf("getBuffer(%d): len %d cap %d", n, len(b.b), cap(b.b))

@@ -2,6 +2,7 @@ package codec
 
 import (
 	"bytes"
+	"math/rand/v2"
 	"testing"
 )
 
@@ -76,5 +77,25 @@ func TestRecycle(t *testing.T) {
 			t.Errorf("%d: %d of %d", n, len(b), cap(b))
 		}
 		Recycle(b[:n])
+	}
+}
+
+// TestLargeBuffers: a buffer of any size holds what it is asked for, with a fourth more at most, whatever was recycled before.
+func TestLargeBuffers(t *testing.T) {
+	seed := rand.Uint64()
+	rng := rand.New(rand.NewPCG(seed, 3))
+	for range 300 {
+		n := 1<<maxBufferBits - 1000 + rng.IntN(1<<maxLargeBits)
+		switch rng.IntN(4) {
+		case 0:
+			n = 1<<(maxBufferBits+rng.IntN(4)) + rng.IntN(3) - 1
+		case 1:
+			n = 1<<maxBufferBits + rng.IntN(1<<20)
+		}
+		b := Borrow(n)
+		if len(b) != 0 || cap(b) < n || cap(b) > max(1<<maxBufferBits, n+n/4+largeSteps) {
+			t.Fatalf("seed %d: %d bytes for %d", seed, cap(b), n)
+		}
+		Recycle(b[: rng.IntN(n) : cap(b)-rng.IntN(1000)]) // or a part of it
 	}
 }

@@ -20,6 +20,10 @@ const (
 	attemptShare = 2
 	// patienceLasts is how long a shard is known to be slow after the last attempt that ran out of time.
 	patienceLasts = 10 * time.Second
+	// largeRate is how many bytes a second of a large answer an attempt has time for besides, less than a tenth of what a
+	// member does alone: the time until its first byte, which is there when the last one was read. From then on the answer
+	// is waited for as long as it comes (poolCall.due).
+	largeRate = 8 << 20
 )
 
 // patience is how long an attempt of one kind may take on one shard. It doubles when one was not enough, so a shard that
@@ -63,13 +67,13 @@ const maxFreeAttempts = 256
 // may be long before the shard timeout. Of the two only DeadlineExceeded counts as a slow shard: a node that has become mute must not make
 // the next attempts patient, for the next node may be mute, too.
 func (s *shardState) call(m codec.Method, req []byte, done codec.Completion) {
-	s.attempt(m, req, done, false)
+	s.attempt(m, req, 0, done, false)
 }
 
 // callLarge is call for lists, their pages, and whatever else may have a large answer, which takes its time on a busy member and
-// says nothing about batches.
-func (s *shardState) callLarge(m codec.Method, req []byte, done codec.Completion) {
-	s.attempt(m, req, done, true)
+// says nothing about batches. size is about what is expected, in bytes; 0 if that is not known.
+func (s *shardState) callLarge(m codec.Method, req []byte, size int64, done codec.Completion) {
+	s.attempt(m, req, time.Duration(min(size, maxEstimate))*time.Second/largeRate, done, true)
 }
 
 // readsMuch says whether what p reads on its shard at once may be of any size: ranges without a small limit. A member may need its time
@@ -92,7 +96,7 @@ func (s *shardState) patienceFor(large bool) (p *patience, limit time.Duration) 
 	return &s.patience, s.c.cfg.ShardTimeout / attemptShare
 }
 
-func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, large bool) {
+func (s *shardState) attempt(m codec.Method, req []byte, more time.Duration, done codec.Completion, large bool) {
 	c := s.c
 	var a *attempt
 	if n := len(c.freeAttempts); n > 0 {
@@ -103,7 +107,7 @@ func (s *shardState) attempt(m codec.Method, req []byte, done codec.Completion, 
 	}
 	a.s, a.done, a.large = s, done, large
 	p, limit := s.patienceFor(large)
-	c.tr.Call(s.cluster, m, req, p.get(c.cfg.Now(), limit), a)
+	c.tr.Call(s.cluster, m, req, min(p.get(c.cfg.Now(), limit)+more, limit), a)
 }
 
 // Complete implements codec.Completion.

@@ -69,7 +69,7 @@ func TestMuteNodeIsNoSlowShard(t *testing.T) {
 	done := completion(func([]byte, codec.Status, bool) {})
 	for range 3 {
 		s.call(codec.MethodTxn, nil, done)
-		s.callLarge(codec.MethodRange, nil, done)
+		s.callLarge(codec.MethodRange, nil, 0, done)
 	}
 	for i, d := range tr.spans {
 		if d != firstPatience {
@@ -86,10 +86,19 @@ func TestPatienceOfLargeReads(t *testing.T) {
 	s := &shardState{c: &Core{tr: tr, cfg: CoreConfig{ShardTimeout: 5 * time.Second, Now: func() int64 { return now }}}}
 	done := completion(func([]byte, codec.Status, bool) {})
 	for i, want := range []time.Duration{firstPatience, 2 * firstPatience, 4 * firstPatience, 5 * time.Second, 5 * time.Second} {
-		if s.callLarge(codec.MethodRange, nil, done); tr.spans[i] != want {
+		if s.callLarge(codec.MethodRange, nil, 0, done); tr.spans[i] != want {
 			t.Errorf("large attempt %d: %v, expected %v", i, tr.spans[i], want)
 		}
 		now += int64(3 * time.Second)
+	}
+	// What is known to be large has the time that it takes a busy member, before any attempt has failed.
+	tr.spans = nil
+	now += int64(time.Minute)
+	s.callLarge(codec.MethodRange, nil, 2*largeRate, done)
+	now += int64(time.Minute)
+	s.callLarge(codec.MethodRange, nil, 1<<62, done)
+	if tr.spans[0] != firstPatience+2*time.Second || tr.spans[1] != 5*time.Second {
+		t.Errorf("large answers have %v", tr.spans)
 	}
 	tr.spans = nil
 	for i, want := range []time.Duration{firstPatience, 2 * firstPatience, 2500 * time.Millisecond, 2500 * time.Millisecond} {

@@ -110,7 +110,7 @@ func (p *part) send() {
 		body = appendGet(body, txnSuccess, KeyCompact, 0)
 	}
 	c.scratch = body
-	p.s.callLarge(codec.MethodTxn, body, p)
+	p.s.callLarge(codec.MethodTxn, body, 0, p)
 }
 
 func (p *part) Complete(resp []byte, st codec.Status, sent bool) {
@@ -430,7 +430,7 @@ func (l *insideLook) send() {
 		body = appendGet(body, txnSuccess, KeyCompact, 0)
 	}
 	c.scratch = body
-	p.s.callLarge(codec.MethodTxn, body, l)
+	p.s.callLarge(codec.MethodTxn, body, 0, l)
 }
 
 func (l *insideLook) Complete(resp []byte, st codec.Status, sent bool) {

@@ -17,7 +17,7 @@ import (
 // then every shard is paged by (its local revision, next key), and the pages are merged by key as they come.
 
 // pagedRead is one list under way. out, op and stream say what becomes of it: a unary answer is collected
-// in op.Resp, a stream emits chunks while it is wanted.
+// in op.Resp, or gathered for a List (pages_gather.go), a stream emits chunks while it is wanted.
 //
 // gen counts attempts to fix a state: what belongs to an earlier one is ignored when it arrives.
 type pagedRead struct {

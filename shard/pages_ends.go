@@ -69,7 +69,8 @@ func (r *pagedRead) segments() (long, pages int64) {
 	return max(longPart/int64(len(r.parts)), longParts), segmentPages
 }
 
-// endsCall is the Completion of a look at the keys. The pages that wait for it follow, also when it failed.
+// endsCall is the Completion of a look at the keys. While it is under way parts read on without ends, unless what is left of
+// them is more than lookKeys, and dear to count. Those wait, and their pages follow, also when it failed.
 type endsCall struct {
 	p   *pagePart
 	gen int
@@ -85,7 +86,7 @@ func (q *endsCall) send() {
 	body = codec.AppendInt(body, 3, limit)
 	body = codec.AppendInt(body, 4, p.local)
 	c.scratch = codec.AppendBool(body, 8, true) // keys_only
-	p.s.callLarge(codec.MethodRange, c.scratch, q)
+	p.s.callLarge(codec.MethodRange, c.scratch, limit*int64(len(p.from)+lookOverhead), q)
 }
 
 func (q *endsCall) Complete(resp []byte, st codec.Status, sent bool) {

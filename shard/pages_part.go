@@ -105,6 +105,9 @@ func (p *pagePart) pageLimit() int64 {
 			growth = gatherGrowth
 		}
 		want = min(p.fullPage(), p.limit*growth)
+		if rest := p.total - p.fetched; r.gathering && rest < want+want/4 {
+			want = rest // a page of its own would cost the member more
+		}
 	}
 	if r.spec.limit > 0 && r.sent >= r.spec.limit {
 		return max(want, 1) // the rest is only counted
@@ -180,6 +183,10 @@ func (q *pageCall) send() {
 	p := q.p
 	c := p.r.c
 	body := c.scratch[:0]
+	size := int64(0)
+	if p.perKey > 0 && !p.r.spec.countOnly {
+		size = min(p.limit, maxEstimate/p.perKey) * p.perKey
+	}
 	switch {
 	case p.inside:
 		for _, local := range [2]int64{p.local, p.local - 1} {
@@ -197,11 +204,11 @@ func (q *pageCall) send() {
 		body = appendGet(p.appendRead(body, 0), txnSuccess, KeyClock, 0)
 	default:
 		c.scratch = p.appendFields(body, p.local)
-		p.s.callLarge(codec.MethodRange, c.scratch, q)
+		p.s.callLarge(codec.MethodRange, c.scratch, size, q)
 		return
 	}
 	c.scratch = body
-	p.s.callLarge(codec.MethodTxn, body, q)
+	p.s.callLarge(codec.MethodTxn, body, size, q)
 }
 
 // appendRead appends the page's range as an operation of a Txn.

@@ -193,7 +193,7 @@ func (s *shardState) flushReads() {
 		s.readItems += b.sent
 		c.stats.ReadBatches++
 		c.stats.BatchedReads += uint64(len(b.items))
-		s.attempt(codec.MethodTxn, b.body, b, b.large)
+		s.attempt(codec.MethodTxn, b.body, 0, b, b.large)
 	}
 }
 
@@ -484,7 +484,7 @@ func (s *shardState) readAt(b *readBatch, local int64) {
 		b.large = b.large || b.items[i].plan().readsMuch()
 	}
 	b.body = body
-	s.attempt(codec.MethodTxn, b.body, b, b.large)
+	s.attempt(codec.MethodTxn, b.body, 0, b, b.large)
 }
 
 // answerReads answers a second look.

@@ -85,7 +85,7 @@ func (r *recovery) send() {
 	s := r.b.s
 	body, _ := r.w.plan.AppendSnapshotOps(s.c.scratch[:0], r.b.seenAt-1)
 	s.c.scratch = body
-	s.attempt(codec.MethodTxn, body, r, r.w.plan.readsMuch())
+	s.attempt(codec.MethodTxn, body, 0, r, r.w.plan.readsMuch())
 }
 
 func (r *recovery) Complete(resp []byte, st codec.Status, sent bool) {
