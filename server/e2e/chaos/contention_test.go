@@ -327,13 +327,13 @@ func (c *contention) contend(ctx context.Context, shared bool, seed uint64) [][]
 
 // Several proxies whose clients compare and swap on the same shards, on the same keys and on different ones: nobody starves,
 // all watches show the same events, and when one is killed the watches of the others pause for a reorder window at most.
-// SPINDLE_CHAOS=10s makes each of the loads that long.
+// SPINDLE_CHAOS_MEASURE=8s makes each of the loads that long.
 func TestContention(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts seven processes")
 	}
 	lasts, counts, kills := 700*time.Millisecond, []int{3}, 1
-	if v := os.Getenv("SPINDLE_CHAOS"); v != "" {
+	if v := os.Getenv("SPINDLE_CHAOS_MEASURE"); v != "" {
 		var err error
 		if lasts, err = time.ParseDuration(v); err != nil {
 			t.Fatal(err)
