@@ -19,6 +19,9 @@ SOAK ?= 3m
 # How long `make chaos` breaks things.
 CHAOS ?= 5m
 
+# How long each load of `make contention` lasts.
+CONTENTION ?= 8s
+
 # How long `make attack` runs each attack.
 ATTACK ?= 3s
 
@@ -75,6 +78,10 @@ soak: ## Random load, compactions, watches and memory for SOAK=3m, compared with
 .PHONY: chaos
 chaos: ## Kill, stop and cut off real processes under a checked load for CHAOS=5m: what clients noticed of each fault
 	SPINDLE_CHAOS=$(CHAOS) $(GO) test -count 1 -v -timeout 24h -run 'TestChaos$$' ./server/e2e/chaos
+
+.PHONY: contention
+contention: ## Several proxies that write against each other, a slow disk, a shard that returns: each load for CONTENTION=8s
+	SPINDLE_CHAOS_MEASURE=$(CONTENTION) $(GO) test -count 1 -v -timeout 1h -run 'TestContention$$|TestSlowDisk$$|TestShardReturns$$' ./server/e2e/chaos
 
 .PHONY: multinode
 multinode: ## Nodes of a three-node member cluster fail in every way under a checked load: what clients saw

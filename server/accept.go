@@ -27,7 +27,7 @@ type door struct {
 	l  net.Listener
 	// spare is a descriptor that is given up for a moment when none is left: one that a client can be taken out of the
 	// queue with, and closed, so that it goes elsewhere instead of waiting for an answer. -1: it is used up. It is opened
-	// early, so it has a low number, which counts when the limit is lowered.
+	// early, so it has a low number, which counts when the limit is lowered. accept's.
 	spare int
 }
 
@@ -36,9 +36,7 @@ func openDoor(ln *listen) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &door{ln: ln, l: l}
-	d.refill()
-	return d, nil
+	return &door{ln: ln, l: l, spare: -1}, nil
 }
 
 func (d *door) refill() {
@@ -57,6 +55,7 @@ func (e *Engine) closeDoors() {
 
 // accept serves one door until it is closed.
 func (e *Engine) accept(d *door) {
+	d.refill()
 	defer func() {
 		if d.spare >= 0 {
 			_ = unix.Close(d.spare)

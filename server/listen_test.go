@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 )
 
@@ -77,8 +79,8 @@ func TestListenSeveral(t *testing.T) {
 	}
 }
 
-// With a unix socket in the list each loop still accepts TCP for itself, and clients of the socket are counted before the
-// next is accepted: else a flood of connections makes accept fail for want of descriptors, which ends gnet's engine.
+// Clients are counted before the next is accepted, whichever way they come: else a flood of connections takes all
+// descriptors.
 func TestUnixBesideTCP(t *testing.T) {
 	const most = 5
 	sock := filepath.Join(t.TempDir(), "s")
@@ -128,7 +130,7 @@ func TestUnixBesideTCP(t *testing.T) {
 	}
 }
 
-// TestPortZero: all loops listen on the port that the kernel chose, so that clients come to all of them.
+// TestPortZero: a port that the kernel chose, and clients come to all loops.
 func TestPortZero(t *testing.T) {
 	urls := []string{"http://127.0.0.1:0", "http://0.0.0.0:0"}
 	if hasIPv6() {
@@ -139,7 +141,7 @@ func TestPortZero(t *testing.T) {
 	}
 	s := startServer(t, Config{Loops: 3, ListenURLs: urls})
 	for i, a := range s.Addrs() {
-		for n := range 64 { // the kernel spreads them by a hash
+		for n := range 64 {
 			c, err := net.Dial("tcp", a.String())
 			if err != nil {
 				t.Fatal(err)
@@ -164,5 +166,22 @@ func TestEnrollFailedIsNotCounted(t *testing.T) {
 	c.OnClose(nil, errNotEnrolled)
 	if n := r.loop.eng.conns.Load(); n != before || !c.closed {
 		t.Errorf("%d connections, were %d", n, before)
+	}
+}
+
+// A loop that ends by itself ends the engine, which says so: nothing would be served there any more.
+func TestLoopThatEndsIsNoticed(t *testing.T) {
+	s := startServer(t, Config{Loops: 2})
+	c := s.dialTCP(t)
+	newPeer(t, c).ping()
+	if err := unix.Shutdown(s.Loops()[1].bell, unix.SHUT_RDWR); err != nil { // its end is what gnet closes then
+		t.Fatal(err)
+	}
+	receive(t, "the end", s.Done())
+	if err := s.Err(); err != errLoopEnded {
+		t.Errorf("Err: %v", err)
+	}
+	if _, err := net.Dial("tcp", s.addr()); err == nil {
+		t.Error("somebody still listens")
 	}
 }

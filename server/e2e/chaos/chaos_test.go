@@ -23,6 +23,9 @@ const (
 	// are busy, and a connection that is half-open is noticed by its pings.
 	recoverTimeout   = 60 * time.Second
 	porcupineTimeout = 60 * time.Second
+	// tellAfter is how long it may take to go on until the run tells what took long; told is how much of it.
+	tellAfter = time.Second
+	told      = 8
 )
 
 // SPINDLE_CHAOS=5m makes the run longer, and its faults too. SPINDLE_CHAOS_KINDS=cut,half-open leaves all other kinds out.
@@ -68,6 +71,9 @@ func TestChaos(t *testing.T) {
 		others, own, where := rd.pauses(l)
 		t.Logf("%8.3f round %d, for %v: %q; mended after %v, writes went on %v later, watches %v; longest pauses: affected %v, others %v (%s)",
 			rd.begun.Seconds(), len(rounds), ms(d), faults, ms(rd.ended-rd.begun), ms(rd.writes), ms(rd.watches), ms(own), ms(others), where)
+		if max(rd.writes, rd.watches) > tellAfter {
+			t.Logf("what took long: %s", l.slowest(rd))
+		}
 		if rd.recovered == 0 {
 			t.Fatalf("%8.3f: not everything goes on %v after the end of the faults: %s", rec.now().Seconds(), recoverTimeout, l.stuck(rd.ended))
 		}
@@ -195,6 +201,28 @@ func (l *load) awaitAll(since, timeout time.Duration, rd *round) bool {
 		}
 	}
 	return false
+}
+
+// slowest says which requests about one shard took longest in a round, and what the proxies said last.
+func (l *load) slowest(rd *round) string {
+	l.rec.mu.Lock()
+	var slow []*request
+	for _, q := range l.rec.requests {
+		if q.ret > rd.begun && q.ret-q.call > tellAfter/2 && (q.shard >= 0 || strings.HasPrefix(q.what, "get ")) {
+			slow = append(slow, q)
+		}
+	}
+	l.rec.mu.Unlock()
+	slices.SortFunc(slow, func(a, b *request) int { return int((b.ret - b.call) - (a.ret - a.call)) })
+	var b strings.Builder
+	for _, q := range slow[:min(told, len(slow))] {
+		fmt.Fprintf(&b, "\n%v, shard %d", q, q.shard)
+	}
+	for _, p := range l.sys.proxies {
+		lines := strings.Split(p.log.String(), "\n")
+		fmt.Fprintf(&b, "\n%s:\n%s", p.name, strings.Join(lines[max(0, len(lines)-told):], "\n"))
+	}
+	return b.String()
 }
 
 // stuck says which shards were not written, and how far the watches of everything are.

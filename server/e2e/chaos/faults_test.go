@@ -50,16 +50,16 @@ var kinds = []kind{
 	{"proxy stopped", func(s *system, r *rand.Rand) *fault {
 		i := r.IntN(proxies)
 		p := s.proxies[i]
-		return stopped(p.name, throughProxy(i), func(sig syscall.Signal) error { return p.proc.signal(sig) })
+		return stopped(p.name, []string{p.name}, throughProxy(i), func(sig syscall.Signal) error { return p.proc.signal(sig) })
 	}},
 	{"no descriptors", func(s *system, r *rand.Rand) *fault { return s.noDescriptors(r.IntN(proxies), r.IntN(shards)) }},
 	{"node stopped", func(s *system, r *rand.Rand) *fault {
 		m := s.members[r.IntN(len(s.members))]
-		return stopped(m.spec.Name, onShard(m.shard), m.signal)
+		return stopped(m.spec.Name, []string{m.spec.Name, shardNames[m.shard]}, onShard(m.shard), m.signal)
 	}},
 	{slowDisk, func(s *system, r *rand.Rand) *fault { return s.slowDisk(r.IntN(shards)) }},
 	{"coordinator stopped", func(s *system, _ *rand.Rand) *fault {
-		return stopped("coordinator", anywhere, s.coordinator.signal)
+		return stopped("coordinator", []string{"coordinator"}, anywhere, s.coordinator.signal)
 	}},
 	{"delay", func(s *system, r *rand.Rand) *fault {
 		state := linkState{delay: time.Millisecond * time.Duration(1+r.IntN(100))}
@@ -196,9 +196,9 @@ func (s *system) slowDisk(place int) *fault {
 
 func nothing() error { return nil }
 
-func stopped(name string, affects func(p, s int) bool, signal func(syscall.Signal) error) *fault {
+func stopped(name string, parts []string, affects func(p, s int) bool, signal func(syscall.Signal) error) *fault {
 	return &fault{
-		target: name, affects: affects, parts: []string{name},
+		target: name, affects: affects, parts: parts,
 		begin: func() error { return signal(syscall.SIGSTOP) },
 		undo:  func() error { return signal(syscall.SIGCONT) },
 		await: nothing,

@@ -49,7 +49,7 @@ func TestShardReturns(t *testing.T) {
 		t.Skip("starts eight processes")
 	}
 	rounds := returnRounds
-	if os.Getenv("SPINDLE_CHAOS") != "" {
+	if os.Getenv("SPINDLE_CHAOS_MEASURE") != "" {
 		rounds *= 6
 	}
 	seed := seedOf(t)

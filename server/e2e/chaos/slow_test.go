@@ -57,13 +57,13 @@ func quantile(d []time.Duration, q float64) time.Duration {
 }
 
 // A shard whose every fsync takes 100 ms slows neither the writes nor the reads of other shards; lists and watches of
-// everything wait for its writes, and for nothing more. Longer with SPINDLE_CHAOS.
+// everything wait for its writes, and for nothing more. Longer with SPINDLE_CHAOS_MEASURE.
 func TestSlowDisk(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts eight processes")
 	}
 	lasts := 2 * time.Second
-	if v := os.Getenv("SPINDLE_CHAOS"); v != "" {
+	if v := os.Getenv("SPINDLE_CHAOS_MEASURE"); v != "" {
 		var err error
 		if lasts, err = time.ParseDuration(v); err != nil {
 			t.Fatal(err)
