@@ -45,7 +45,7 @@ func (c *Core) allRefused() bool {
 			return false
 		}
 	}
-	c.fail(fmt.Errorf("every member cluster is refused: see whether the --shard addresses are right, and --coordinator; %s", strings.ReplaceAll(c.refusals, "\n", "; ")))
+	c.mistaken(fmt.Errorf("every member cluster is refused: see whether the --shard addresses are right, and --coordinator; %s", strings.ReplaceAll(c.refusals, "\n", "; ")))
 	return true
 }
 
@@ -211,13 +211,13 @@ func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
 			return slices.ContainsFunc(ps, func(p *probe) bool { return p.identity == s.Identity })
 		})
 		if len(missing) == 0 {
-			c.fail(fmt.Errorf("%s is not in the partition map of this system: remove it from the configuration (shards cannot be added yet)", p.name))
+			c.mistaken(fmt.Errorf("%s is not in the partition map of this system: remove it from the configuration (shards cannot be added yet)", p.name))
 			return true
 		}
 		name := c.cfg.Names[p.id]
 		i := slices.IndexFunc(missing, func(s MapShard) bool { return s.Name == name })
 		if i < 0 && len(missing) > 1 {
-			c.fail(fmt.Errorf("%s is empty, and the partition map names several member clusters that are missing, none of them %q: give it the name that it had", p.name, name))
+			c.mistaken(fmt.Errorf("%s is empty, and the partition map names several member clusters that are missing, none of them %q: give it the name that it had", p.name, name))
 			return true
 		}
 		s := missing[max(i, 0)]
@@ -261,6 +261,12 @@ func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
 // identify gives the empty members of a first start their identities. It returns true when it has something to wait for.
 func (b *bootstrap) identify() bool {
 	c := b.c
+	for i := range b.probes {
+		if p := &b.probes[i]; p.empty && b.unsure(p) {
+			c.after(c.jitter(2*retryDelay), b.begin)
+			return true
+		}
+	}
 	open := 0
 	for i := range b.probes {
 		p := &b.probes[i]

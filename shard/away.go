@@ -37,6 +37,7 @@ func (c *Core) Connected(id codec.ClusterID) {
 		s.reopens = 0
 		s.touch()
 		s.openAgain(s.gen)
+		c.leases.back(s)
 	}
 }
 

@@ -37,6 +37,7 @@ type bootstrap struct {
 	begun   int     // shards whose stream's start is still looked for
 	tail    int64
 	looked  int // rounds that have shown a map and an empty member
+	stray   straying
 }
 
 // probe is what one cluster answered. It is the Completion of its call.
@@ -191,7 +192,7 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 	} else {
 		t, ok := parseTxnReply(resp, nil)
 		if !ok {
-			c.fail(fmt.Errorf("%s does not speak etcd's protocol", p.name))
+			c.mistaken(fmt.Errorf("%s does not speak etcd's protocol", p.name))
 			return
 		}
 		if len(t.resps) == 5 && !p.notEmpty {
@@ -202,7 +203,7 @@ func (p *probe) Complete(resp []byte, st codec.Status, sent bool) {
 			}
 		}
 		if err := p.read(t); err != nil {
-			c.fail(err)
+			c.mistaken(err)
 			return
 		}
 	}
@@ -273,7 +274,7 @@ func (b *bootstrap) fitMap() {
 	if text := anyMap(ps); text != nil {
 		m, err := ParseMap(text)
 		if err != nil {
-			c.fail(err)
+			c.mistaken(err)
 			return
 		}
 		if b.wiped(m, ps) {
@@ -285,7 +286,7 @@ func (b *bootstrap) fitMap() {
 	}
 	for i := 1; i < len(ps); i++ {
 		if ps[i].identity == ps[i-1].identity {
-			c.fail(fmt.Errorf("%s and %s are the same cluster: give each --shard its own", ps[i-1].name, ps[i].name))
+			c.mistaken(fmt.Errorf("%s and %s are the same cluster: give each --shard its own", ps[i-1].name, ps[i].name))
 			return
 		}
 	}
@@ -299,7 +300,7 @@ func (b *bootstrap) fitMap() {
 					c.after(c.jitter(2*retryDelay), b.begin)
 					return
 				}
-				c.fail(fmt.Errorf("%s is not in the partition map that %s holds: remove it from the configuration (shards cannot be added yet)", first.name, p.name))
+				c.mistaken(fmt.Errorf("%s is not in the partition map that %s holds: remove it from the configuration (shards cannot be added yet)", first.name, p.name))
 				return
 			}
 		}
@@ -309,7 +310,7 @@ func (b *bootstrap) fitMap() {
 		}
 		m, err := c.cfg.Partition.newMap(revclock.ID{}, b.coord.cluster, shards, b.indexIn(shards))
 		if err != nil {
-			c.fail(err)
+			c.mistaken(err)
 			return
 		}
 		b.createMap(first, AppendMap(nil, m))
@@ -317,11 +318,11 @@ func (b *bootstrap) fitMap() {
 	}
 	m, err := ParseMap(first.mapBytes)
 	if err != nil {
-		c.fail(fmt.Errorf("%s: %w", first.name, err))
+		c.mistaken(fmt.Errorf("%s: %w", first.name, err))
 		return
 	}
 	if err := b.checkMap(m, ps); err != nil {
-		c.fail(err)
+		c.mistaken(err)
 		return
 	}
 	for _, p := range sound[1:] {
@@ -336,11 +337,11 @@ func (b *bootstrap) fitMap() {
 		}
 		other, err := ParseMap(p.mapBytes)
 		if err != nil {
-			c.fail(fmt.Errorf("%s: %w", p.name, err))
+			c.mistaken(fmt.Errorf("%s: %w", p.name, err))
 			return
 		}
 		if !other.SameShards(m) {
-			c.fail(fmt.Errorf("%s and %s hold different partition maps: they belong to different systems; see whether the --shard addresses are right", first.name, p.name))
+			c.mistaken(fmt.Errorf("%s and %s hold different partition maps: they belong to different systems; see whether the --shard addresses are right", first.name, p.name))
 			return
 		}
 	}
@@ -424,6 +425,13 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 		ClusterID: binary.BigEndian.Uint64(m.Shards[0].Identity[:]) | 1,
 		MemberID:  memberID(c.cfg.MemberName, c.cfg.ClientURLs),
 		RaftTerm:  headerTerm,
+	}
+	if t, ok := c.tr.(checking); ok {
+		for _, s := range c.shards {
+			if len(c.waysTo(s.cluster)) > 0 {
+				t.Distrust(s.cluster) // now it is known what they must lead to
+			}
+		}
 	}
 	c.connect("starting")
 }

@@ -234,7 +234,7 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 	}
 	if err := l.read(resp); err != nil {
 		if c.state == stateStarting {
-			c.fail(err)
+			c.mistaken(err)
 			return
 		}
 		// Nothing can be rebuilt without it, and the others still serve what they may.
@@ -327,7 +327,7 @@ func (k *connecting) judge() {
 // refused is told that the coordinator is not what all maps name.
 func (k *connecting) refused(err error) {
 	if !revclock.Rebuildable(err) && !revclock.Foreign(err) {
-		k.c.fail(fmt.Errorf("coordinator: %w", err))
+		k.c.mistaken(fmt.Errorf("coordinator: %w", err))
 		return
 	}
 	k.why, k.trust = err.Error(), revclock.ID{}
@@ -371,7 +371,7 @@ func (k *connecting) weigh(f *revclock.Found) {
 	if f.Epoch != nil {
 		epoch, err := revclock.ParseEpoch(f.Epoch)
 		if err != nil {
-			c.fail(fmt.Errorf("coordinator: %w", err))
+			c.mistaken(fmt.Errorf("coordinator: %w", err))
 			return
 		}
 		if !k.ours(epoch) {
@@ -412,7 +412,7 @@ func (k *connecting) weigh(f *revclock.Found) {
 func (k *connecting) refuse(err error) {
 	c := k.c
 	if c.state == stateStarting {
-		c.fail(fmt.Errorf("coordinator: %w", err))
+		c.mistaken(fmt.Errorf("coordinator: %w", err))
 		return
 	}
 	k.wrong = err.Error()

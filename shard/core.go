@@ -205,8 +205,8 @@ type Stats struct {
 	// FlatFailed counts batches that were sent again in their nested form.
 	FlatFailed uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns
-	// of reconciliation, and copies found by them that no marker named.
-	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeaseOrphans uint64
+	// of reconciliation, those of them that every shard has answered, and copies found by them that no marker named.
+	LeaseAttaches, LeaseCopiesRevoked, LeaseReconciliations, LeasesReconciled, LeaseOrphans uint64
 }
 
 type nowEntry struct {

@@ -33,6 +33,8 @@ const (
 	// reconcileFirst and reconcileEvery are when copies are reconciled after the start, and how often.
 	reconcileFirst = time.Second
 	reconcileEvery = time.Minute
+	// reconcileRetry is the mean time until the next one where something may have been missed.
+	reconcileRetry = 5 * time.Second
 	// reconcilePage is the number of markers read at once.
 	reconcilePage = 4096
 	// aliasBit is set in the member's ID of a lease whose ID a client chose, and never in an ID that Spindle chose.
@@ -54,12 +56,13 @@ type leases struct {
 	reconciling bool
 	again       bool // another reconciliation was asked for meanwhile
 	soon        bool // a reconciliation is due before the minute
-	failures    int  // reconciliations in a row that a shard did not answer
 }
 
 // leaseShard is the part of leases that belongs to one shard.
 type leaseShard struct {
 	covers []coverWait
+	// missed says that it did not answer the last reconciliation.
+	missed bool
 
 	// Copies to be revoked: M in order, and as a set (what is not in the set any more was revoked by somebody).
 	queue    []int64

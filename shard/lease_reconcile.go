@@ -45,7 +45,7 @@ func (l *leases) reconcileSoon() {
 		return
 	}
 	l.soon = true
-	l.c.after(l.c.jitter(min(5*reconcileFirst<<min(l.failures, 10), reconcileEvery)), func() {
+	l.c.after(l.c.jitter(reconcileRetry), func() {
 		l.soon = false
 		l.reconcileNow()
 	})
@@ -61,10 +61,42 @@ func (l *leases) reconcileNow() {
 		return
 	}
 	l.reconciling = true
-	r := &reconciliation{l: l, waiting: len(c.shards), copies: make(map[int][]foundCopy)}
+	r := &reconciliation{l: l, copies: make(map[int][]foundCopy)}
+	var missed, others []*shardState
 	for _, s := range c.shards {
+		if s.lease.missed {
+			missed = append(missed, s)
+		} else {
+			others = append(others, s)
+		}
+	}
+	if len(missed) == 0 {
+		r.list(others, r.readMarkers)
+		return
+	}
+	// One that stays away costs one request each time, and the others nothing.
+	r.list(missed, func() {
+		if r.failed {
+			r.waiting = 1
+			r.end()
+			return
+		}
+		r.list(others, r.readMarkers)
+	})
+}
+
+// list lists the leases of shards, and calls then when all have answered, or not.
+func (r *reconciliation) list(shards []*shardState, then func()) {
+	c := r.l.c
+	if r.waiting = len(shards); r.waiting == 0 {
+		then()
+		return
+	}
+	for _, s := range shards {
 		c.tr.Call(s.cluster, codec.MethodLeaseLeases, nil, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
-			r.failed = r.failed || st.Code != codec.OK
+			if s.lease.missed = st.Code != codec.OK; s.lease.missed {
+				r.failed = true
+			}
 			it := codec.Fields{Msg: resp}
 			for st.Code == codec.OK && it.Next() {
 				if it.Field.Num != 2 {
@@ -82,7 +114,7 @@ func (l *leases) reconcileNow() {
 				}
 			}
 			if r.waiting--; r.waiting == 0 {
-				r.readMarkers()
+				then()
 			}
 		}))
 	}
@@ -110,15 +142,18 @@ func (r *reconciliation) end() {
 	again := l.again
 	l.again = false
 	if !r.failed {
-		l.failures = 0
-		if again {
-			l.reconcileSoon()
-		}
-		return
+		l.c.stats.LeasesReconciled++
 	}
-	// What lies on that shard may have outlived its lease already. One that stays away is asked less and less.
-	l.reconcileSoon()
-	l.failures++
+	if r.failed || again { // what lies on a shard that did not answer may have outlived its lease already
+		l.reconcileSoon()
+	}
+}
+
+// back is told that a shard which had no connection has one again: what has outlived its lease there goes now.
+func (l *leases) back(s *shardState) {
+	if s.lease.missed {
+		l.c.after(l.c.jitter(reconcileFirst), l.reconcileNow)
+	}
 }
 
 func (r *reconciliation) page(s *shardState, from []byte, named map[foundCopy]struct{}) {
@@ -128,7 +163,7 @@ func (r *reconciliation) page(s *shardState, from []byte, named map[foundCopy]st
 	body = codec.AppendInt(body, rangeLimit, reconcilePage)
 	s.ask(codec.MethodRange, body, c.deadline(), func(resp []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
-			r.failed = true
+			r.failed, s.lease.missed = true, true
 			r.end()
 			return
 		}

@@ -88,6 +88,9 @@ type poolEndpoint struct {
 	penaltyUntil int64 // 0 for none
 }
 
+// notDialed is the LastError of an endpoint of which nothing is known yet.
+const notDialed = "not dialed yet"
+
 // endpointState is what the log was told last.
 type endpointState uint8
 
@@ -114,7 +117,7 @@ func newPoolEndpoint(p *Pool, cl *poolCluster, u string) *poolEndpoint {
 		ep.lastErr = err.Error()
 		return ep
 	}
-	ep.addr, ep.lastErr = addr, "not dialed yet"
+	ep.addr, ep.lastErr = addr, notDialed
 	for range p.cfg.ConnsPerEndpoint {
 		s := &poolSlot{ep: ep}
 		s.timer.owner = s

@@ -106,7 +106,7 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	s := k.s
 	c := s.c
 	switch {
-	case c.state != stateReady && c.state != stateStarting, k.absent != (s.absent != ""), k.absent && !k.certain():
+	case c.state != stateReady && c.state != stateStarting, s.idx >= len(c.shards) || c.shards[s.idx] != s, k.absent != (s.absent != ""), k.absent && !k.certain():
 		return CheckLater
 	case st == codec.ErrCompacted && !k.compacted:
 		k.compacted = true

@@ -97,3 +97,31 @@ func TestAcceptedLossCutShort(t *testing.T) {
 		}
 	}
 }
+
+// TestAcceptedLossWithMemberAway: while a loss is accepted another member is away. The others have the record of the compaction at once,
+// and are not compacted again and again until that one is back.
+func TestAcceptedLossWithMemberAway(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	w.c.replace(w.c.Etcd.rewound(w.lastButOne()))
+	away := w.net.Members[2]
+	newest := away.Etcd
+	away.replace(newest.rewound(1))
+	compactions := map[codec.ClusterID]int{}
+	w.net.Sent = func(_ *Host, to codec.ClusterID, m codec.Method, _ []byte) {
+		if m == codec.MethodCompact {
+			compactions[to]++
+		}
+	}
+	p := w.start("m1")
+	has := func(c *Cluster) bool { return c.at([]byte(shard.KeyCompact), c.Rev()) != nil }
+	w.wait("the record on the others", func() bool { return has(w.net.Members[0]) && has(w.c) })
+	w.pass(2 * time.Minute)
+	for _, c := range w.net.Members[:2] {
+		if n := compactions[c.ID]; n != 1 {
+			t.Errorf("%s was compacted %d times", c, n)
+		}
+	}
+	away.replace(newest)
+	w.wantWhole(p)
+	w.wait("the record on the one that is back", func() bool { return has(away) })
+}

@@ -118,7 +118,7 @@ func (c *checker) leaseEnded(f *fact) bool {
 
 // leases checks that no key outlives its lease, and that no put got a lease whose revoke was acknowledged before.
 func (c *checker) leases() error {
-	for key, fs := range c.h.byKey {
+	for _, fs := range c.h.byKey {
 		for _, f := range fs {
 			if !f.delete && f.lease != 0 && f.lease != simLease {
 				c.r.stats.Leased++
@@ -127,14 +127,9 @@ func (c *checker) leases() error {
 				c.r.stats.Ended++
 			}
 		}
-		f := fs[len(fs)-1]
-		if f.delete || f.lease == 0 || f.lease == simLease {
-			continue
-		}
-		lives := c.lives(f.lease)
-		if n := len(lives); n == 0 || lives[n-1].to != 1<<62 || lives[n-1].member != f.member {
-			return fmt.Errorf("key %q has outlived its lease %d (%x on the member): %v", key, f.lease, f.member, lives)
-		}
+	}
+	if err := c.outlived(); err != nil {
+		return err
 	}
 	for _, o := range c.r.ops {
 		q, ok := o.req.(*pb.LeaseRevokeRequest)
@@ -148,6 +143,50 @@ func (c *checker) leases() error {
 		}
 	}
 	return nil
+}
+
+// outlived looks for a key that has outlived its lease.
+func (c *checker) outlived() error {
+	for key, fs := range c.h.byKey {
+		f := fs[len(fs)-1]
+		if f.delete || f.lease == 0 || f.lease == simLease {
+			continue
+		}
+		lives := c.lives(f.lease)
+		if n := len(lives); n == 0 || lives[n-1].to != 1<<62 || lives[n-1].member != f.member {
+			return fmt.Errorf("key %q has outlived its lease %d (%x on the member): %v", key, f.lease, f.member, lives)
+		}
+	}
+	return nil
+}
+
+// awaitLeases gives keys that have outlived their leases until a reconciliation has come to its end that began now or later, and
+// what it has found was revoked. A calm world has no failures left for it to wait for.
+func (r *Run) awaitLeases() {
+	if !r.Leases {
+		return
+	}
+	gone := func() bool {
+		h, err := readHistory(r.net.Members)
+		return err != nil || (&checker{r: r, h: h}).outlived() == nil // who judges says what is wrong
+	}
+	if gone() {
+		return
+	}
+	done := map[*proxy]uint64{}
+	for _, p := range r.proxies {
+		done[p] = p.core.Stats().LeasesReconciled
+	}
+	r.net.tracef("---- a key has outlived its lease: until the leases are reconciled")
+	r.until(maxOutlive, func() bool {
+		for _, p := range r.proxies {
+			if p.core.Stats().LeasesReconciled >= done[p]+2 { // one may have begun before
+				return true
+			}
+		}
+		return false
+	})
+	r.until(MaxLate, func() bool { return false })
 }
 
 // ignoresLease reports whether a put keeps whatever lease its key has.

@@ -18,6 +18,7 @@ const (
 	maxChaos    = 60 * time.Second // of faults, if the clients have not issued all their operations before
 	maxDrain    = 90 * time.Second // for all operations to finish once the faults have stopped
 	maxSettle   = 20 * time.Second // for every frontier to reach now once nothing is written any more
+	maxOutlive  = 5 * time.Minute  // for the keys of leases that have ended to go: reconciliations come each minute
 	maxSpins    = 20000            // turns at one moment: more is a livelock
 	maxWalks    = 20000            // the same for a hub: it goes over the ring at most, not over what a rebuild left out
 	maxTimeouts = 4                // times the shard timeout, for an operation to end one way or the other
@@ -212,6 +213,9 @@ func (r *Run) drive() error {
 	if r.fault != nil {
 		return r.fault
 	}
+	if r.awaitLeases(); r.fault != nil {
+		return r.fault
+	}
 	var now int64
 	left := len(r.proxies)
 	for _, p := range r.proxies {
@@ -340,6 +344,7 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.LeaseAttaches += b.LeaseAttaches
 	a.LeaseCopiesRevoked += b.LeaseCopiesRevoked
 	a.LeaseReconciliations += b.LeaseReconciliations
+	a.LeasesReconciled += b.LeasesReconciled
 	a.LeaseOrphans += b.LeaseOrphans
 	a.LargeWaited += b.LargeWaited
 	a.LargeRefused += b.LargeRefused
