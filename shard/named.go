@@ -7,7 +7,7 @@ import "time"
 // can notice that the last writes of a member are missing, a tick of its own names them once the shard is idle.
 
 // idleShard is the mean time for which nothing was seen on a shard until its clock is named. What was written in the last
-// one and a half of them before all proxies have stopped may be lost unnoticed.
+// one and a half of them before all proxies were killed may be lost unnoticed.
 const idleShard = time.Second / 2
 
 // armNaming looks later whether clocks have to be named. Of several proxies mostly one does.
@@ -35,11 +35,42 @@ func (c *Core) nameClocks() {
 		case c.connecting != nil || s.known.last != s.unnamed:
 			again = true
 		default:
-			c.clock.Name(i, s.known.last)
+			c.nameClock(s)
 			again = true // the tick may be lost
 		}
 	}
 	if again {
 		c.armNaming()
 	}
+}
+
+// nameClock has the next tick name what this proxy knows of a shard, if that is news.
+func (c *Core) nameClock(s *shardState) bool {
+	if c.state != stateReady || c.connecting != nil || s.known.last <= c.clock.Log().C(s.idx) {
+		return false
+	}
+	c.clock.Name(s.idx, s.known.last)
+	return true
+}
+
+// farewellWait bounds what a proxy does for the coordinator before it stops.
+const farewellWait = 500 * time.Millisecond
+
+// Farewell has the coordinator know how far the shards are, so that a later start can tell whether they have lost anything, and calls
+// done when it does, or after farewellWait. The owner closes the Core then, not from within done.
+func (c *Core) Farewell(done func()) {
+	until := c.cfg.Now() + int64(farewellWait)
+	var look func()
+	look = func() {
+		open := false
+		for _, s := range c.shards {
+			open = c.nameClock(s) || open
+		}
+		if !open || c.cfg.Now() >= until {
+			done()
+			return
+		}
+		c.after(retryDelay/2, look)
+	}
+	look()
 }

@@ -204,6 +204,9 @@ func (k *Check) differs(resp []byte) string {
 func (s *shardState) saw(p point) {
 	if p.local > s.known.local && s.absent == "" {
 		s.known = p
+		if s.lossy && s.c.connecting == nil && p.last >= s.c.clock.Log().C(s.idx) {
+			s.lossy = false // its clock is at least where it has been
+		}
 		if s.c.state == stateReady {
 			s.c.armNaming()
 		}
@@ -219,7 +222,6 @@ func (s *shardState) floor() int64 {
 	seen := s.named
 	if c.connecting == nil { // else the log may be of another coordinator
 		seen = c.clock.Log().C(s.idx)
-		s.lossy = s.lossy && s.known.last < seen
 	}
 	if s.lossy || c.state == stateStarting && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]) {
 		return s.known.last
@@ -278,6 +280,7 @@ func (s *shardState) ban(why string) {
 			"shard", s.name, "why", why)
 	}
 	s.banned = why
+	c.nameClock(s) // others may not know what this proxy does
 	c.explainRefusals()
 	s.touch()
 }

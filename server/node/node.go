@@ -397,14 +397,20 @@ func (n *Node) Close() {
 // unwire closes core and pool, on their loop, and waits for that.
 func (n *Node) unwire() {
 	done := make(chan struct{})
-	n.engine.Loops()[0].Post(func() {
-		defer close(done)
+	loop := n.engine.Loops()[0]
+	loop.Post(func() {
 		if n.core == nil {
+			close(done)
 			return
 		}
-		n.stopDrive()
-		n.core.Close()
-		n.pool.Close()
+		n.core.Farewell(func() {
+			loop.Post(func() {
+				defer close(done)
+				n.stopDrive()
+				n.core.Close()
+				n.pool.Close()
+			})
+		})
 	})
 	select {
 	case <-done:

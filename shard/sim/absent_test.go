@@ -439,3 +439,48 @@ func TestAbsentMemberReturnsCompacted(t *testing.T) {
 		t.Errorf("the watch goes on, it got %d revisions of %d", len(o.got), 4*3+3)
 	}
 }
+
+// A proxy that stops in good order has the coordinator know its last writes: a start notices that they are missing.
+func TestFarewellNamesClocks(t *testing.T) {
+	w := newWholeWorld(t)
+	for range 4 {
+		for _, c := range w.net.Members {
+			w.put(w.proxies[0], w.keys[c])
+		}
+	}
+	w.proxies[1].crash()
+	over, begun := false, w.net.now
+	w.proxies[0].core.Farewell(func() { over = true })
+	w.proxies[0].turn()
+	w.wait("the farewell", func() bool { return over })
+	if d := time.Duration(w.net.now - begun); d > 100*time.Millisecond {
+		t.Errorf("it took %v", d)
+	}
+	w.proxies[0].crash()
+	w.c.replace(w.c.Etcd.rewound(w.lastButOne()))
+	w.wantAlone(w.start(), "restored from an older backup")
+}
+
+// A proxy that refuses a member tells the others what it knows of it: they refuse it, too, although all that they have seen is there.
+func TestRefusalIsTold(t *testing.T) {
+	w := newWholeWorld(t)
+	a, b := w.proxies[0], w.proxies[1]
+	for _, c := range w.net.Members {
+		w.put(a, w.keys[c])
+	}
+	w.pass(2 * time.Second)
+	b.host.Link(w.c.ID).StreamHole = true
+	before := w.c.Rev()
+	w.put(a, w.keys[w.c])
+	w.restoreTo(before)
+	w.pass(50 * time.Millisecond)
+	if _, st := w.call(b, shard.OpPut, &pb.PutRequest{Key: []byte(w.keys[w.c]), Value: []byte("w")}); st.Code == codec.OK || w.c.Rev() != before {
+		t.Errorf("it was written to: %v", st)
+	}
+	if _, why := b.core.Ready(); !strings.Contains(why, "is refused: ") {
+		t.Errorf("it is not refused: %q", why)
+	}
+}
+
+// restoreTo replaces w.c by what it was.
+func (w *absentWorld) restoreTo(rev int64) { w.c.replace(w.c.Etcd.rewound(rev)) }
