@@ -32,6 +32,7 @@ type proxy struct {
 	pump     bool // the hub has something to do
 	skew     int64
 	still    time.Duration // for how long it stood still, all times together
+	born     int64         // when this life began, ns
 }
 
 // createEntries is more than the keys of a run: each life of a proxy makes a cache, and the default one is large.
@@ -42,6 +43,7 @@ func (p *proxy) boot(d time.Duration) {
 	r := p.r
 	r.net.After(d, func() {
 		p.life++
+		p.born = r.net.now
 		base := r.Base
 		if p.idx == r.Proxies-1 {
 			base += r.Far
@@ -122,8 +124,8 @@ func (p *proxy) turn() {
 	core := p.core
 	core.Flush()
 	if why := core.Failed(); why != "" {
-		if r.restored() {
-			r.stats.Failures-- // it says so at its start, and is started again
+		if r.restored() || r.healed > p.born {
+			r.stats.Failures-- // it says so at its start (perhaps it stood still since it saw that), and is started again
 		}
 		r.stats.Failures++
 		if r.stats.Failures > maxFailures {

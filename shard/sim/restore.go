@@ -112,7 +112,7 @@ func (r *Run) unrestore(c *Cluster) {
 	}
 	r.net.tracef("%s: has its newest state again, of L%d", c, c.newest.Rev())
 	e := c.newest
-	c.newest = nil
+	c.newest, r.healed = nil, r.net.now
 	c.replace(e)
 }
 

@@ -54,6 +54,7 @@ type Run struct {
 	follows     []*follower
 	viewers     []*viewer
 	fault       error // what was found while running
+	healed      int64 // when a restored member was given its newest state last, ns
 	stats       Stats
 }
 
