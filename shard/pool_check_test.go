@@ -13,6 +13,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 
 	"spindle/codec"
+	"spindle/revclock"
 )
 
 // A look at the connections of a cluster is no outage that began with the process: Down counts from where they were taken out
@@ -107,6 +108,7 @@ func TestPoolFirstLookDoesNotDecide(t *testing.T) {
 	begun := time.Now()
 	c := &Core{state: stateReady, tr: e.pool, log: slog.New(slog.NewTextHandler(log, nil)), m: NewMap(goldenID(1), 1, []MapShard{{id, "a"}})}
 	c.cfg.Names, c.cfg.Now = []string{"a"}, func() int64 { return int64(time.Since(begun)) + 1 }
+	c.clock = revclock.New(revclock.Config{Shards: 1, Now: c.cfg.Now}, e.pool, (*clockEvents)(c))
 	s := &shardState{c: c, name: "a", begun: true}
 	c.shards = []*shardState{s}
 	banned := func() bool { return s.banned != "" }
