@@ -27,7 +27,7 @@ type buffer struct {
 	off  int    // queue: bytes at the start that are already taken
 	src  Source // queue: instead of b
 	next *buffer
-	// shared: others read b, too (Conn.SendParts).
+	// shared: others read b, too (Conn.SendParts), so nothing is appended to it.
 	shared bool
 }
 
@@ -124,7 +124,7 @@ type queue struct {
 func (q *queue) push(p []byte) {
 	q.n += len(p)
 	for len(p) > 0 {
-		if q.tail == nil || len(q.tail.b) == cap(q.tail.b) {
+		if q.tail == nil || q.tail.shared || len(q.tail.b) == cap(q.tail.b) {
 			q.link(getBuffer(min(len(p), queueBlock)))
 		}
 		t := q.tail

@@ -56,8 +56,10 @@ func (c *Conn) send(s *Stream, head, body []byte, whose int) (kept bool) {
 	st.q.push(lead)
 	kept = whose == msgShared && len(rest) >= minShared
 	switch {
-	case kept, whose == msgOwned: // all of body counts as memory; of an owned one it ends up in the pools, if they take its size
-		st.q.pushBlock(&buffer{b: body, off: len(body) - len(rest), shared: kept})
+	case kept: // without its spare capacity, which is everybody's; all of it counts as memory as long as a part waits
+		st.q.pushBlock(&buffer{b: body[:len(body):len(body)], off: len(body) - len(rest), shared: true})
+	case whose == msgOwned: // all of body counts as memory, which ends up in the pools, if they take its size
+		st.q.pushBlock(&buffer{b: body, off: len(body) - len(rest)})
 	default:
 		st.q.push(rest)
 	}

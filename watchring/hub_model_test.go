@@ -449,6 +449,10 @@ func (s *modelStream) Send(head, events []byte, shared bool) (kept bool) {
 		w.fail("%x %x: %v", head, events, err)
 	}
 	if kept = shared && w.rng.IntN(4) == 0; kept {
+		spare := events[len(events):cap(events)] // which nobody else may need
+		for i := range spare {
+			spare[i] = 0xff
+		}
 		w.kept = append(w.kept, keptEvents{events, slices.Clone(events)})
 	}
 	s.take(m)
