@@ -126,6 +126,9 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
 	cfg.Inflate = &c.loop.inflate
 	c.h2 = codec.NewServerConn(cfg, c)
+	if c.eng.draining.Load() { // goAway may have been here before
+		c.h2.GoAway()
+	}
 	c.touch()
 }
 
