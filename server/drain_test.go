@@ -278,8 +278,7 @@ func TestStopTellsLateClients(t *testing.T) {
 	for gone := false; !gone; { // goAway has run
 		_, gone = old.read().(*http2.GoAwayFrame)
 	}
-	l := s.Loops()[0]
-	x, err := l.register(nc, newClientConn(l))
+	x, err := newClientConn(s.Loops()[0]).enroll(nc)
 	if err != nil {
 		t.Fatal(err)
 	}
