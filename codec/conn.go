@@ -73,6 +73,14 @@ func (s *Stream) Received() int {
 	return len(s.stream.msg.b)
 }
 
+// Incoming returns how many bytes that message will have, as its sender says.
+func (s *Stream) Incoming() int {
+	if s.stream.msg == nil {
+		return 0
+	}
+	return s.stream.msgLen
+}
+
 // ServerEvents is what happens on a server's Conn. All calls come on the goroutine that owns the Conn, from
 // within Conn.Feed or Conn.Close; OnDrained, and OnCancel of a stream that Send had to give up, also from
 // within Conn.Output. None comes from within Send, Finish, CloseSend, Reset, Hold or SetBlocked. Handlers may

@@ -11,12 +11,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Clients are accepted here, each when the one before is counted by its loop, and enrolled in a loop like any other
-// socket. gnet would do it itself, but an accept that fails ends its loops.
+// Clients are accepted here, counted, and enrolled in a loop like any other socket. gnet would do it itself, but an accept
+// that fails ends its loops.
 
 const (
 	// acceptPause is how long nothing is accepted when accept failed and turning the client away did not help.
 	acceptPause = 100 * time.Millisecond
+	// maxComing is how many clients of one door may have been accepted and not yet be taken by their loops, which may be
+	// busy. Beyond, nobody is accepted at the door: who comes waits in the kernel's queue, until one was taken.
+	maxComing = 64
 	// shortageWindow is how often the log hears that descriptors are wanted.
 	shortageWindow = 10 * time.Second
 )
@@ -29,6 +32,8 @@ type door struct {
 	// queue with, and closed, so that it goes elsewhere instead of waiting for an answer. -1: it is used up. It is opened
 	// early, so it has a low number, which counts when the limit is lowered. accept's.
 	spare int
+	// coming has a place for each client on its way to a loop, and for the one that is waited for.
+	coming chan struct{}
 }
 
 func openDoor(ln *listen) (*door, error) {
@@ -36,7 +41,7 @@ func openDoor(ln *listen) (*door, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &door{ln: ln, l: l, spare: -1}, nil
+	return &door{ln: ln, l: l, spare: -1, coming: make(chan struct{}, maxComing)}, nil
 }
 
 func (d *door) refill() {
@@ -62,6 +67,11 @@ func (e *Engine) accept(d *door) {
 		}
 	}()
 	for {
+		select {
+		case d.coming <- struct{}{}:
+		case <-e.done:
+			return
+		}
 		nc, err := d.l.Accept()
 		switch {
 		case errors.Is(err, net.ErrClosed):
@@ -77,16 +87,35 @@ func (e *Engine) accept(d *door) {
 		case !e.admits():
 			_ = nc.Close()
 		default:
-			l := e.idlest()
-			cc := newClientConn(l)
+			c := newClientConn(e.idlest())
 			if d.ln.tls {
-				cc.secure()
+				c.secure()
 			}
-			if x, err := l.register(nc, cc); err == nil {
-				x.wait()
+			if x, err := c.enroll(nc); err == nil {
+				go func() {
+					x.wait()
+					<-d.coming
+				}()
+				continue
 			}
 		}
+		<-d.coming
 	}
+}
+
+// enroll counts the client and gives it to its loop, by whose OnClose it counts no more.
+func (c *clientConn) enroll(nc net.Conn) (*enrollment, error) {
+	c.count(1)
+	x, err := c.loop.register(nc, c)
+	if err != nil {
+		c.count(-1)
+	}
+	return x, err
+}
+
+func (c *clientConn) count(n int64) {
+	c.eng.conns.Add(n)
+	c.loop.clients.Add(n)
 }
 
 // turnAway closes the client that could not be accepted for want of descriptors. It reports false if it could not either.

@@ -117,8 +117,6 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	}
 	c.opened = c.loop.now()
 	c.received, c.waitSince = c.opened, c.opened
-	c.eng.conns.Add(1)
-	c.loop.clients.Add(1)
 	c.loop.conns[c] = struct{}{}
 	connsOpen.Add(1)
 	metricConns.Inc()
@@ -126,6 +124,9 @@ func (c *clientConn) OnOpen(sock gnet.Conn) {
 	cfg.Now, cfg.OnLimit, cfg.Full = c.loop.nowFn, countLimit, c.eng.cfg.Memory.Pressed
 	cfg.Inflate = &c.loop.inflate
 	c.h2 = codec.NewServerConn(cfg, c)
+	if c.eng.draining.Load() { // goAway may have been here before
+		c.h2.GoAway()
+	}
 	c.touch()
 }
 
@@ -155,11 +156,10 @@ func (c *clientConn) OnClose(sock gnet.Conn, err error) {
 		return
 	}
 	c.closed = true
-	if c.sock == nil { // it was never open, nor counted: the loop could not take it
+	c.count(-1)
+	if c.sock == nil { // it was never open: the loop could not take it
 		return
 	}
-	c.eng.conns.Add(-1)
-	c.loop.clients.Add(-1)
 	delete(c.loop.conns, c)
 	connsOpen.Add(-1)
 	c.unblock()

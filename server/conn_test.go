@@ -165,6 +165,7 @@ func TestNewConnectionWithALargeAnswerIsKept(t *testing.T) {
 	r.now = int64(10 * r.loop.eng.cfg.StallTimeout)
 	r.conn.kill()
 	r.conn = newClientConn(r.loop)
+	r.conn.count(1)
 	r.att = &attachment{loop: r.loop, h: r.conn}
 	r.loop.clock = 0 // another turn
 	r.att.event(r.sock, attachmentOpen)

@@ -253,3 +253,47 @@ func TestLastWordsReachAllLoops(t *testing.T) {
 		}
 	}
 }
+
+// A client that was accepted just before Stop, and whose loop takes it only after its GOAWAYs, is told to go, too.
+func TestStopTellsLateClients(t *testing.T) {
+	s := startServer(t, Config{Loops: 1, DrainTimeout: 20 * time.Second})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := newPeer(t, s.dialTCP(t)) // which keeps Stop waiting
+	old.ping()
+	old.goAwayOK, old.holdPings = true, true
+	stopped := make(chan error, 1)
+	go func() { stopped <- s.Stop(testContext(t)) }()
+	for gone := false; !gone; { // goAway has run
+		_, gone = old.read().(*http2.GoAwayFrame)
+	}
+	x, err := newClientConn(s.Loops()[0]).enroll(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.wait()
+	p := newPeer(t, c)
+	p.goAwayOK = true
+	for pinged := false; !pinged; { // behind the GOAWAY
+		_, pinged = p.read().(*http2.PingFrame)
+	}
+	_ = old.c.Close()
+	for gone := false; !gone; { // the server ends it, long before its time is over
+		_, err := p.fr.ReadFrame()
+		gone = err != nil
+	}
+	if err := receive(t, "Stop", stopped); err != nil {
+		t.Error(err)
+	}
+}

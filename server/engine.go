@@ -120,7 +120,7 @@ type Engine struct {
 	started  atomic.Bool // loops is complete
 	ready    atomic.Bool
 	draining atomic.Bool
-	conns    atomic.Int64 // open client connections
+	conns    atomic.Int64 // client connections, from when they are accepted to OnClose
 	ticks    int64        // OnTick's
 	pace     pace         // OnTick's
 

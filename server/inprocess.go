@@ -27,10 +27,11 @@ func (e *Engine) Dial() (net.Conn, error) {
 		_ = near.Close()
 		return nil, err
 	}
-	l := e.loops[len(e.loops)-1]
-	if err := l.Enroll(near, newClientConn(l)); err != nil {
+	x, err := newClientConn(e.loops[len(e.loops)-1]).enroll(near)
+	if err != nil {
 		_ = peer.Close()
 		return nil, err
 	}
+	go x.wait()
 	return peer, peer.SetDeadline(time.Time{})
 }

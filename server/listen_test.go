@@ -157,16 +157,28 @@ func TestPortZero(t *testing.T) {
 	}
 }
 
-// A connection that its loop could not take was never counted.
+// A connection that its loop could not take counts no more, and one that it does not take at all never does.
 func TestEnrollFailedIsNotCounted(t *testing.T) {
 	r := openRig(t)
-	before := r.loop.eng.conns.Load()
-	c := newClientConn(r.loop)
-	c.OnClose(nil, errNotEnrolled)
-	c.OnClose(nil, errNotEnrolled)
-	if n := r.loop.eng.conns.Load(); n != before || !c.closed {
-		t.Errorf("%d connections, were %d", n, before)
+	same := func() {
+		t.Helper()
+		if n, m := r.loop.eng.conns.Load(), r.loop.clients.Load(); n != 1 || m != 1 {
+			t.Errorf("%d connections, %d of the loop, with one client", n, m)
+		}
 	}
+	c := newClientConn(r.loop)
+	c.count(1)
+	c.OnClose(nil, errNotEnrolled)
+	c.OnClose(nil, errNotEnrolled)
+	if same(); !c.closed {
+		t.Error("not closed")
+	}
+	a, b := net.Pipe()
+	defer b.Close()
+	if _, err := newClientConn(r.loop).enroll(a); err == nil {
+		t.Error("a pipe was enrolled")
+	}
+	same()
 }
 
 // A loop that ends by itself ends the engine, which says so: nothing would be served there any more.

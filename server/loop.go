@@ -76,7 +76,7 @@ type Loop struct {
 
 	inflate   codec.InflateBudget // of its clients
 	freeCalls []*call             // unary calls to be used again
-	clients   atomic.Int64        // len(conns), for other goroutines
+	clients   atomic.Int64        // len(conns), and those that are on their way; any goroutine's
 	working   atomic.Int64        // ops of its clients that the core has, canceled ones included; written by the loop
 	inflight  atomic.Int64        // unary RPCs not yet answered; written by the loop, read by Stop
 	turns     *metrics.Counter

@@ -103,6 +103,7 @@ func openRig(t testing.TB) *rig {
 	e.loops = []*Loop{r.loop}
 	e.SetCore(r.core)
 	r.conn = newClientConn(r.loop)
+	r.conn.count(1)
 	r.att = &attachment{loop: r.loop, h: r.conn}
 	r.att.event(r.sock, attachmentOpen)
 	return r

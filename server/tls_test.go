@@ -239,6 +239,7 @@ func TestTLSSlowHandshake(t *testing.T) {
 	}
 	r.loop.eng.h2TLS, r.loop.eng.refusals.log = files.H2(), log.logger()
 	c := newClientConn(r.loop)
+	c.count(1)
 	c.secure()
 	r.att = &attachment{loop: r.loop, h: c}
 	r.att.event(r.sock, attachmentOpen)

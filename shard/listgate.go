@@ -13,9 +13,10 @@ import (
 // shards, and serializable ones, which need no coordinator, have gates of their own.
 
 const (
-	// maxLists is how many unary lists of one gate are under way; further ones wait in their order. Of those whose first
-	// pages are large fewer are, so that pages of about gatePages are being read on each member, but minLists at least: a
-	// member does what it has to do for all of them by turns, and everybody else's requests wait for their turn.
+	// maxLists is how many unary lists of one gate are under way; further ones wait in their order. Of those whose pages
+	// are large fewer are, so that pages of about gatePages are being read on each member, but minLists at least, which is
+	// more when their pages are gathered (gatherPageBytes each): a member does what it has to do for all of them by turns,
+	// and everybody else's requests wait for their turn. What pages have lately been like tells how large they are.
 	maxLists  = 32
 	minLists  = 4
 	gatePages = 8 << 20
@@ -44,7 +45,7 @@ type listGate struct {
 	of    gateKey
 	out   int
 	n     int   // that wait
-	page  int64 // bytes of a first page of one shard, averaged
+	page  int64 // bytes of a page of one shard, averaged; see listPage
 	lines map[*Client]*gateLine
 	// The lines are in a ring; last is who had its turn last, nil if none waits.
 	last *gateLine
@@ -142,8 +143,8 @@ func (c *Core) leaveList(op *Op) {
 	}
 }
 
-// firstPage tells the gate of op how large a first page was.
-func (c *Core) firstPage(op *Op, bytes int) {
+// listPage tells the gate of op how large a page was: a first one, or one that is gathered.
+func (c *Core) listPage(op *Op, bytes int) {
 	if gate := op.core.gate; gate > 0 {
 		g := c.gates[gate-1]
 		g.page += (int64(bytes) - g.page) / 8

@@ -125,7 +125,7 @@ func TestListGateWidth(t *testing.T) {
 	op.core.gate = 1
 	for _, w := range []struct{ page, want int }{{0, maxLists}, {1000, maxLists}, {1 << 20, 8}, {16 << 20, minLists}, {100, maxLists}} {
 		for range 200 {
-			c.firstPage(op, w.page)
+			c.listPage(op, w.page)
 		}
 		if got := g.width(); got < w.want || got > w.want+1 {
 			t.Errorf("pages of %d bytes: %d lists", w.page, got)

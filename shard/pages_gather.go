@@ -14,7 +14,8 @@ const (
 	// gatherPageBytes is what pages that are gathered aim at, beside wholePageKeys. It is a part of what etcd itself would
 	// have to put together for the same list.
 	gatherPageBytes = 15 << 20
-	// gatherGrowth is pageGrowth for them.
+	// gatherGrowth is pageGrowth from the second of them on. The first one's size is told by small pages, behind which the
+	// values may be larger.
 	gatherGrowth = 8
 )
 

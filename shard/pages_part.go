@@ -101,7 +101,7 @@ func (p *pagePart) pageLimit() int64 {
 	}
 	if p.limit > 0 {
 		growth := int64(pageGrowth)
-		if r.gathering {
+		if r.gathering && len(p.pages) > 1 {
 			growth = gatherGrowth
 		}
 		want = min(p.fullPage(), p.limit*growth)
@@ -395,7 +395,9 @@ func (p *pagePart) take(resp []byte, sum pageSum) bool {
 	}
 	if !p.counted {
 		p.counted, p.total = true, last.count
-		p.r.c.firstPage(p.r.op, len(resp))
+		p.r.c.listPage(p.r.op, len(resp))
+	} else if p.r.gathering {
+		p.r.c.listPage(p.r.op, len(resp))
 	}
 	p.fetched += last.n
 	p.more = last.more

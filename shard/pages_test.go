@@ -98,3 +98,31 @@ func TestEndsAreShared(t *testing.T) {
 		t.Error("a look for the last page")
 	}
 }
+
+// TestGatheredPages: the first page that is gathered is no larger beside the one before than any other, since the values behind may be
+// large; from then on they grow faster. The gate hears of all of them.
+func TestGatheredPages(t *testing.T) {
+	const keys, size = 10, 1 << 20
+	op := new(Op)
+	op.core.gate = 1
+	g := newListGate(gateKey{})
+	c := &Core{cfg: CoreConfig{PageKeys: firstPageKeys}, gates: []*listGate{g}}
+	r := &pagedRead{c: c, op: op, gathering: true, latest: true, parts: make([]pagePart, 1)}
+	p := &r.parts[0]
+	*p = pagePart{r: r, local: 1, counted: true, total: 1 << 30, limit: keys, perKey: 1, pages: [][]byte{nil}}
+	if n := p.pageLimit(); n != pageGrowth*keys {
+		t.Errorf("the first page that is gathered has %d keys, after %d", n, keys)
+	}
+	p.pages = append(p.pages, nil)
+	if n := p.pageLimit(); n != gatherGrowth*keys {
+		t.Errorf("the next one has %d keys", n)
+	}
+	for range 50 {
+		if !p.take(make([]byte, size), pageSum{}) {
+			t.Fatal("not taken")
+		}
+	}
+	if n := g.width(); n != gatePages/size {
+		t.Errorf("%d lists with pages of %d bytes, which the gate takes for %d", n, size, g.page)
+	}
+}

@@ -29,7 +29,7 @@ type poolCall struct {
 	link     *poolLink
 	stream   *codec.Stream
 	begun    int64 // when the request was sent
-	span     int64 // the time that it has, in ns, and has again when replyProgress of its reply has come
+	span     int64 // the time that it has, in ns, and has again while its reply comes, see replyProgress
 	received int   // of the reply, when the time was over last
 	messages int
 	resp     []byte // copy of the reply: its status comes after it
@@ -119,14 +119,18 @@ func (c *poolCall) onEnd(st codec.Status, sent bool) {
 	c.complete(st, sent)
 }
 
-// replyProgress is how many bytes of a reply have to come in the time of a call for it to go on: a large reply that is on
-// its way is not asked for once more, which would make a slow member slower.
-const replyProgress = 64 << 10
+// A large reply that is on its way is not asked for once more, which would make a slow member slower. For a call to go on,
+// there have to come in its time replyProgress bytes, and a replyShares-th of the reply. So none takes longer than
+// replyShares+1 times its time, whatever the member does.
+const (
+	replyProgress = 64 << 10
+	replyShares   = 16
+)
 
 // due is the timeout.
 func (c *poolCall) due(now int64) {
 	if c.link != nil {
-		if n := c.stream.Received(); n >= c.received+replyProgress {
+		if n := c.stream.Received(); n >= c.received+max(replyProgress, c.stream.Incoming()/replyShares) {
 			c.received = n
 			c.pool.timers.set(&c.timer, now+c.span)
 			return

@@ -53,3 +53,31 @@ func TestPoolWaitsForAReplyThatComes(t *testing.T) {
 		t.Errorf("a reply that stopped coming: %v", r.st)
 	}
 }
+
+// A large reply of which just so much comes that it never stops is given up: it would hold its list's place, and its memory,
+// for as long as the member likes.
+func TestPoolGivesATricklingReplyUp(t *testing.T) {
+	const piece, size, span = 16 << 10, 64 << 20, 200 * time.Millisecond
+	addr := rawMember(t, func(fr *http2.Framer, f http2.Frame) {
+		d, ok := f.(*http2.DataFrame)
+		if !ok || !d.StreamEnded() {
+			return
+		}
+		rawHeaders(fr, d.StreamID, false, ":status", "200", "content-type", "application/grpc")
+		_ = fr.WriteData(d.StreamID, false, binary.BigEndian.AppendUint32([]byte{0}, size))
+		every := time.NewTicker(span / 20)
+		defer every.Stop()
+		for range size / piece / 2 {
+			if fr.WriteData(d.StreamID, false, make([]byte, piece)) != nil {
+				return
+			}
+			<-every.C
+		}
+	})
+	e := newPoolEnv(t, []string{"http://" + addr})
+	e.connected(0)
+	begin := time.Now()
+	if r := e.begin(0, codec.MethodRange, []byte("x"), span).wait(t); r.st != statusDeadline {
+		t.Errorf("%v after %v", r.st, time.Since(begin))
+	}
+}

@@ -67,7 +67,8 @@ func (w *poolWatch) Hold(hold bool) {
 	w.link.touch()
 }
 
-// Mute implements muteness.
+// Mute implements muteness. Silence alone says nothing where nobody writes, so the connection is asked, and has stallLook for
+// the answer. (When it was asked lately, it is some seconds until it may be asked again.)
 func (w *poolWatch) Mute(d time.Duration) bool {
 	l := w.link
 	if w.over || l == nil || l.dead {
@@ -78,7 +79,7 @@ func (w *poolWatch) Mute(d time.Duration) bool {
 		return false
 	}
 	l.suspect(now)
-	return true
+	return l.pinged != 0 && now-l.pinged >= int64(stallLook)
 }
 
 // Close implements codec.WatchHandle.

@@ -31,7 +31,7 @@ type stall struct {
 }
 
 // muteness is what a WatchHandle may tell besides: whether its connection has brought nothing for so long, although others to
-// the same cluster have. Then those are used first from now on.
+// the same cluster have, and it was asked. The first question has it asked, and has the others used first until it answers.
 type muteness interface{ Mute(time.Duration) bool }
 
 // expectOnStream is told that the shard has reached a local revision. A stream that does not show it, and
