@@ -1,6 +1,8 @@
 package shard
 
 import (
+	"fmt"
+
 	"spindle/codec"
 )
 
@@ -34,6 +36,28 @@ func (s *shardState) markLoss(local int64, f func()) {
 	}))
 }
 
+// readMark takes a shard's compaction record and its mark, as they were read together with its clock. Until the epoch is believed
+// a start knows no better: the mark that its probe has shown may have been fenced since, and one may have been put.
+func (s *shardState) readMark(compact, mark []byte) error {
+	c := s.c
+	if kv, found := firstKV(compact); found {
+		rev, ok := ParseCompaction(kv.Value)
+		if !ok {
+			return fmt.Errorf("member cluster %s has a compaction record that this version of spindle cannot read: upgrade spindle", s.name)
+		}
+		s.sawCompaction(rev)
+	}
+	kv, found := firstKV(mark)
+	if found && !ParseLossMark(kv.Value) {
+		return fmt.Errorf("member cluster %s has a mark of an accepted loss that this version of spindle cannot read: upgrade spindle", s.name)
+	}
+	if c.state == stateStarting && c.ring == nil {
+		s.marked = kv.ModRevision
+		s.lossy, s.accepted = found, found
+	}
+	return nil
+}
+
 // appendLossEnd appends what the fence that ends with a revision does besides.
 func appendLossEnd(dst []byte, last int64) []byte {
 	dst = appendPutOp(dst, txnSuccess, KeyCompact, AppendCompaction(nil, last))
@@ -52,8 +76,10 @@ func (b *bootstrap) awaitFences() {
 		switch {
 		case s.absent != "":
 		case s.marked > 0:
-			s.wantFence = true
-			s.touch()
+			if s.cur == nil { // one fence does it
+				s.wantFence = true
+				s.touch()
+			}
 			c.after(retryDelay, func() {
 				if c.state == stateStarting {
 					b.awaitFences()

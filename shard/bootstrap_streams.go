@@ -64,16 +64,24 @@ func (b *bootstrap) compareClocks() {
 		if b.clocks[i] >= seen || s.lossy || !s.begins() {
 			continue
 		}
-		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		body := appendGet(nil, txnSuccess, KeyClock, 0)
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+		body = appendGet(body, txnSuccess, KeyLoss, 0)
+		c.tr.Call(s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
 			if c.state != stateStarting {
 				return
 			}
-			if st.Code != codec.OK {
+			t, ok := parseTxnReply(resp, nil)
+			if st.Code != codec.OK || !ok || len(t.resps) < 3 {
 				c.after(c.jitter(20*retryDelay), b.compareClocks)
 				return
 			}
-			kv, _ := firstKV(resp)
-			rec, ok := ParseRecord(kv.Value)
+			if err := s.readMark(t.resps[1], t.resps[2]); err != nil {
+				c.fail(err)
+				return
+			}
+			kv, _ := firstKV(t.resps[0])
+			rec, ok := ParseRecord(slices.Clone(kv.Value))
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
