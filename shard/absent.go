@@ -221,6 +221,10 @@ func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
 			return true
 		}
 		s := missing[max(i, 0)]
+		if b.unsure(p) {
+			c.after(c.jitter(2*retryDelay), b.begin)
+			return true
+		}
 		if b.looked < 2 {
 			// The map is written when every member has its identity, so who is empty after it was seen has lost it.
 			b.looked++
