@@ -131,12 +131,20 @@ func (k *connecting) again() {
 	})
 }
 
-// returned is told that a shard which was left out is what it was again: it was at p, and its map names the epoch that is
+// returned is told that a shard which was left out is what it was again, as a look at it has shown, and its map names the epoch that is
 // believed, or was last.
-func (s *shardState) returned(p point, mapMod int64) {
+func (s *shardState) returned(k *Check) {
 	c := s.c
-	s.absent, s.mapMod = "", mapMod
-	s.saw(p)
+	s.absent, s.mapMod = "", k.mapMod
+	s.saw(k.at)
+	s.sawCompaction(k.compact)
+	if c.ring != nil && k.compact > c.frontier.Get(s.idx) {
+		// Its loss may have been accepted meanwhile: watches that wait for it must not be led past what is missing. Of an ordinary
+		// compaction some end that need not: they list anew.
+		c.ring.RaiseTail(k.compact)
+		c.frontier.SetCompacted(k.compact)
+		c.frontierRose = true
+	}
 	// Before a start has found its epoch the shard is one as any other.
 	s.returning = c.boot == nil || c.boot.started
 	s.accept()

@@ -225,6 +225,32 @@ func TestLossMarkedBehindProbe(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossOnRunningProxy: a proxy runs and has left the member out while another one accepts the loss. It takes the member in afterwards,
+// and ends the watches that wait for it: what they lack cannot be brought any more.
+func TestAcceptedLossOnRunningProxy(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	w.c.replace(w.c.Etcd.rewound(w.lastButOne()))
+	q := w.proxies[1]
+	q.boot(0)
+	w.wait("the start", func() bool { return q.ready })
+	v := q.newViewer()
+	one := v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last + 1})
+	all := v.watch(&watchring.Watcher{Key: "k", End: "z", Start: w.last + 1})
+	q.turn()
+	w.pass(time.Second)
+	p := w.start("m1")
+	w.wait("the return", func() bool {
+		_, why := q.core.Ready()
+		return why == ""
+	})
+	w.put(p, w.keys[w.c])
+	w.pass(2 * time.Second)
+	if !one.ended || !all.ended || len(one.got)+len(all.got) > 0 {
+		t.Errorf("watches of what was lost ended: %v %v, and got %d and %d revisions", one.ended, all.ended, len(one.got), len(all.got))
+	}
+	w.wantWhole(q)
+}
+
 // marked says whether the member has the mark of an accepted loss.
 func (w *absentWorld) marked() bool { return w.c.at([]byte(shard.KeyLoss), w.c.Rev()) != nil }
 
