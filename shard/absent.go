@@ -40,6 +40,9 @@ func (s *shardState) forget(why string) {
 
 // allRefused gives up when there is nothing left to serve. It returns true then.
 func (c *Core) allRefused() bool {
+	if len(c.shards) == 0 {
+		return false // a start that begins anew knows of none
+	}
 	for _, s := range c.shards {
 		if s.absent == "" {
 			return false
@@ -230,7 +233,7 @@ func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
 		}
 		s := missing[max(i, 0)]
 		if b.unsure(p) {
-			c.after(c.jitter(2*retryDelay), b.begin)
+			b.later(c.jitter(2*retryDelay), b.begin)
 			return true
 		}
 		if b.looked < 2 {
@@ -258,12 +261,9 @@ func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
 	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
 	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
-	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
-		if b.c.state != stateStarting {
-			return
-		}
+	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, b.completion(func(_ []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
-			b.c.after(b.c.jitter(20*retryDelay), b.begin)
+			b.later(b.c.jitter(20*retryDelay), b.begin)
 			return
 		}
 		b.begin()
@@ -275,7 +275,7 @@ func (b *bootstrap) identify() bool {
 	c := b.c
 	for i := range b.probes {
 		if p := &b.probes[i]; p.empty && b.unsure(p) {
-			c.after(c.jitter(2*retryDelay), b.begin)
+			b.later(c.jitter(2*retryDelay), b.begin)
 			return true
 		}
 	}
@@ -286,10 +286,7 @@ func (b *bootstrap) identify() bool {
 			continue
 		}
 		open++
-		c.tr.Call(p.id, codec.MethodTxn, p.firstTxn(), c.cfg.ShardTimeout, completion(func([]byte, codec.Status, bool) {
-			if c.state != stateStarting {
-				return
-			}
+		c.tr.Call(p.id, codec.MethodTxn, p.firstTxn(), c.cfg.ShardTimeout, b.completion(func([]byte, codec.Status, bool) {
 			if open--; open == 0 {
 				b.begin() // whoever was faster, and whatever was lost: what is there now counts
 			}

@@ -80,11 +80,7 @@ func (b *bootstrap) awaitFences() {
 				s.wantFence = true
 				s.touch()
 			}
-			c.after(retryDelay, func() {
-				if c.state == stateStarting {
-					b.awaitFences()
-				}
-			})
+			b.later(retryDelay, b.awaitFences)
 			return
 		default:
 			accepted = accepted || s.accepted

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"slices"
 	"strings"
+	"time"
 
 	"spindle/codec"
 )
@@ -76,6 +77,31 @@ func describe(p *probe) string {
 		return p.name
 	}
 	return p.name + " (" + p.err + ")"
+}
+
+// live says that a start goes on with what a round of probing has found: what was asked for in another one counts for nothing.
+func (b *bootstrap) live(round int) bool {
+	return b.c.boot == b && b.round == round && b.c.state == stateStarting
+}
+
+// later calls f after d, if the start is still in the same round.
+func (b *bootstrap) later(d time.Duration, f func()) {
+	round := b.round
+	b.c.after(d, func() {
+		if b.live(round) {
+			f()
+		}
+	})
+}
+
+// completion is a completion of which nothing is heard in another round.
+func (b *bootstrap) completion(f completion) completion {
+	round := b.round
+	return func(resp []byte, st codec.Status, sent bool) {
+		if b.live(round) {
+			f(resp, st, sent)
+		}
+	}
 }
 
 func (b *bootstrap) begin() {
