@@ -35,7 +35,7 @@ func (s *shardState) leave(why string) {
 func (s *shardState) forget(why string) {
 	s.absent, s.begun, s.returning = why, false, false
 	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
-	s.lossy, s.accepted, s.marked = false, false, 0
+	s.lossy, s.accepted, s.marked, s.mark = false, false, 0, LossMark{}
 }
 
 // allRefused gives up when there is nothing left to serve. It returns true then.
@@ -93,12 +93,12 @@ func (k *connecting) leaveOut(epoch revclock.ID) bool {
 		case l.out:
 			out++
 		case l.m.Epoch == epoch || c.state != stateStarting:
-		case l.s.marked > 0:
+		case l.s.marked > 0 && l.s.mark.Epoch == epoch:
 			accepted = true // a rebuild brings it to the others' epoch
 		case slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[l.s.cluster]):
 			c.log.Warn("a member cluster is of an older epoch of the coordinator: it has lost data, which is accepted", "shard", l.s.name, "revision", l.rec.Last)
 			turn := k.turn
-			l.s.markLoss(l.local, func() {
+			l.s.markLoss(l.local, LossMark{Epoch: epoch}, func() {
 				if k.live(turn) {
 					k.look()
 				}
@@ -260,7 +260,7 @@ func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, s.Identity))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
 	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
-	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil, LossMark{Epoch: m.Epoch}))
 	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, b.completion(func(_ []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
 			b.later(b.c.jitter(20*retryDelay), b.begin)

@@ -134,7 +134,7 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 			compactRec: p.compact,
 			rec:        point{p.clock.First, p.clock.Last, p.clockAt},
 			known:      point{p.clock.First, p.clock.Last, p.clockAt},
-			lossy:      p.marked > 0, accepted: p.marked > 0, marked: p.marked}
+			lossy:      p.marked > 0, accepted: p.marked > 0, marked: p.marked, mark: p.mark}
 		compact = max(compact, p.compact)
 	}
 	for _, s := range c.shards {

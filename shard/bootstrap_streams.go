@@ -57,7 +57,7 @@ func (b *bootstrap) compareClocks() {
 	c, round := b.c, b.round
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen || s.lossy || !s.begins() {
+		if b.clocks[i] >= seen || s.lossy && s.mark.Rev >= seen || !s.begins() {
 			continue
 		}
 		body := appendGet(nil, txnSuccess, KeyClock, 0)
@@ -78,10 +78,13 @@ func (b *bootstrap) compareClocks() {
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
+			case s.lossy && s.mark.Rev >= seen: // somebody else was faster
+				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.compareClocks()
 			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
 				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
 				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
-				s.markLoss(kv.ModRevision, func() {
+				s.markLoss(kv.ModRevision, LossMark{c.m.Epoch, max(seen, c.clock.Log().N())}, func() {
 					if b.live(round) {
 						b.compareClocks()
 					}

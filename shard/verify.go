@@ -181,7 +181,7 @@ func (k *Check) differs(resp []byte) string {
 		c := k.s.c
 		k.at = point{rec.First, rec.Last, kv.ModRevision}
 		if _, marked := firstKV(rest[1]); marked {
-			return "its loss is being accepted, and that has not come to its end: restart a proxy"
+			return "it has the mark of an accepted loss without the fence that ends that: restart a proxy; if that refuses it, too, it was restored from an older backup"
 		}
 		k.compact = -1
 		if kv, found := firstKV(rest[2]); found {

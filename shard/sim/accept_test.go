@@ -251,6 +251,60 @@ func TestAcceptedLossOnRunningProxy(t *testing.T) {
 	w.wantWhole(q)
 }
 
+// TestCopyWithMarkOfLoss: a member is restored from a backup that was made while its loss was being accepted. The mark in it does not have
+// accepted what is lost now.
+func TestCopyWithMarkOfLoss(t *testing.T) {
+	for name, lose := range losses {
+		t.Run(name, func(t *testing.T) {
+			w := newAbsentWorld(t, 2*time.Second)
+			lose(w)
+			w.Accept = []string{"m1"}
+			p := w.proxies[0]
+			p.boot(0)
+			copies := map[int64]*Etcd{}
+			w.wait("the start", func() bool {
+				if rev := w.c.Rev(); w.marked() && copies[rev] == nil {
+					copies[rev] = w.c.Etcd.rewound(rev)
+				}
+				return p.ready
+			})
+			if len(copies) == 0 {
+				t.Fatal("there was no mark")
+			}
+			w.wantWhole(p)
+			w.pass(2 * time.Second)
+			p.crash()
+			newest := w.c.Etcd
+			for rev, older := range copies {
+				w.c.replace(older)
+				p := w.start()
+				w.wantAlone(p, "restored from an older backup")
+				if w.c.Rev() != rev {
+					t.Errorf("somebody wrote to the older state: L%d, was L%d", w.c.Rev(), rev)
+				}
+				w.c.replace(newest)
+				w.wantWhole(p)
+				w.pass(2 * time.Second)
+				p.crash()
+				newest = w.c.Etcd
+			}
+			// Once more, with the operator's consent.
+			for _, older := range copies {
+				w.c.replace(older)
+				break
+			}
+			last := w.last
+			p = w.start("m1")
+			if _, st := w.ask(p, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c]), Revision: last}); st != codec.ErrCompacted {
+				t.Errorf("the past: %v", st)
+			}
+			if w.marked() {
+				t.Error("the mark is still there")
+			}
+		})
+	}
+}
+
 // marked says whether the member has the mark of an accepted loss.
 func (w *absentWorld) marked() bool { return w.c.at([]byte(shard.KeyLoss), w.c.Rev()) != nil }
 
