@@ -35,11 +35,14 @@ func (s *shardState) leave(why string) {
 func (s *shardState) forget(why string) {
 	s.absent, s.begun, s.returning = why, false, false
 	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
-	s.lossy, s.accepted, s.marked = false, false, 0
+	s.lossy, s.accepted, s.marked, s.mark = false, false, 0, LossMark{}
 }
 
 // allRefused gives up when there is nothing left to serve. It returns true then.
 func (c *Core) allRefused() bool {
+	if len(c.shards) == 0 {
+		return false // a start that begins anew knows of none
+	}
 	for _, s := range c.shards {
 		if s.absent == "" {
 			return false
@@ -90,12 +93,12 @@ func (k *connecting) leaveOut(epoch revclock.ID) bool {
 		case l.out:
 			out++
 		case l.m.Epoch == epoch || c.state != stateStarting:
-		case l.s.marked > 0:
+		case l.s.marked > 0 && l.s.mark.Epoch == epoch:
 			accepted = true // a rebuild brings it to the others' epoch
 		case slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[l.s.cluster]):
 			c.log.Warn("a member cluster is of an older epoch of the coordinator: it has lost data, which is accepted", "shard", l.s.name, "revision", l.rec.Last)
 			turn := k.turn
-			l.s.markLoss(l.local, func() {
+			l.s.markLoss(l.local, LossMark{Epoch: epoch}, func() {
 				if k.live(turn) {
 					k.look()
 				}
@@ -131,12 +134,20 @@ func (k *connecting) again() {
 	})
 }
 
-// returned is told that a shard which was left out is what it was again: it was at p, and its map names the epoch that is
+// returned is told that a shard which was left out is what it was again, as a look at it has shown, and its map names the epoch that is
 // believed, or was last.
-func (s *shardState) returned(p point, mapMod int64) {
+func (s *shardState) returned(k *Check) {
 	c := s.c
-	s.absent, s.mapMod = "", mapMod
-	s.saw(p)
+	s.absent, s.mapMod = "", k.mapMod
+	s.saw(k.at)
+	s.sawCompaction(k.compact)
+	if c.ring != nil && k.compact > c.frontier.Get(s.idx) {
+		// Its loss may have been accepted meanwhile: watches that wait for it must not be led past what is missing. Of an ordinary
+		// compaction some end that need not: they list anew.
+		c.ring.RaiseTail(k.compact)
+		c.frontier.SetCompacted(k.compact)
+		c.frontierRose = true
+	}
 	// Before a start has found its epoch the shard is one as any other.
 	s.returning = c.boot == nil || c.boot.started
 	s.accept()
@@ -221,6 +232,10 @@ func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
 			return true
 		}
 		s := missing[max(i, 0)]
+		if b.unsure(p) {
+			b.later(c.jitter(2*retryDelay), b.begin)
+			return true
+		}
 		if b.looked < 2 {
 			// The map is written when every member has its identity, so who is empty after it was seen has lost it.
 			b.looked++
@@ -245,13 +260,10 @@ func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, s.Identity))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
 	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
-	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
-	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
-		if b.c.state != stateStarting {
-			return
-		}
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil, LossMark{Epoch: m.Epoch}))
+	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, b.completion(func(_ []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
-			b.c.after(b.c.jitter(20*retryDelay), b.begin)
+			b.later(b.c.jitter(20*retryDelay), b.begin)
 			return
 		}
 		b.begin()
@@ -263,7 +275,7 @@ func (b *bootstrap) identify() bool {
 	c := b.c
 	for i := range b.probes {
 		if p := &b.probes[i]; p.empty && b.unsure(p) {
-			c.after(c.jitter(2*retryDelay), b.begin)
+			b.later(c.jitter(2*retryDelay), b.begin)
 			return true
 		}
 	}
@@ -274,10 +286,7 @@ func (b *bootstrap) identify() bool {
 			continue
 		}
 		open++
-		c.tr.Call(p.id, codec.MethodTxn, p.firstTxn(), c.cfg.ShardTimeout, completion(func([]byte, codec.Status, bool) {
-			if c.state != stateStarting {
-				return
-			}
+		c.tr.Call(p.id, codec.MethodTxn, p.firstTxn(), c.cfg.ShardTimeout, b.completion(func([]byte, codec.Status, bool) {
 			if open--; open == 0 {
 				b.begin() // whoever was faster, and whatever was lost: what is there now counts
 			}

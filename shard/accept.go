@@ -1,6 +1,8 @@
 package shard
 
 import (
+	"fmt"
+
 	"spindle/codec"
 )
 
@@ -11,7 +13,7 @@ import (
 //
 // It may be cut short anywhere. What shows that something is missing (a clock below C_i, an older epoch, an empty member)
 // is soon gone, so first of all the shard gets a mark (KeyLoss). A start that finds it goes on, with or without the
-// flag. The fence takes the mark away, and in the same Txn puts the compaction record, of its own last revision: the largest record counts for all
+// flag, unless more is missing than the mark says: then the shard is an older copy, made while the mark was there. The fence takes the mark away, and in the same Txn puts the compaction record, of its own last revision: the largest record counts for all
 // shards, at every start and on every stream, and what the other shards lack of it is brought to them by anybody (armCompactionLags).
 
 // lossFence is how many revisions such a fence has. A watch may begin at a compacted revision itself, and one of who had
@@ -19,19 +21,42 @@ import (
 const lossFence = 2
 
 // markLoss puts the mark on a shard whose clock was last put at local, and calls f, whether it is there now or not.
-func (s *shardState) markLoss(local int64, f func()) {
+func (s *shardState) markLoss(local int64, mark LossMark, f func()) {
 	c := s.c
 	body := appendCompareValue(nil, KeyID, resultEqual, AppendIdentity(nil, c.m.Shards[s.idx].Identity))
 	body = appendCompareInt(body, KeyClock, "", resultEqual, targetMod, cmpMod, local)
-	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil))
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil, mark))
 	c.tr.Call(s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
 		if t, ok := parseTxnReply(resp, nil); st.Code == codec.OK && ok && t.succeeded {
-			s.lossy, s.accepted, s.marked = true, true, t.rev
+			s.lossy, s.accepted, s.marked, s.mark = true, true, t.rev, mark
 			f()
 			return
 		}
 		c.after(c.jitter(20*retryDelay), f) // it is looked at again
 	}))
+}
+
+// readMark takes a shard's compaction record and its mark, as they were read together with its clock. Until the epoch is believed
+// a start knows no better: the mark that its probe has shown may have been fenced since, and one may have been put.
+func (s *shardState) readMark(compact, mark []byte) error {
+	c := s.c
+	if kv, found := firstKV(compact); found {
+		rev, ok := ParseCompaction(kv.Value)
+		if !ok {
+			return fmt.Errorf("member cluster %s has a compaction record that this version of spindle cannot read: upgrade spindle", s.name)
+		}
+		s.sawCompaction(rev)
+	}
+	kv, found := firstKV(mark)
+	m, ok := ParseLossMark(kv.Value)
+	if found && !ok {
+		return fmt.Errorf("member cluster %s has a mark of an accepted loss that this version of spindle cannot read: upgrade spindle", s.name)
+	}
+	if c.state == stateStarting && c.ring == nil {
+		s.marked, s.mark = kv.ModRevision, m
+		s.lossy, s.accepted = found, found
+	}
+	return nil
 }
 
 // appendLossEnd appends what the fence that ends with a revision does besides.
@@ -52,13 +77,11 @@ func (b *bootstrap) awaitFences() {
 		switch {
 		case s.absent != "":
 		case s.marked > 0:
-			s.wantFence = true
-			s.touch()
-			c.after(retryDelay, func() {
-				if c.state == stateStarting {
-					b.awaitFences()
-				}
-			})
+			if s.cur == nil { // one fence does it
+				s.wantFence = true
+				s.touch()
+			}
+			b.later(retryDelay, b.awaitFences)
 			return
 		default:
 			accepted = accepted || s.accepted

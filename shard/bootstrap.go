@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"slices"
 	"strings"
+	"time"
 
 	"spindle/codec"
 )
@@ -78,6 +79,31 @@ func describe(p *probe) string {
 	return p.name + " (" + p.err + ")"
 }
 
+// live says that a start goes on with what a round of probing has found: what was asked for in another one counts for nothing.
+func (b *bootstrap) live(round int) bool {
+	return b.c.boot == b && b.round == round && b.c.state == stateStarting
+}
+
+// later calls f after d, if the start is still in the same round.
+func (b *bootstrap) later(d time.Duration, f func()) {
+	round := b.round
+	b.c.after(d, func() {
+		if b.live(round) {
+			f()
+		}
+	})
+}
+
+// completion is a completion of which nothing is heard in another round.
+func (b *bootstrap) completion(f completion) completion {
+	round := b.round
+	return func(resp []byte, st codec.Status, sent bool) {
+		if b.live(round) {
+			f(resp, st, sent)
+		}
+	}
+}
+
 func (b *bootstrap) begin() {
 	b.round++
 	b.waiting = len(b.probes) + 1
@@ -108,7 +134,7 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 			compactRec: p.compact,
 			rec:        point{p.clock.First, p.clock.Last, p.clockAt},
 			known:      point{p.clock.First, p.clock.Last, p.clockAt},
-			lossy:      p.marked > 0, accepted: p.marked > 0, marked: p.marked}
+			lossy:      p.marked > 0, accepted: p.marked > 0, marked: p.marked, mark: p.mark}
 		compact = max(compact, p.compact)
 	}
 	for _, s := range c.shards {

@@ -45,7 +45,7 @@ func (b *bootstrap) fitMap() {
 			if p.mapBytes != nil {
 				// Another proxy may be creating the maps right now, and first was read before it got its own.
 				if m, err := ParseMap(p.mapBytes); err == nil && slices.ContainsFunc(m.Shards, func(s MapShard) bool { return s.Identity == first.identity }) {
-					c.after(c.jitter(2*retryDelay), b.begin)
+					b.later(c.jitter(2*retryDelay), b.begin)
 					return
 				}
 				c.mistaken(fmt.Errorf("%s is not in the partition map that %s holds: remove it from the configuration (shards cannot be added yet)", first.name, p.name))
@@ -129,12 +129,9 @@ func (b *bootstrap) indexIn(shards []MapShard) func(member int) int {
 func (b *bootstrap) createMap(p *probe, m []byte) {
 	body := appendCompareInt(nil, KeyMap, "", resultEqual, targetMod, cmpMod, 0)
 	body = appendPutOp(body, txnSuccess, KeyMap, m)
-	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
-		if b.c.state != stateStarting {
-			return
-		}
+	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, b.completion(func(_ []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
-			b.c.after(b.c.jitter(20*retryDelay), b.begin)
+			b.later(b.c.jitter(20*retryDelay), b.begin)
 			return
 		}
 		b.begin()

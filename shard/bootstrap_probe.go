@@ -31,7 +31,8 @@ type probe struct {
 	mapMod   int64
 	compact  int64
 	marked   int64 // where KeyLoss was put, 0 if it is not there
-	notEmpty bool  // a look for any key at all has found one
+	mark     LossMark
+	notEmpty bool // a look for any key at all has found one
 }
 
 func (p *probe) send() {
@@ -174,7 +175,8 @@ func (p *probe) read(t txnReply) error {
 		}
 	}
 	if kv, found := firstKV(t.resps[4]); found {
-		if p.marked = kv.ModRevision; !ParseLossMark(kv.Value) {
+		p.marked = kv.ModRevision
+		if p.mark, ok = ParseLossMark(kv.Value); !ok {
 			return fmt.Errorf("%s has a mark of an accepted loss that this version of spindle cannot read: upgrade spindle", p.name)
 		}
 	}

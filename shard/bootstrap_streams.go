@@ -44,11 +44,7 @@ func (b *bootstrap) awaitChecks() {
 			s.leave(s.banned)
 		}
 		if ok && s.absent == "" && !live.Connected(s.cluster) {
-			c.after(retryDelay/4, func() {
-				if c.state == stateStarting {
-					b.awaitChecks()
-				}
-			})
+			b.later(retryDelay/4, b.awaitChecks)
 			return
 		}
 	}
@@ -58,29 +54,41 @@ func (b *bootstrap) awaitChecks() {
 // compareClocks refuses a shard that has lost data: one whose clock is below what a proxy has seen
 // committed there. A probe may merely be older than the tick that says so: then the shard is read again.
 func (b *bootstrap) compareClocks() {
-	c := b.c
+	c, round := b.c, b.round
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
-		if b.clocks[i] >= seen || s.lossy || !s.begins() {
+		if b.clocks[i] >= seen || s.lossy && s.mark.Rev >= seen || !s.begins() {
 			continue
 		}
-		c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
-			if c.state != stateStarting {
+		body := appendGet(nil, txnSuccess, KeyClock, 0)
+		body = appendGet(body, txnSuccess, KeyCompact, 0)
+		body = appendGet(body, txnSuccess, KeyLoss, 0)
+		c.tr.Call(s.cluster, codec.MethodTxn, body, c.cfg.ShardTimeout, b.completion(func(resp []byte, st codec.Status, _ bool) {
+			t, ok := parseTxnReply(resp, nil)
+			if st.Code != codec.OK || !ok || len(t.resps) < 3 {
+				b.later(c.jitter(20*retryDelay), b.compareClocks)
 				return
 			}
-			if st.Code != codec.OK {
-				c.after(c.jitter(20*retryDelay), b.compareClocks)
+			if err := s.readMark(t.resps[1], t.resps[2]); err != nil {
+				c.mistaken(err)
 				return
 			}
-			kv, _ := firstKV(resp)
-			rec, ok := ParseRecord(kv.Value)
+			kv, _ := firstKV(t.resps[0])
+			rec, ok := ParseRecord(slices.Clone(kv.Value))
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
+			case s.lossy && s.mark.Rev >= seen: // somebody else was faster
+				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.compareClocks()
 			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
 				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
 				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
-				s.markLoss(kv.ModRevision, b.compareClocks)
+				s.markLoss(kv.ModRevision, LossMark{c.m.Epoch, max(seen, c.clock.Log().N())}, func() {
+					if b.live(round) {
+						b.compareClocks()
+					}
+				})
 			case rec.Last < seen:
 				s.leave(fmt.Sprintf("it is at revision %d, but has been at %d: it was restored from an older backup", rec.Last, seen))
 				b.compareClocks()
@@ -101,7 +109,7 @@ func (s *shardState) begins() bool { return s.absent == "" && !s.returning }
 
 // findStarts looks for the record behind which each stream begins.
 func (b *bootstrap) findStarts() {
-	c := b.c
+	c, round := b.c, b.round
 	n := c.clock.Log().N()
 	b.tail = max(n-int64(c.cfg.RingSize)/2, c.compacted-1, 0)
 	b.begun = 0
@@ -115,6 +123,9 @@ func (b *bootstrap) findStarts() {
 			continue
 		}
 		s.streamStart(b.tail, func(p point, st codec.Status) {
+			if !b.live(round) {
+				return
+			}
 			if st.Code != codec.OK {
 				c.fail(fmt.Errorf("the history of member cluster %s cannot be read: %s", s.name, st.Msg))
 				return

@@ -191,7 +191,7 @@ func (k *connecting) lookLater(d time.Duration) {
 	})
 }
 
-// look reads the clock and the map of every shard.
+// look reads the clock and the map of every shard, and what is said of an accepted loss.
 func (k *connecting) look() {
 	k.turn++
 	k.phase, k.open, k.sure = phaseLook, 0, false
@@ -212,6 +212,8 @@ func (l *look) send() {
 	body := appendGet(nil, txnSuccess, KeyID, 0)
 	body = appendGet(body, txnSuccess, KeyClock, 0)
 	body = appendGet(body, txnSuccess, KeyMap, 0)
+	body = appendGet(body, txnSuccess, KeyCompact, 0)
+	body = appendGet(body, txnSuccess, KeyLoss, 0)
 	l.k.c.tr.Call(l.s.cluster, codec.MethodTxn, body, connectCall, l)
 }
 
@@ -258,7 +260,7 @@ func (l *look) Complete(resp []byte, st codec.Status, sent bool) {
 func (l *look) read(resp []byte) error {
 	c := l.k.c
 	t, ok := parseTxnReply(resp, nil)
-	if !ok || len(t.resps) < 3 {
+	if !ok || len(t.resps) < 5 {
 		return fmt.Errorf("member cluster %s does not speak etcd's protocol", l.s.name)
 	}
 	id, _ := firstKV(t.resps[0])
@@ -286,7 +288,7 @@ func (l *look) read(resp []byte) error {
 		return fmt.Errorf("the partition map on member cluster %s was changed; restart to read it anew", l.s.name)
 	}
 	l.m, l.mapMod = m, kv.ModRevision
-	return nil
+	return l.s.readMark(t.resps[3], t.resps[4])
 }
 
 // judge decides what comes next when every shard has answered.

@@ -65,7 +65,7 @@ var (
 		00`
 	goldenIdentity = `01 101112131415161718191a1b1c1d1e1f`
 	goldenCompact  = `01 00000000000003e8`
-	goldenLoss     = `01`
+	goldenLoss     = `01 e0e1e2e3e4e5e6e7e8e9eaebecedeeef 00000000000003e8`
 	goldenMarker   = `01 878080808080808010 00 03`
 )
 
@@ -121,9 +121,10 @@ func TestGoldenFormats(t *testing.T) {
 	if rev, ok := ParseCompaction(goldenBytes(t, goldenCompact)); !ok || rev != 1000 {
 		t.Errorf("compaction %d %v", rev, ok)
 	}
-	check("mark of a loss", AppendLossMark(nil), goldenLoss)
-	if !ParseLossMark(goldenBytes(t, goldenLoss)) || ParseLossMark(nil) || ParseLossMark([]byte{1, 0}) {
-		t.Error("mark of a loss")
+	loss := LossMark{goldenID(0xe0), 1000}
+	check("mark of a loss", AppendLossMark(nil, loss), goldenLoss)
+	if m, ok := ParseLossMark(goldenBytes(t, goldenLoss)); !ok || m != loss {
+		t.Errorf("mark of a loss %+v %v", m, ok)
 	}
 	marker := LeaseMarker{Member: 0x1000000000000007, Shards: []int{0, 3}}
 	check("marker", AppendLeaseMarker(nil, &marker), goldenMarker)
@@ -375,8 +376,8 @@ func FuzzStoredFormats(f *testing.F) {
 		if rev, ok := ParseCompaction(b); ok {
 			same("compaction", AppendCompaction(nil, rev))
 		}
-		if ParseLossMark(b) {
-			same("mark of a loss", AppendLossMark(nil))
+		if m, ok := ParseLossMark(b); ok {
+			same("mark of a loss", AppendLossMark(nil, m))
 		}
 		var m LeaseMarker
 		if ParseLeaseMarker(&m, b) {

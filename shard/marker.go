@@ -55,11 +55,28 @@ func ParseCompaction(v []byte) (rev int64, ok bool) {
 	return rev, p.Done() && rev >= 0
 }
 
-// AppendLossMark appends the value of KeyLoss: 0x01. Whoever finds it goes on with what it means, see accept.go.
-func AppendLossMark(dst []byte) []byte { return append(dst, smallFormat) }
+// LossMark is the value of KeyLoss. It says what may be missing, so that an older copy of a shard that holds a mark does not have
+// a later loss accepted, see accept.go.
+type LossMark struct {
+	Epoch revclock.ID // believed when the loss was accepted: that the shard's map does not name it is accepted
+	Rev   int64       // that the clock is below a C_i of up to this is accepted
+}
+
+// AppendLossMark appends 0x01 ‖ epoch[16] ‖ be64(rev).
+func AppendLossMark(dst []byte, m LossMark) []byte {
+	dst = append(append(dst, smallFormat), m.Epoch[:]...)
+	return binary.BigEndian.AppendUint64(dst, uint64(m.Rev))
+}
 
 // ParseLossMark reads a value of KeyLoss.
-func ParseLossMark(v []byte) (ok bool) { return len(v) == 1 && v[0] == smallFormat }
+func ParseLossMark(v []byte) (m LossMark, ok bool) {
+	p := revclock.Parser{B: v}
+	if p.Byte() != smallFormat {
+		return m, false
+	}
+	m = LossMark{Epoch: p.ID(), Rev: int64(p.Be64())}
+	return m, p.Done() && m.Rev >= 0
+}
 
 // LeaseMarker is the value of a marker: which lease on the members stands for a client's lease, and
 // which shards hold copies of it.

@@ -56,11 +56,7 @@ func (c *Core) mistaken(err error) {
 	c.connecting, c.m, c.part, c.shards, c.refusals = nil, nil, nil, nil, ""
 	b.started, b.looked = false, 0
 	b.round++ // what is under way counts for nothing
-	c.after(c.jitter(strayPause), func() {
-		if c.state == stateStarting {
-			b.begin()
-		}
-	})
+	b.later(c.jitter(strayPause), b.begin)
 }
 
 // mayWait says whether other endpoints have time left.

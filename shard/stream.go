@@ -53,6 +53,7 @@ type shardState struct {
 	lossy       bool   // it was behind at the start, and the operator accepts that
 	accepted    bool   // what it has lost is accepted at this start
 	marked      int64  // local revision of the mark that says so, until the fence that ends it is seen
+	mark        LossMark
 	banned      string // why it is not the shard that it was
 	astray      int64  // ns; when the log was told last that one of its endpoints is not used
 	known       point  // the newest record that anything has shown, for verify.go

@@ -49,9 +49,10 @@ type Check struct {
 	why       string
 	// absent says that the shard was left out at the start: what is known of it is what the coordinator says, so its map is
 	// read, too.
-	absent bool
-	at     point // where an absent shard is
-	mapMod int64
+	absent  bool
+	at      point // where an absent shard is
+	mapMod  int64
+	compact int64 // its compaction record, -1 for none
 }
 
 // checking is a Transport that looks at each new connection before it is used.
@@ -91,6 +92,7 @@ func (k *Check) AppendRequest(dst []byte) []byte {
 	if k.absent {
 		dst = appendGet(dst, txnSuccess, KeyMap, 0)
 		dst = appendGet(dst, txnSuccess, KeyLoss, 0)
+		dst = appendGet(dst, txnSuccess, KeyCompact, 0)
 	}
 	if k.holds() {
 		dst = appendGet(dst, txnSuccess, KeyClock, k.known.local)
@@ -122,7 +124,7 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	case k.why == "" && k.absent && k.at.last < s.floor():
 		return CheckLater // more has become known meanwhile
 	case k.why == "" && k.absent:
-		s.returned(k.at, k.mapMod)
+		s.returned(k)
 		return CheckPassed
 	case k.why == "":
 		s.accept()
@@ -167,7 +169,7 @@ func (k *Check) differs(resp []byte) string {
 	rest := t.resps[2:]
 	want := 0
 	if k.absent {
-		want += 2
+		want += 3
 	}
 	if k.holds() {
 		want++
@@ -179,10 +181,16 @@ func (k *Check) differs(resp []byte) string {
 		c := k.s.c
 		k.at = point{rec.First, rec.Last, kv.ModRevision}
 		if _, marked := firstKV(rest[1]); marked {
-			return "its loss is being accepted, and that has not come to its end: restart a proxy"
+			return "it has the mark of an accepted loss without the fence that ends that: restart a proxy; if that refuses it, too, it was restored from an older backup"
+		}
+		k.compact = -1
+		if kv, found := firstKV(rest[2]); found {
+			if k.compact, ok = ParseCompaction(kv.Value); !ok {
+				return "it has a compaction record that this version of spindle cannot read: upgrade spindle"
+			}
 		}
 		kv, _ = firstKV(rest[0])
-		rest = rest[2:]
+		rest = rest[3:]
 		k.mapMod = kv.ModRevision
 		// At a start that waits none is believed: there the look that follows compares the maps.
 		started := c.boot == nil || c.boot.started

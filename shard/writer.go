@@ -227,6 +227,10 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		s.flat.held()
 	}
 	s.settledTo = b.last
+	if b.loss {
+		s.sawCompaction(b.last)
+		s.marked = 0
+	}
 	s.saw(point{b.first, b.last, t.rev})
 	s.body = b.body[:0]
 	s.lingerBehind(len(b.writes), b.sentAt)

@@ -18,6 +18,8 @@ type Host struct {
 	Turn func()
 	// OnConnected is told of a cluster that had no connection and has one again; nil if nobody wants to know.
 	OnConnected func(codec.ClusterID)
+	// Ways is how many endpoints each cluster seems to have, 0 if nothing is said of them.
+	Ways int
 
 	net   *Net
 	links map[codec.ClusterID]*Link
@@ -46,6 +48,15 @@ func (h *Host) Link(id codec.ClusterID) *Link { return h.links[id] }
 // Connected reports whether the host has a connection to the cluster; the core asks before it hands out
 // revisions that it could not use. (A hole looks like a connection.)
 func (h *Host) Connected(id codec.ClusterID) bool { return !h.links[id].Down && !h.links[id].untrusted }
+
+// Endpoints tells of the endpoints of a cluster, as a pool does.
+func (h *Host) Endpoints(codec.ClusterID) []shard.EndpointStatus {
+	list := make([]shard.EndpointStatus, h.Ways)
+	for i := range list {
+		list[i].Connected = true
+	}
+	return list
+}
 
 // Down reports for how long the host has had no connection to the cluster, and why; 0 while it has one. A shard that is
 // down for long is not waited for.
