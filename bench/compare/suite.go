@@ -54,9 +54,9 @@ func Suite(each time.Duration) []*Scenario {
 				}
 			},
 		}, {
-			Name: "disks", Title: "creates, 512 clients, every member on a disk of its own that is throttled",
+			Name: "disks", Title: "creates, 1,024 clients, every member on a disk of its own that is throttled",
 			Targets: []string{Direct, one, SpindlePrefix + "2", four}, Disks: true,
-			Load: spec(load.Create, func(s *load.Spec) { s.Clients = 512; s.Warmup = 2 * s.Warmup }),
+			Load: spec(load.Create, func(s *load.Spec) { s.Clients = 1024; s.Warmup = 2 * s.Warmup }),
 			Check: func(o *Outcome) []report.Check {
 				return []report.Check{o.ratio("writes/s of 4 shards on 4 disks, against one etcd on one", four, Direct, perSecond, atLeast(3.8))}
 			},
