@@ -185,23 +185,35 @@ func Start(cfg Config) (*Engine, error) {
 // startLoops starts gnet's loops. They are a client's, as gnet has it, because gnet's servers accept clients themselves: an
 // accept that fails for want of descriptors ends them.
 func (e *Engine) startLoops() error {
-	var err error
+	if err := e.startGnet(e.cfg.Loops); err != nil {
+		return err
+	}
+	err := e.findLoops()
+	if err != nil {
+		e.abandonLoops()
+	}
+	return err
+}
+
+func (e *Engine) startGnet(loops int) (err error) {
 	e.gnet, err = gnet.NewClient((*handler)(e),
-		gnet.WithNumEventLoop(e.cfg.Loops),
+		gnet.WithNumEventLoop(loops),
 		gnet.WithTicker(true),
 		gnet.WithLogger(gnetLog{e.log}))
-	if err == nil {
-		err = e.gnet.Start()
-	}
 	if err != nil {
 		return err
 	}
-	if err = e.findLoops(); err != nil {
-		e.draining.Store(true)
-		e.end(nil)
-		<-e.done
+	return e.gnet.Start()
+}
+
+// abandonLoops ends what startLoops has begun.
+func (e *Engine) abandonLoops() {
+	e.draining.Store(true)
+	for _, l := range e.loops { // as OnShutdown does once all are known
+		l.stop()
 	}
-	return err
+	e.end(nil)
+	<-e.done
 }
 
 // end has the loops end, once. done tells when they have.

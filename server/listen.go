@@ -172,6 +172,11 @@ func (ln *listen) clear() error {
 		_ = c.Close()
 		return fmt.Errorf("spindle: cannot listen on %s: the socket is in use by another process", ln.url)
 	}
-	_ = os.Remove(ln.address)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		err = os.Remove(ln.address)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // EAGAIN: somebody listens, and is busy
+		return fmt.Errorf("spindle: cannot listen on %s: a socket is there that may be in use; remove it if it is not: %w", ln.url, err)
+	}
 	return nil
 }

@@ -197,3 +197,42 @@ func TestLoopThatEndsIsNoticed(t *testing.T) {
 		t.Error("somebody still listens")
 	}
 }
+
+// A socket of which it cannot be told that nobody listens stays where it is: that of a busy server, whose queue is full.
+func TestBusySocketIsKept(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Listen(fd, 0); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		c, err := net.Dial("unix", path)
+		if err != nil {
+			break
+		}
+		defer c.Close()
+	}
+	ln := &listen{url: "unix://" + path, network: "unix", address: path}
+	if err := ln.clear(); err == nil || !strings.Contains(err.Error(), ln.url) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Lstat(path); err != nil {
+		t.Errorf("the socket is gone: %v", err)
+	}
+	_ = unix.Close(fd) // nobody listens any more
+	if err := ln.clear(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(path); !os.IsNotExist(err) {
+		t.Errorf("a dead socket is left: %v", err)
+	}
+	if err := ln.clear(); err != nil {
+		t.Error(err)
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/panjf2000/gnet/v2"
+	"golang.org/x/sys/unix"
 )
 
 func TestPostKeepsOrder(t *testing.T) {
@@ -260,5 +261,25 @@ func TestDrive(t *testing.T) {
 	case <-d.ticked:
 		t.Error("ticked after stop")
 	default:
+	}
+}
+
+// An engine whose loops cannot be found lets go of the doorbells that it has hung.
+func TestAbandonedLoopsLeaveNothing(t *testing.T) {
+	e := newEngine(Config{Log: quiet(), Loops: 2})
+	if err := e.startGnet(1); err != nil { // one is not there
+		t.Fatal(err)
+	}
+	if err := e.findLoops(); err == nil || len(e.loops) != 1 {
+		t.Fatalf("%d loops, %v", len(e.loops), err)
+	}
+	bell := e.loops[0].bell
+	var was, is unix.Stat_t
+	if err := unix.Fstat(bell, &was); err != nil {
+		t.Fatal(err)
+	}
+	e.abandonLoops()
+	if unix.Fstat(bell, &is) == nil && is.Ino == was.Ino {
+		t.Error("a doorbell is left")
 	}
 }
