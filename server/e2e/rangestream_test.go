@@ -165,7 +165,8 @@ func sortByKey(kvs []*mvccpb.KeyValue) {
 // A client that reads slowly, and a compaction past its revision meanwhile: the stream ends with etcd's
 // error, or it is complete. One that is given up leaves nothing behind that others would notice.
 func TestRangeStreamCompacted(t *testing.T) {
-	const keys = 6000
+	// 6 MiB on each shard: a stream has two pages of 1.9 MiB at most in hand, so that it needs more behind the compaction.
+	const keys = 18000
 	s := dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])
 	fill(t, "http://"+s.conn.Target()[len("passthrough:///"):], keys)
 	q := &pb.RangeRequest{Key: []byte("m/"), RangeEnd: []byte("m0")}
