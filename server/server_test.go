@@ -277,10 +277,10 @@ func TestReplyAfterClose(t *testing.T) {
 			p := newPeer(t, victim)
 			p.request(1, "/etcdserverpb.KV/Range", "", marshal(t, &pb.RangeRequest{Key: []byte("deaf-secret")}))
 			receive(t, "the request", s.core.heldC)
-			before := s.conns.Load()
+			eventually(t, "those of the last turn are gone", func() bool { return s.conns.Load() == 1 })
 			_ = victim.Close()
 			receive(t, "core.Cancel", s.core.cancelC)
-			eventually(t, "the connection is gone", func() bool { return s.conns.Load() == before-1 })
+			eventually(t, "the connection is gone", func() bool { return s.conns.Load() == 0 })
 
 			others := make([]*peer, 4) // one of them has the descriptor
 			for i := range others {
