@@ -20,7 +20,7 @@ const (
 	// maxComing is how many clients of one door may have been accepted and not yet be taken by their loops, which may be
 	// busy. Beyond, nobody is accepted at the door: who comes waits in the kernel's queue, until one was taken.
 	maxComing = 64
-	// shortageWindow is how often the log hears that descriptors are wanted.
+	// shortageWindow is how often the log hears that descriptors are wanted, or that accept fails otherwise.
 	shortageWindow = 10 * time.Second
 )
 
@@ -34,6 +34,8 @@ type door struct {
 	spare int
 	// coming has a place for each client on its way to a loop, and for the one that is waited for.
 	coming chan struct{}
+	// failed is when the log heard last that accept failed for another reason. accept's.
+	failed time.Time
 }
 
 func openDoor(ln *listen) (*door, error) {
@@ -121,7 +123,10 @@ func (c *clientConn) count(n int64) {
 // turnAway closes the client that could not be accepted for want of descriptors. It reports false if it could not either.
 func (e *Engine) turnAway(d *door, why error) (gone bool) {
 	if !noDescriptors(why) {
-		e.log.Error("cannot accept clients, trying again", "url", d.ln.url, "error", why)
+		if now := time.Now(); now.Sub(d.failed) >= shortageWindow {
+			d.failed = now
+			e.log.Error("cannot accept clients, trying again", "url", d.ln.url, "error", why)
+		}
 		return false
 	}
 	if d.spare >= 0 {

@@ -13,8 +13,10 @@ import (
 //
 // It may be cut short anywhere. What shows that something is missing (a clock below C_i, an older epoch, an empty member)
 // is soon gone, so first of all the shard gets a mark (KeyLoss). A start that finds it goes on, with or without the
-// flag, unless more is missing than the mark says: then the shard is an older copy, made while the mark was there. The fence takes the mark away, and in the same Txn puts the compaction record, of its own last revision: the largest record counts for all
-// shards, at every start and on every stream, and what the other shards lack of it is brought to them by anybody (armCompactionLags).
+// flag, unless more is missing than the mark says: then the shard is an older copy, made while the mark was there. The
+// fence takes the mark away, and in the same Txn puts the compaction record, of its own last revision: the largest record
+// counts for all shards, at every start and on every stream, and what the other shards lack of it is brought to them by
+// anybody (armCompactionLags).
 
 // lossFence is how many revisions such a fence has. A watch may begin at a compacted revision itself, and one of who had
 // seen everything begins at the next revision that is handed out, the fence's first.
