@@ -216,6 +216,9 @@ func (c *Core) noteCompaction(rev int64) {
 		return
 	}
 	c.compacted = rev
+	for _, s := range c.shards {
+		s.quota.compacted()
+	}
 	c.publishCompaction()
 }
 

@@ -33,6 +33,9 @@ const (
 	// quotaSizes is how many looks count: the nodes of a member cluster have files of different sizes, any of them may
 	// answer, and each enforces the quota for itself.
 	quotaSizes = 3
+	// quotaStir is how long a full member is left without a write of ours at first, quotaStirMost at most: see stir.
+	quotaStir     = time.Second
+	quotaStirMost = 64 * time.Second
 )
 
 // quota is what is known of the room on one member cluster. It decides without I/O or time.
@@ -46,6 +49,8 @@ type quota struct {
 	batch   int64             // the largest batch, bytes
 	full    bool              // puts are refused
 	alarm   bool              // the member itself refuses, whatever its size
+	stirAt  int64             // ns, when the member is to be written to if it is still full; 0: it was not full
+	stirred time.Duration     // how long that was waited for
 }
 
 // size is the largest that was seen lately.
@@ -84,6 +89,30 @@ func (q *quota) looked(m *memberStatus, now int64) {
 	q.decide()
 }
 
+// stir reports whether a full member is to be written to now (ns), with an empty batch. bbolt counts a page as free only
+// with the commit after the one that freed it, and etcd commits nothing where nothing is written: what a compaction
+// freed on a member that refuses every put would not be seen before somebody deletes a key. The pauses double, so that
+// a member that stays full is not filled by this; a compaction begins them anew (see compacted).
+func (q *quota) stir(now int64) bool {
+	switch {
+	case !q.full || q.alarm:
+		q.stirAt = 0
+		return false
+	case q.stirAt == 0:
+		q.stirred = quotaStir
+	case now < q.stirAt:
+		return false
+	default:
+		q.stirred = min(2*q.stirred, quotaStirMost)
+	}
+	due := q.stirAt != 0
+	q.stirAt = now + int64(q.stirred)
+	return due
+}
+
+// compacted tells that the member may have free pages soon.
+func (q *quota) compacted() { q.stirAt = 0 }
+
 // wrote counts n bytes that are sent, and reports whether the member should be looked at before its time.
 func (q *quota) wrote(n int) bool {
 	q.written += int64(n)
@@ -106,8 +135,9 @@ func (q *quota) decide() {
 	}
 	size, free := q.size()+max(grown-q.free, 0), max(q.free-grown, 0)
 	// Free pages count only where there are many (a value of many pages needs them side by side, and a commit needs
-	// others than those it frees), and half of the reserve stays in any case: etcd refuses by the size of the file.
-	q.full = size > q.limit-need && free < 2*need || size > q.limit-need/2
+	// others than those it frees), and half of the reserve stays in any case: etcd refuses by the size of the file. A
+	// file beyond that stays refused until it is defragmented, so a member that was refused is not asked for more.
+	q.full = size > q.limit-need && free < 2*need || size > q.limit-r/2
 }
 
 // startQuotas looks at every member from now on.
@@ -140,6 +170,10 @@ func (s *shardState) lookQuota() {
 			was := s.quota
 			s.quota.looked(&m, c.cfg.Now())
 			s.tellQuota(&was)
+			if s.quota.stir(c.cfg.Now()) {
+				s.wantFence = true
+				s.touch()
+			}
 			if was.alarm && !s.quota.alarm {
 				s.touch()
 			}

@@ -111,3 +111,33 @@ func TestNoSpaceIsNoProof(t *testing.T) {
 		t.Error("a NOSPACE error is taken for a proof that nothing was applied")
 	}
 }
+
+// A full member is written to a second after it became full, or after a compaction, and then ever more rarely: its
+// size shows what was freed, and what shows it does not fill it.
+func TestQuotaFullMemberIsStirred(t *testing.T) {
+	q := quota{full: true}
+	look := int64(quotaLookNear)
+	count := func(from, to time.Duration) (n int) {
+		for now := int64(from); now < int64(to); now += look {
+			if q.stir(now) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := count(time.Second, 3*time.Second); n != 1 {
+		t.Errorf("%d writes in the first two seconds", n)
+	}
+	if n := count(3*time.Second, time.Hour); n < 50 || n > 65 {
+		t.Errorf("%d writes in the first hour", n)
+	}
+	q.compacted()
+	if n := count(time.Hour, time.Hour+2*time.Second); n != 1 {
+		t.Errorf("%d writes in the two seconds after a compaction", n)
+	}
+	for _, no := range []quota{{}, {full: true, alarm: true}} {
+		if q = no; count(2*time.Hour, 3*time.Hour) != 0 {
+			t.Errorf("full %v, alarm %v: it was written to", no.full, no.alarm)
+		}
+	}
+}

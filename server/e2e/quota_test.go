@@ -102,6 +102,7 @@ func TestQuotaRefusesBeforeTheMember(t *testing.T) {
 	if _, err := spindle.kv.Compact(callContext(t), &pb.CompactionRequest{Revision: last, Physical: true}); err != nil {
 		t.Fatal(err)
 	}
+	// Nothing else is written to the full member from here on (shard/quota.go, stir).
 	waitUntil(t, "there is room again", readyTimeout, func() bool {
 		_, err := put("a/again")
 		if err != nil && !isNoSpace(err) {
