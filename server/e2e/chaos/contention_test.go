@@ -348,7 +348,7 @@ func TestContention(t *testing.T) {
 		if lasts, err = time.ParseDuration(v); err != nil {
 			t.Fatal(err)
 		}
-		counts, kills = []int{2, 3}, 5
+		counts, kills = []int{2, 3}, 15
 	}
 	s := seedOf(t)
 	for _, n := range counts {
