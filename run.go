@@ -88,7 +88,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 	if err != nil {
 		return explain(err)
 	}
-	defer n.Close()
+	defer func() { n.Close() }()
 	for ready := n.Ready(); ; {
 		select {
 		case <-ready:
@@ -98,6 +98,12 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 			return err
 		case err := <-membersFailed:
 			return err
+		case <-n.Outdated():
+			next, err := startAgain(n, nc, cfg)
+			if err != nil {
+				return explain(err)
+			}
+			n, ready = next, next.Ready()
 		case <-hup:
 			cfg = reload(n, log, cfg, again)
 		case <-ctx.Done():
@@ -105,6 +111,24 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 			return nil
 		}
 	}
+}
+
+// startAgain closes n, and starts another Node in its place: with the ports that it had, and the endpoints that were read since. What
+// an operator has accepted was accepted once.
+func startAgain(n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
+	nc.ListenClientURLs = n.ClientURLs()
+	if urls := n.MetricsURLs(); len(urls) > 0 {
+		nc.ListenMetricsURLs = urls
+	}
+	nc.AcceptDataLoss, nc.ReplaceCoordinator = nil, false
+	if !cfg.Embedded() {
+		nc.Shards, nc.Coordinator = nil, cfg.Coordinator
+		for _, s := range cfg.Shards {
+			nc.Shards = append(nc.Shards, node.Shard(s))
+		}
+	}
+	n.Close()
+	return node.Start(nc)
 }
 
 // announce is the one line that tells a person what to do next.

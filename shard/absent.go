@@ -242,25 +242,46 @@ func (b *bootstrap) wiped(m *Map, ps []*probe) bool {
 			b.begin()
 			return true
 		}
-		if !slices.Contains(c.cfg.AcceptDataLoss, name) {
-			p.identity = s.Identity
-			p.why = "it is empty: it was wiped, or its address leads to another cluster"
+		accepted := slices.Contains(c.cfg.AcceptDataLoss, name)
+		lost, known := b.lost[p.id]
+		if !accepted || !known {
+			p.identity, p.adopt = s.Identity, accepted
+			if p.why = "it is empty: it was wiped, or its address leads to another cluster"; accepted {
+				p.why = "it is empty, and takes the place of what was lost once it is known up to where that was"
+			}
 			continue
 		}
 		c.log.Warn("an empty member cluster takes the place of one that has lost its data, which is accepted", "shard", s.Name)
-		b.readopt(p, s, m)
+		b.readopt(p, s, m, lost)
 		return true
 	}
 	return false
 }
 
-// readopt gives an empty member the identity of the shard that it was, the map and a clock. Its keys are lost.
-func (b *bootstrap) readopt(p *probe, s MapShard, m *Map) {
+// adopts begins anew when an empty member is left out that is to take the place of one that was lost: now it is known, or cannot
+// be known, up to which revision something is missing. It returns false if there is none.
+func (b *bootstrap) adopts(lost int64) bool {
+	found := false
+	for i := range b.probes {
+		if p := &b.probes[i]; p.adopt {
+			p.adopt, found = false, true
+			b.lost[p.id] = lost
+		}
+	}
+	if found {
+		b.anew()
+	}
+	return found
+}
+
+// readopt gives an empty member the identity of the shard that it was, the map and a clock. Its keys are lost: all that was handed out
+// up to a revision, 0 if that is not known.
+func (b *bootstrap) readopt(p *probe, s MapShard, m *Map, lost int64) {
 	body := appendCompareInt(nil, "\x00", "\x00", resultEqual, targetMod, cmpMod, 0)
 	body = appendPutOp(body, txnSuccess, KeyID, AppendIdentity(nil, s.Identity))
 	body = appendPutOp(body, txnSuccess, KeyClock, AppendInitialRecord(nil, m.Epoch))
 	body = appendPutOp(body, txnSuccess, KeyMap, AppendMap(nil, m))
-	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil, LossMark{Epoch: m.Epoch}))
+	body = appendPutOp(body, txnSuccess, KeyLoss, AppendLossMark(nil, LossMark{m.Epoch, lost}))
 	b.c.tr.Call(p.id, codec.MethodTxn, body, b.c.cfg.ShardTimeout, b.completion(func(_ []byte, st codec.Status, _ bool) {
 		if st.Code != codec.OK {
 			b.later(b.c.jitter(20*retryDelay), b.begin)

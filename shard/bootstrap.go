@@ -35,10 +35,11 @@ type bootstrap struct {
 	tail    int64
 	looked  int // rounds that have shown a map and an empty member
 	stray   straying
+	lost    map[codec.ClusterID]int64 // up to where what empty members have lost is accepted
 }
 
 func newBootstrap(c *Core) *bootstrap {
-	b := &bootstrap{c: c, probes: make([]probe, len(c.cfg.Names))}
+	b := &bootstrap{c: c, probes: make([]probe, len(c.cfg.Names)), lost: map[codec.ClusterID]int64{}}
 	return b
 }
 

@@ -21,6 +21,7 @@ type probe struct {
 	err      string // why not
 	empty    bool   // there is no key at all
 	why      string // it is refused
+	adopt    bool   // it is empty, and the operator accepts what it has lost
 	cluster  uint64
 	local    int64
 	identity revclock.ID

@@ -55,6 +55,9 @@ func (b *bootstrap) awaitChecks() {
 // committed there. A probe may merely be older than the tick that says so: then the shard is read again.
 func (b *bootstrap) compareClocks() {
 	c, round := b.c, b.round
+	if b.adopts(c.clock.Log().N()) {
+		return
+	}
 	for i, s := range c.shards {
 		seen := c.clock.Log().C(i)
 		if b.clocks[i] >= seen || s.lossy && s.mark.Rev >= seen || !s.begins() {

@@ -390,6 +390,9 @@ func (k *connecting) weigh(f *revclock.Found) {
 		}
 	}
 	why := k.refusedShards()
+	if why != "" && c.boot != nil && !c.boot.started && c.boot.adopts(0) {
+		return // the coordinator is lost, too, so it cannot be known what else is
+	}
 	if k.stands = why != ""; k.stands {
 		k.wrong = "the coordinator is to be read anew, and that needs every shard: " + why
 		k.tell()

@@ -27,6 +27,7 @@ type Core struct {
 	// refusals says which shards are refused and why, a line for each.
 	refusals string
 	boot     *bootstrap
+	outdated string // why this proxy is to be started again
 
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown

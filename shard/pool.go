@@ -363,15 +363,33 @@ func (p *Pool) stream(to codec.ClusterID, m codec.Method, sink codec.WatchSink) 
 	return w
 }
 
-// openStream opens a stream on the next connection in turn, those that are silent and endpoints with a penalty last. It returns nil if
-// none takes another stream.
+// The ranks of connections: a lower one is used before.
+const (
+	rankGood = iota
+	rankPenalized
+	rankDoubted // it may be dead, while a penalized one answers
+	ranks
+)
+
+func (l *poolLink) rank(now int64) int {
+	switch {
+	case l.doubted():
+		return rankDoubted
+	case l.ep.penalized(now):
+		return rankPenalized
+	}
+	return rankGood
+}
+
+// openStream opens a stream on the next connection in turn, of those with the lowest rank that take another one. It returns nil if
+// none does.
 func (cl *poolCluster) openStream(m codec.Method, hasLeader bool, now int64) (*poolLink, *codec.Stream) {
 	n := len(cl.ready)
-	for _, penalized := range [...]bool{false, true} {
+	for rank := range ranks {
 		for i := range n {
 			at := (cl.next + i) % n
 			l := cl.ready[at]
-			if (l.silent || l.ep.penalized(now)) != penalized {
+			if l.rank(now) != rank {
 				continue
 			}
 			// No grpc-timeout goes along: it would change from call to call, and so spoil the

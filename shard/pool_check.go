@@ -126,7 +126,11 @@ func (k *linkCheck) later() {
 
 // due is the end of that moment.
 func (k *linkCheck) due(int64) {
-	if l := k.l; !l.dead && !l.draining && !l.ready {
+	switch l := k.l; {
+	case l.dead || l.draining || l.ready:
+	case l.silent && l.pinged != 0:
+		l.shutdown(errPingTimeout) // it is of no use, and another one may be
+	default:
 		k.begin()
 	}
 }

@@ -14,20 +14,28 @@ var errDeafPeer = errors.New("no answer to requests and pings, though other data
 // deafness is the timer of that question; a part of poolLink.
 type deafness poolLink
 
-// unanswered follows the timeout of a call on l.
+// unanswered follows the timeout of a call on l. Until l answers it is used last.
 func (l *poolLink) unanswered(now int64) {
-	if l.dead || !l.ready || l.deaf.place != 0 || now < l.asked+int64(l.pool.cfg.PingInterval) {
+	if l.dead || !l.ready {
 		return
 	}
-	l.asked = now
-	l.deaf.owner = (*deafness)(l)
-	l.pool.timers.set(&l.deaf, now+deafPings*int64(l.pool.cfg.PingTimeout))
-	l.conn.Ping()
-	l.touch()
+	if l.deaf.place == 0 && l.mayPing(now) {
+		l.deaf.owner = (*deafness)(l)
+		l.pool.timers.set(&l.deaf, now+deafPings*int64(l.pool.cfg.PingTimeout))
+		l.ping(now)
+	}
+	if l.doubted() {
+		l.challenge(now)
+	}
 }
 
 // answered follows whatever shows that the member has heard l.
-func (l *poolLink) answered() { l.pool.timers.cancel(&l.deaf) }
+func (l *poolLink) answered() {
+	l.pool.timers.cancel(&l.deaf)
+	if l.slot.old == l {
+		l.slot.settle()
+	}
+}
 
 // due is the end of the wait.
 func (d *deafness) due(now int64) {

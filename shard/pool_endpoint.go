@@ -151,11 +151,11 @@ func (ep *poolEndpoint) up() {
 	ep.gauge.Inc()
 	ep.cluster.metrics.connects.Inc()
 	ep.lastErr = ""
+	ep.bad, ep.penaltyUntil = 0, 0
 	if ep.ready > 1 {
 		return
 	}
 	ep.since = time.Now()
-	ep.bad, ep.penaltyUntil = 0, 0
 	if ep.told != toldUp {
 		ep.told = toldUp
 		ep.pool.log.Info(fmt.Sprintf("%s: endpoint %s answers", ep.cluster.label, ep.url))
@@ -270,7 +270,8 @@ func (p *Pool) Unreachable(id codec.ClusterID) string {
 type poolSlot struct {
 	ep       *poolEndpoint
 	link     *poolLink // nil while dialing or waiting
-	old      *poolLink // serves until its successor, link, is ready; nil if none
+	old      *poolLink // serves until its successor, link, is ready, or is suspected; nil if none
+	dialing  bool      // a goroutine dials
 	attempts int       // failures in a row
 	timer    poolTimer // the next dial
 }
@@ -278,10 +279,14 @@ type poolSlot struct {
 // dial begins an attempt on a goroutine of its own.
 func (s *poolSlot) dial() {
 	p := s.ep.pool
-	addr := s.ep.addr
+	if s.dialing { // for a second connection that was called off: it serves now
+		return
+	}
+	s.dialing = true
+	addr, patience := s.ep.addr, s.patience()
 	go func() {
 		d := net.Dialer{
-			Timeout: p.cfg.DialTimeout,
+			Timeout: patience,
 			// Finds a dead peer of a connection without streams, which HTTP/2 pings leave alone.
 			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		}
@@ -300,11 +305,14 @@ func (s *poolSlot) dial() {
 // dialed takes the socket of an attempt; secure is for TLS above it, nil for none.
 func (s *poolSlot) dialed(nc net.Conn, secure *tls.Config, err error) {
 	p := s.ep.pool
-	if p.closed || s.ep.gone || err != nil {
+	s.dialing = false
+	if p.closed || s.ep.gone || err != nil || s.link != nil {
 		if nc != nil {
 			_ = nc.Close() // nothing was sent on it
 		}
-		s.retry(err)
+		if s.link == nil { // else it was called off
+			s.retry(err)
+		}
 		return
 	}
 	l := newPoolLink(s, secure)
@@ -316,7 +324,7 @@ func (s *poolSlot) dialed(nc net.Conn, secure *tls.Config, err error) {
 	if p.links = append(p.links, l); p.tick.place == 0 {
 		p.timers.set(&p.tick, p.timers.now()+int64(codecTick))
 	}
-	p.timers.set(&l.timer, p.timers.now()+int64(p.cfg.DialTimeout))
+	p.timers.set(&l.timer, p.timers.now()+int64(s.patience()))
 }
 
 // retry waits and dials again: the wait doubles from BackoffMin to BackoffMax, and the upper half of it is random,

@@ -1,7 +1,6 @@
 package shard
 
 import (
-	"errors"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -102,19 +101,7 @@ func TestPoolBlackHole(t *testing.T) {
 
 // A connection on which requests vanish while events go on coming is given up.
 func TestPoolDeafPeer(t *testing.T) {
-	m := newFakeMember(t, func(path string, s fakeStream) error {
-		req, err := s.recv()
-		if err != nil || !strings.HasSuffix(path, "/Watch") {
-			return errors.Join(err, s.send(req))
-		}
-		for s.Context().Err() == nil {
-			if err := s.send(req); err != nil {
-				return err
-			}
-			<-time.After(5 * time.Millisecond)
-		}
-		return nil
-	})
+	m := eventMember(t)
 	r := newRelay(t, "127.0.0.1:0", m.addr())
 	e := newPoolEnv(t, []string{r.url()}, func(c *PoolConfig) {
 		c.PingInterval, c.PingTimeout = 50*time.Millisecond, 50*time.Millisecond
@@ -140,10 +127,7 @@ func TestPoolDeafPeer(t *testing.T) {
 	}
 	e.until("the connection is given up", func() bool { return l.dead })
 	r.swallow(false)
-	e.connected(0)
-	if got := e.call(codec.MethodTxn, []byte("x")); got.st.Code != codec.OK {
-		t.Errorf("afterwards: %+v", got)
-	}
+	e.recovers()
 }
 
 // A loop that stalled reads its sockets before it takes a ping for unanswered; one that did not stall does not wait.

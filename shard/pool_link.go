@@ -27,7 +27,8 @@ var (
 //
 // Its life: enrolled (gc is nil); open; with TLS, the handshake; greeted, once the server's first bytes were good HTTP/2;
 // ready, once the owner of the cluster is content with where it leads (pool_check.go); possibly
-// renewing, when it has used half of its stream identifiers: it goes on, while its slot dials for a successor;
+// renewing, when it has used half of its stream identifiers: it goes on, while its slot dials for a successor; possibly
+// suspected, which is similar (pool_second.go);
 // draining, after the server's GOAWAY or when the successor is ready, while its streams finish;
 // dead. A dead link touches neither its gnet.Conn nor its codec.Conn.
 type poolLink struct {
@@ -57,15 +58,16 @@ type poolLink struct {
 	writing bool // within gc.Write: so does what OnClose says
 	ending  error
 
-	watches  []*poolWatch // whose streams are on it
-	charged  int          // bytes of it in Memory
-	born     int64        // when it became ready
-	lastRecv int64        // when bytes came last
-	pinged   int64        // when the ping that waits for bytes was sent, 0 for none
-	lastPing int64        // when the last one was sent
-	timer    poolTimer
-	asked    int64     // see pool_deaf.go
-	deaf     poolTimer // in the heap while that question waits
+	watches   []*poolWatch // whose streams are on it
+	charged   int          // bytes of it in Memory
+	born      int64        // when it became ready
+	lastRecv  int64        // when bytes came last
+	pinged    int64        // when the ping that waits for bytes was sent, 0 for none
+	lastPing  int64        // when the last one was sent
+	sincePing int          // bytes that came since
+	early     bool         // one was sent sooner than the member likes, and nothing but pongs came since
+	timer     poolTimer
+	deaf      poolTimer // see pool_deaf.go; in the heap while that question waits
 }
 
 var (
@@ -116,6 +118,7 @@ func (l *poolLink) OnTraffic(gc gnet.Conn) {
 		return
 	}
 	l.lastRecv, l.pinged, l.silent = l.pool.timers.now(), 0, false
+	l.sincePing += len(in)
 	l.ep.cluster.metrics.received.Add(len(in))
 	var err error
 	if l.tls == nil {
@@ -184,8 +187,8 @@ func (l *poolLink) becomeReady(now int64) {
 	l.born = now
 	l.ep.up()
 	l.ep.cluster.linkReady(l.pool, l)
-	if old := l.slot.old; old != nil {
-		old.drain()
+	if l.slot.link == l {
+		l.slot.settle()
 	}
 }
 
@@ -211,6 +214,10 @@ func (l *poolLink) opened(s *codec.Stream) {
 // renew has the slot dial for a successor. Until that is ready l takes streams as before, so no call notices.
 func (l *poolLink) renew() {
 	if l.renewing = true; l.ep.gone {
+		return
+	}
+	if l.slot.old == l { // there is a second connection, or it is dialed
+		l.slot.settle()
 		return
 	}
 	l.slot.old = l
@@ -259,6 +266,8 @@ func (l *poolLink) due(now int64) {
 		l.ep.cluster.metrics.deadConns.Inc()
 		l.shutdown(errPingTimeout)
 	case l.pinged != 0:
+		l.silent = true
+		l.challenge(now)
 		l.pool.timers.set(&l.timer, l.pinged+timeout)
 	case l.silent:
 		l.ping(now)
@@ -272,17 +281,30 @@ func (l *poolLink) due(now int64) {
 }
 
 // suspect is told that a request had no answer, nor anything else, for all of its time: until l says something, others
-// come first. It is asked for a sign of life at once, or as soon as the member takes another ping.
+// come first, and a second connection is dialed. l is asked for a sign of life at once, or as soon as the member takes another ping.
 func (l *poolLink) suspect(now int64) {
-	if l.silent = true; !l.dead && l.pinged == 0 {
+	l.silent = true
+	l.unanswered(now)
+	if !l.dead && l.pinged == 0 {
 		l.pool.timers.set(&l.timer, max(now, l.lastPing+int64(l.pool.cfg.PingInterval)))
 	}
 }
 
+// mayPing says whether the member takes a ping now. grpc-go forgives two early ones behind whatever it has sent last, and
+// ends the connection at the next (its keepalive.EnforcementPolicy): one of them is used, for a connection that is suspected again.
+func (l *poolLink) mayPing(now int64) bool {
+	if l.lastPing == 0 || now >= l.lastPing+int64(l.pool.cfg.PingInterval) {
+		return true
+	}
+	early := !l.early
+	l.early = true
+	return early
+}
+
 func (l *poolLink) ping(now int64) {
 	l.conn.Ping()
-	l.pinged, l.lastPing = now, now
-	l.pool.timers.set(&l.timer, now+min(int64(l.pool.cfg.PingInterval), int64(l.pool.cfg.PingTimeout)))
+	l.pinged, l.lastPing, l.sincePing = now, now, 0
+	l.pool.timers.set(&l.timer, now+min(int64(l.pool.cfg.PingInterval), int64(l.pool.cfg.PingTimeout), int64(firstPatience)))
 	l.touch()
 }
 
@@ -365,7 +387,7 @@ func (l *poolLink) shutdown(err error) {
 		return
 	}
 	if l.gc != nil {
-		if err == errPoolClosed || err == errGoAway || err == errRemoved {
+		if err == errPoolClosed || err == errGoAway || err == errRemoved || err == errNotNeeded {
 			l.conn.GoAway()
 		}
 		if out := l.output(); len(out) > 0 {
@@ -432,6 +454,7 @@ func (l *poolLink) retire() {
 
 // OnMessage implements codec.ClientEvents.
 func (l *poolLink) OnMessage(s *codec.Stream, msg []byte) {
+	l.early = false
 	switch u := s.User.(type) {
 	case *poolCall:
 		u.onMessage(msg)

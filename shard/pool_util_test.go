@@ -131,6 +131,20 @@ func (e *poolEnv) call(m codec.Method, req []byte) callResult {
 	return e.begin(0, m, req, testGuard).wait(e.t)
 }
 
+// recovers asks until there is an answer, giving each call a moment.
+func (e *poolEnv) recovers() {
+	e.t.Helper()
+	for deadline := time.Now().Add(testGuard); ; {
+		r := e.begin(0, codec.MethodTxn, []byte("x"), 200*time.Millisecond).wait(e.t)
+		if r.st.Code == codec.OK {
+			return
+		}
+		if time.Now().After(deadline) {
+			e.t.Fatalf("no answer any more: %v", r.st)
+		}
+	}
+}
+
 func (e *poolEnv) counter(format string, labels ...any) uint64 {
 	return e.set.GetOrCreateCounter(fmt.Sprintf(format, labels...)).Get()
 }
@@ -191,7 +205,7 @@ type relay struct {
 	cond   *sync.Cond
 	target string
 	frozen bool
-	deaf   bool // what the pool sends vanishes
+	deaf   bool // what the pool sends vanishes, for good on the connections that have lost something
 	conns  []net.Conn
 	wg     sync.WaitGroup
 }
@@ -234,13 +248,14 @@ func (r *relay) copy(dst, src net.Conn, requests bool) {
 	defer dst.Close()
 	defer src.Close()
 	buf := make([]byte, 16<<10)
+	lost := false
 	for {
 		n, err := src.Read(buf)
 		r.mu.Lock()
 		for r.frozen {
 			r.cond.Wait()
 		}
-		lost := r.deaf && requests
+		lost = lost || n > 0 && requests && r.deaf
 		r.mu.Unlock()
 		if n > 0 && !lost {
 			if _, err := dst.Write(buf[:n]); err != nil {

@@ -52,6 +52,12 @@ func (c *Core) mistaken(err error) {
 		b.stray.told = s
 		c.log.Warn("what was found does not fit; one of several endpoints may lead elsewhere, so the others are heard, too", "err", err)
 	}
+	b.anew()
+}
+
+// anew begins a start from the beginning, after a moment.
+func (b *bootstrap) anew() {
+	c := b.c
 	c.clock.Stop()
 	c.connecting, c.m, c.part, c.shards, c.refusals = nil, nil, nil, nil, ""
 	b.started, b.looked = false, 0

@@ -53,6 +53,11 @@ type Check struct {
 	at      point // where an absent shard is
 	mapMod  int64
 	compact int64 // its compaction record, -1 for none
+	// running says that this proxy serves the shard, or did: see outdated.go.
+	running   bool
+	step      lookStep
+	lacks     string // why the shard is not what it was
+	compactAt int64  // local revision of the compaction record
 }
 
 // checking is a Transport that looks at each new connection before it is used.
@@ -78,7 +83,8 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 	}
 	for _, s := range c.shards {
 		if s.cluster == to {
-			return &Check{s: s, known: s.known, floor: s.floor(), absent: s.absent != ""}
+			absent := s.absent != ""
+			return &Check{s: s, known: s.known, floor: s.floor(), absent: absent, running: !absent && c.state == stateReady}
 		}
 	}
 	return nil
@@ -87,10 +93,15 @@ func (c *Core) NewCheck(to codec.ClusterID) *Check {
 // AppendRequest appends the Txn that is sent. It is linearizable, so a node that lags comes up to the present first, and
 // one without a quorum does not answer.
 func (k *Check) AppendRequest(dst []byte) []byte {
+	if k.step == lookFence {
+		return appendGet(dst, txnSuccess, KeyClock, k.compactAt)
+	}
 	dst = appendGet(dst, txnSuccess, KeyID, 0)
 	dst = appendGet(dst, txnSuccess, KeyClock, 0)
 	if k.absent {
 		dst = appendGet(dst, txnSuccess, KeyMap, 0)
+	}
+	if k.absent || k.running {
 		dst = appendGet(dst, txnSuccess, KeyLoss, 0)
 		dst = appendGet(dst, txnSuccess, KeyCompact, 0)
 	}
@@ -101,7 +112,9 @@ func (k *Check) AppendRequest(dst []byte) []byte {
 }
 
 // holds says that the shard must hold the record that is known.
-func (k *Check) holds() bool { return !k.compacted && (k.known.local > 0 || !k.absent) }
+func (k *Check) holds() bool {
+	return !k.compacted && k.step == lookWhole && (k.known.local > 0 || !k.absent)
+}
 
 // Judge takes the answer.
 func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
@@ -110,6 +123,10 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	switch {
 	case c.state != stateReady && c.state != stateStarting, s.idx >= len(c.shards) || c.shards[s.idx] != s, k.absent != (s.absent != ""), k.absent && !k.certain():
 		return CheckLater
+	case k.step == lookFence:
+		if !k.sawFence(resp, st) {
+			return CheckLater
+		}
 	case st == codec.ErrCompacted && !k.compacted:
 		k.compacted = true
 		return CheckAgain
@@ -120,6 +137,12 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	default:
 		k.why = k.differs(resp)
 	}
+	if k.running && k.goesOn() {
+		return CheckAgain
+	}
+	if k.why == "" && k.refusedOnce() {
+		k.why = whyCompacted
+	}
 	switch {
 	case k.why == "" && k.absent && k.at.last < s.floor():
 		return CheckLater // more has become known meanwhile
@@ -129,6 +152,9 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	case k.why == "":
 		s.accept()
 		return CheckPassed
+	}
+	if k.why == whyAccepted || k.why == whyCompacted {
+		s.outdate(k.why)
 	}
 	s.refuse(k.why)
 	return CheckRefused
@@ -163,13 +189,16 @@ func (k *Check) differs(resp []byte) string {
 	}
 	kv, found = firstKV(t.resps[1])
 	rec, ok := ParseRecord(kv.Value)
-	if !found || !ok || rec.Last < max(k.floor, k.known.last) || kv.ModRevision < k.known.local {
+	if !found || !ok || rec.Last < max(k.floor, k.known.last) || k.step == lookWhole && kv.ModRevision < k.known.local {
 		return fmt.Sprintf("it has been at revision %d and is at %d: it was restored from an older backup", max(k.floor, k.known.last), rec.Last)
 	}
 	rest := t.resps[2:]
 	want := 0
 	if k.absent {
-		want += 3
+		want++
+	}
+	if k.absent || k.running {
+		want += 2
 	}
 	if k.holds() {
 		want++
@@ -177,17 +206,17 @@ func (k *Check) differs(resp []byte) string {
 	if len(rest) < want {
 		return "it does not speak etcd's protocol"
 	}
+	if k.running {
+		if why := k.readCompaction(rest[0], rest[1]); why != "" {
+			return why
+		}
+		rest = rest[2:]
+	}
 	if k.absent {
 		c := k.s.c
 		k.at = point{rec.First, rec.Last, kv.ModRevision}
-		if _, marked := firstKV(rest[1]); marked {
-			return "it has the mark of an accepted loss without the fence that ends that: restart a proxy; if that refuses it, too, it was restored from an older backup"
-		}
-		k.compact = -1
-		if kv, found := firstKV(rest[2]); found {
-			if k.compact, ok = ParseCompaction(kv.Value); !ok {
-				return "it has a compaction record that this version of spindle cannot read: upgrade spindle"
-			}
+		if why := k.readCompaction(rest[1], rest[2]); why != "" {
+			return why
 		}
 		kv, _ = firstKV(rest[0])
 		rest = rest[3:]

@@ -212,3 +212,49 @@ func TestEndpointOfAnOlderCopy(t *testing.T) {
 		t.Errorf("the copy was written to: %d, was %d", rev, before)
 	}
 }
+
+// A proxy that runs while another one accepts what a member has lost refuses the member until it sees that. Then it starts again within
+// its process, on its port, and serves all.
+func TestAcceptedLossSeenByRunningProxy(t *testing.T) {
+	w := newRestoredWorld(t)
+	url := freeURL(t)
+	args := []string{"--listen-client-urls", url, "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "5s"}
+	for _, s := range w.cfg.Shards {
+		args = append(args, "--shard", s.Name+"="+strings.Join(s.URLs, ","))
+	}
+	p := startProcess(t, t.TempDir(), args...)
+	p.awaitReady(t)
+	other := dial(t, url)
+	put := func(i int) error {
+		_, err := other.kv.Put(callContext(t), &pb.PutRequest{Key: fmt.Appendf(nil, "restored/%02d", i), Value: []byte("by the other")})
+		return err
+	}
+	w.putAll("old")
+	backup := w.replace(w.victim.dir)
+	w.putAll("new")
+	w.n.Close()
+	w.replace(backup)
+	waitUntil(t, "the member is refused", callTimeout, func() bool {
+		for i := range restoredKeys {
+			if err := put(i); err != nil && strings.Contains(err.Error(), "is refused") {
+				return true
+			}
+		}
+		return false
+	})
+	w.cfg.AcceptDataLoss = []string{"victim"}
+	w.start()
+	w.putAll("accepted")
+	waitUntil(t, "the other one serves all", callTimeout, func() bool {
+		for i := range restoredKeys {
+			if put(i) != nil {
+				return false
+			}
+		}
+		return true
+	})
+	if n := strings.Count(p.log(), "Spindle is ready"); n != 2 {
+		t.Errorf("it has started %d times", n)
+	}
+	w.putAll("as ever")
+}

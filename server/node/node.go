@@ -51,6 +51,7 @@ type Node struct {
 	observation atomic.Pointer[shard.Observation] // for /metrics
 	ready       chan struct{}                     // closed when requests are served for the first time
 	failed      chan error                        // one error at most
+	outdated    chan struct{}                     // closed when a Node is to be started in the place of this one
 	quit        chan struct{}                     // closed by Close
 	once        sync.Once
 
@@ -62,6 +63,7 @@ type Node struct {
 	begunCore bool // core.Start was called
 	wasReady  bool
 	gaveUp    bool
+	toldStale bool // outdated is closed
 }
 
 // status is what is known outside of the first loop.
@@ -87,7 +89,7 @@ func Start(cfg Config) (*Node, error) {
 	}
 	n := &Node{
 		cfg: cfg, log: cfg.Log, begun: time.Now(),
-		ready: make(chan struct{}), failed: make(chan error, 1), quit: make(chan struct{}),
+		ready: make(chan struct{}), failed: make(chan error, 1), outdated: make(chan struct{}), quit: make(chan struct{}),
 	}
 	n.status.Store(&status{reason: "connecting to the members"})
 	var err error
@@ -248,6 +250,10 @@ func (n *Node) giveUp(err error) {
 // turnEnd looks whether the core has become ready, or has given up. On the first loop.
 func (n *Node) turnEnd() {
 	ok, why := n.core.Ready()
+	if n.core.Outdated() != "" && !n.toldStale {
+		n.toldStale = true
+		close(n.outdated)
+	}
 	switch {
 	case n.gaveUp || !n.begunCore:
 	case ok && !n.wasReady:
@@ -334,6 +340,10 @@ func (n *Node) Ready() <-chan struct{} { return n.ready }
 
 // Failed delivers at most one error: the proxy cannot go on and should be stopped.
 func (n *Node) Failed() <-chan error { return n.failed }
+
+// Outdated is closed when what the proxy knows of a member counts no more (shard.Core.Outdated): this Node is to be closed, and another one
+// started in its place. It serves what it can until then.
+func (n *Node) Outdated() <-chan struct{} { return n.outdated }
 
 // Status says whether clients are served now, and if not, why; if they are, which member clusters are refused.
 func (n *Node) Status() (ready bool, reason string) {

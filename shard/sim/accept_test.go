@@ -55,6 +55,7 @@ func TestAcceptedLossCutShort(t *testing.T) {
 					cut++
 					p.crash()
 					w.pass(time.Second)
+					begunIt := w.marked()
 					if marked := w.marked() || w.c.at([]byte(shard.KeyCompact), w.c.Rev()) != nil; wipe && marked {
 						w.net.Coord.Wipe(w.net.Coord.ClusterID)
 					}
@@ -66,7 +67,9 @@ func TestAcceptedLossCutShort(t *testing.T) {
 						if !strings.Contains(why, "m1 is refused") {
 							t.Fatalf("behind %d writes: %s", k, why)
 						}
-						refused++
+						if refused++; begunIt && !wipe {
+							t.Errorf("behind %d writes: it has to be accepted again: %s", k, why)
+						}
 						p.crash()
 						p = w.start("m1")
 					}

@@ -136,6 +136,13 @@ func (p *proxy) turn() {
 		p.boot(r.net.Between(0, 100*time.Millisecond))
 		return
 	}
+	if why := core.Outdated(); why != "" {
+		r.net.tracef("%s: starts again: %s", p.host.Name, why)
+		r.stats.Outdated++
+		p.crash()
+		p.boot(r.net.Between(0, 100*time.Millisecond))
+		return
+	}
 	if ok, _ := core.Ready(); ok && !p.ready {
 		p.ready = true
 		r.net.tracef("%s: ready, frontier %d", p.host.Name, core.Frontier().Get(watchring.All))

@@ -70,6 +70,8 @@ type Stats struct {
 	Mid                 [midSteps]int
 	// Restores counts members that were restored to an older state.
 	Restores int
+	// Outdated counts proxies that started again because a loss was accepted.
+	Outdated int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
 	Streams, Chunks int
 	// Leased counts puts that got a lease of a client, Ended the deletes by the end of one.

@@ -1,0 +1,110 @@
+package shard
+
+import "spindle/codec"
+
+// This file has a running proxy notice that another one has accepted what a member has lost (accept.go). What this one
+// knows of the member may be of the lost time then: where its stream is, what it keeps in the ring, create revisions, answers
+// that are under way. Nothing of that may meet the member's new state, and its watches must not be led past what is missing. A start
+// has all of that right, so the proxy is started again, within its process; its clients connect anew. Until then the
+// member is refused.
+//
+// The fence that ends an acceptance is a clock record in whose Txn the compaction record was put; no other is. So every look
+// at a connection (verify.go) reads the compaction record, and if this proxy has not seen that, the clock where it was put:
+//
+//   - A member that does not hold what is known was accepted if the fence is at or above that, and the clock at or above the
+//     floor: else something was lost once more. Without the fence it stays refused. A later compaction takes the fence's place; then
+//     the operator has to start the proxy.
+//   - A member that holds what is known may have lost what others know: so it is the fence that counts, too. If it was refused before,
+//     and has been compacted since, the fence may be gone: a start decides, which costs little.
+//
+// While the mark is there nothing is decided.
+
+// lookStep is how far the look at a running proxy's connection has come.
+type lookStep uint8
+
+const (
+	lookWhole lookStep = iota
+	lookAside          // what is known is not there: what else is?
+	lookFence          // the compaction record is news: is it of an accepted loss?
+)
+
+const (
+	whyAccepted  = "another proxy has accepted what it had lost"
+	whyCompacted = "it was refused, and has been compacted since"
+)
+
+// Outdated says why this proxy is to be started again, "" if it need not. It serves what it can until then.
+func (c *Core) Outdated() string { return c.outdated }
+
+// outdate has the proxy started again.
+func (s *shardState) outdate(why string) {
+	if c := s.c; c.outdated == "" {
+		c.outdated = "member cluster " + s.name + ": " + why
+		c.log.Warn("what this proxy knows of a member cluster counts no more: it starts again", "shard", s.name, "why", why)
+	}
+}
+
+// readCompaction takes the mark and the compaction record. It returns what the shard is refused for, "" for nothing.
+func (k *Check) readCompaction(mark, compact []byte) string {
+	k.compact, k.compactAt = -1, 0
+	if kv, found := firstKV(compact); found {
+		var ok bool
+		if k.compact, ok = ParseCompaction(kv.Value); !ok {
+			return "it has a compaction record that this version of spindle cannot read: upgrade spindle"
+		}
+		k.compactAt = kv.ModRevision
+	}
+	if _, marked := firstKV(mark); marked {
+		return "it has the mark of an accepted loss without the fence that ends that: restart a proxy; if that refuses it, too, it was restored from an older backup"
+	}
+	return ""
+}
+
+// goesOn says whether a running proxy has to ask for more, and for what.
+func (k *Check) goesOn() bool {
+	switch k.step {
+	case lookWhole:
+		switch {
+		case k.why != "":
+			k.lacks, k.step = k.why, lookAside
+			return true
+		case k.compact > k.s.compactRec:
+			k.step = lookFence
+			return true
+		}
+	case lookAside:
+		if k.why == "" && k.compact >= k.known.last {
+			k.step = lookFence
+			return true
+		}
+		k.why = k.lacks
+	}
+	return false
+}
+
+// sawFence takes the clock as it was where the compaction record was put. It returns false if that has told nothing.
+func (k *Check) sawFence(resp []byte, st codec.Status) bool {
+	k.why = k.lacks
+	switch {
+	case st == codec.ErrCompacted || st == codec.ErrFutureRev:
+		return true
+	case st.Code != codec.OK:
+		return false
+	}
+	t, ok := parseTxnReply(resp, nil)
+	if !ok || len(t.resps) == 0 {
+		return false
+	}
+	kv, found := firstKV(t.resps[0])
+	rec, ok := ParseRecord(kv.Value)
+	if found && ok && kv.ModRevision == k.compactAt && rec.Last == k.compact {
+		k.why = whyAccepted
+	}
+	return true
+}
+
+// refusedOnce says that a shard which was refused holds all that can be compared, and has been compacted since: its loss may have been
+// accepted between.
+func (k *Check) refusedOnce() bool {
+	return k.running && k.s.banned != "" && (k.compacted || k.compact > k.s.compactRec)
+}

@@ -1,0 +1,162 @@
+package sim
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"spindle/codec"
+	"spindle/shard"
+	"spindle/watchring"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+)
+
+// lossesUnder are the ways in which a member loses something while a proxy runs, each as what is done to w.c.
+var lossesUnder = map[string]func(w *absentWorld){
+	"what the proxy has seen": func(w *absentWorld) { w.c.replace(w.c.Etcd.rewound(w.lastButOne())) },
+	"everything":              func(w *absentWorld) { w.c.replace(w.c.Etcd.rewound(1)) },
+	"what others have seen":   nil, // the proxy hears nothing of what is lost
+}
+
+// loseUnder has w.c lose something while q runs. It returns the link that keeps q from the member, nil if none does.
+func (w *absentWorld) loseUnder(name string, p, q *proxy) (cut *Link) {
+	w.t.Helper()
+	lose := lossesUnder[name]
+	for _, c := range w.net.Members {
+		w.last = w.put(p, w.keys[c])
+	}
+	w.pass(time.Second)
+	if lose == nil {
+		cut = q.host.Link(w.c.ID)
+		cut.Deaf, cut.Mute = true, true
+		before := w.c.Rev()
+		w.last = w.put(p, w.keys[w.c])
+		lose = func(w *absentWorld) { w.c.replace(w.c.Etcd.rewound(before)) }
+		w.pass(2 * time.Second) // the others know, and so does the coordinator
+	}
+	p.crash()
+	lose(w)
+	return cut
+}
+
+// awaitReturn waits until q serves all members, in this life or in the next one.
+func (w *absentWorld) awaitReturn(q *proxy) {
+	w.t.Helper()
+	w.wait("the return", func() bool {
+		if q.core == nil || !q.ready {
+			return false
+		}
+		_, why := q.core.Ready()
+		return why == ""
+	})
+}
+
+// watchesOf are two watches through q, from behind all that was written.
+func (w *absentWorld) watchesOf(q *proxy) (v *viewer, one, all *view1) {
+	v = q.newViewer()
+	one = v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last + 1})
+	all = v.watch(&watchring.Watcher{Key: "k", End: "z", Start: w.last + 1})
+	q.turn()
+	w.pass(time.Second)
+	return v, one, all
+}
+
+// TestAcceptedLossStartsOthersAgain: a proxy runs while another one accepts what a member has lost, and refuses the member until it
+// sees that. It starts again, so its watches end, none of them behind what is missing, and then it serves all. The acceptance is cut short behind each of its
+// writes, too, and completed by another start.
+func TestAcceptedLossStartsOthersAgain(t *testing.T) {
+	for name := range lossesUnder {
+		t.Run(name, func(t *testing.T) {
+			for k := 1; ; k++ {
+				w := newWholeWorld(t)
+				p, q := w.proxies[0], w.proxies[1]
+				cut := w.loseUnder(name, p, q)
+				v, one, all := w.watchesOf(q)
+				life := q.life
+				if cut != nil && k%2 == 0 { // it hears of the member again before the loss is accepted
+					cut.heal()
+					w.pass(time.Second)
+				}
+				w.Accept = []string{"m1"}
+				p.boot(0)
+				w.wait("the process", func() bool { return p.up })
+				begun := w.writes()
+				w.wait("a write, or the start", func() bool { return p.ready || w.writes() >= begun+int64(k) })
+				done := p.ready
+				if !done {
+					p.crash()
+					w.pass(2 * time.Second)
+					if w.marked() && q.life != life {
+						t.Errorf("behind %d writes: started again before the loss was accepted", k)
+					}
+					p = w.start("m1")
+				}
+				w.Accept = nil
+				rev := w.put(p, w.keys[w.c])
+				if cut != nil {
+					cut.heal()
+				}
+				w.wait("the other start", func() bool { return q.life != life })
+				w.awaitReturn(q)
+				w.pass(2 * time.Second)
+				for _, o := range []*view1{one, all} {
+					if !o.ended && !v.dead || len(o.got) > 0 {
+						t.Errorf("behind %d writes: a watch from %d on: ended: %v, it was shown %d revisions", k, w.last+1, o.ended || v.dead, len(o.got))
+					}
+				}
+				at := q.core.Observe().Compact
+				if o := q.newViewer().watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last + 1}); at <= w.last {
+					t.Errorf("behind %d writes: compacted at %d, a watch from %d on ended: %v", k, at, w.last+1, o.ended)
+				}
+				if _, st := w.ask(q, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c]), Revision: w.last}); st != codec.ErrCompacted {
+					t.Errorf("behind %d writes: the past: %v", k, st)
+				}
+				if resp, st := w.ask(q, shard.OpRange, &pb.RangeRequest{Key: []byte(w.keys[w.c])}); st.Code != codec.OK || resp.(*pb.RangeResponse).Kvs[0].ModRevision != rev {
+					t.Errorf("behind %d writes: the present: %v %v", k, resp, st)
+				}
+				w.wantWhole(q)
+				if w.stats.Outdated > 1 || p.core.Outdated() != "" {
+					t.Errorf("behind %d writes: %d starts too many", k, w.stats.Outdated)
+				}
+				if done {
+					t.Logf("cut short %d times", k-1)
+					break
+				}
+			}
+		})
+	}
+}
+
+// TestCompactionIsNoAcceptance: what makes a running proxy go back to a member that lacks what it has seen is the fence of an
+// accepted loss. A compaction record alone does not, be it of somebody who did not notice the loss, nor a fence that is older than what is
+// lost now.
+func TestCompactionIsNoAcceptance(t *testing.T) {
+	for _, fenced := range []bool{false, true} {
+		t.Run(fmt.Sprintf("with an older fence: %v", fenced), func(t *testing.T) {
+			w := newWholeWorld(t)
+			p, q := w.proxies[0], w.proxies[1]
+			if fenced {
+				w.last = w.put(p, w.keys[w.c])
+				w.pass(2 * time.Second)
+				p.crash()
+				w.c.replace(w.c.Etcd.rewound(w.lastButOne()))
+				p = w.start("m1")
+				w.wait("the other start", func() bool { return w.stats.Outdated == 1 })
+				w.awaitReturn(q)
+				w.wantWhole(q)
+				w.Accept = nil
+				w.stats.Outdated = 0
+			}
+			w.loseUnder("what the proxy has seen", p, q)
+			if !fenced {
+				foreignPut(t, w.c, shard.KeyCompact, string(shard.AppendCompaction(nil, w.last+100)))
+			}
+			w.pass(10 * time.Second)
+			w.wantAlone(q, "restored from an older backup")
+			if w.stats.Outdated > 0 {
+				t.Error("it started again")
+			}
+		})
+	}
+}
