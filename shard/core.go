@@ -101,6 +101,8 @@ type Stats struct {
 	Unrecorded, Foreign                                                          uint64
 	// Rebuilds of the coordinator that this proxy has brought to their end.
 	Rebuilds uint64
+	// Doomed counts Txns that were read because they could only fail, DoomedWrong those of them that could be written after all.
+	Doomed, DoomedWrong uint64
 	// FlatFailed counts batches that were sent again in their nested form.
 	FlatFailed uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns

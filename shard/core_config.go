@@ -104,6 +104,10 @@ type Sabotage struct {
 	WideAtNow bool
 	// RecentIgnoresRanges answers Gets from the ring whatever ranges are open.
 	RecentIgnoresRanges bool
+	// DoomedUnchecked believes that a Txn fails whose compare names the very revision that was seen last, and does not look.
+	DoomedUnchecked bool
+	// Doubt is no bug: every Txn that may fail with a read is read first. Nothing may be wrong with that.
+	Doubt bool
 	// TrustConnections uses connections to members without looking where they lead, and batches and reads take what clock they find.
 	TrustConnections bool
 }

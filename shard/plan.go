@@ -39,6 +39,8 @@ type Plan struct {
 	root   planSpan  // of ops: the one operation of a request that is not a Txn
 
 	slow, history bool
+	elseOnly      bool        // expectElse has made it a Txn that only reads
+	proved        bool        // what was expected so was wrong: it is written
 	past          []pastRange // by range; what readPast learned
 	budget        int         // operations that Parse may still store
 

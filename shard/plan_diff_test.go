@@ -50,7 +50,7 @@ func TestPlanAgainstEtcd(t *testing.T) {
 			t.Logf("seed %d: %v", seed, r.stats)
 			for _, must := range []string{"fast", "slow", "wrong create", "guard failed", "create proven", "changes",
 				"no change", "flat", "flat failed", "read txn", "range", "past range", "split range", "error " + codec.ErrKeyNotFound.Msg,
-				"refused: " + codec.ErrDuplicateKey.Msg, "lease lost", "lease gone", "error " + codec.ErrLeaseNotFound.Msg} {
+				"refused: " + codec.ErrDuplicateKey.Msg, "lease lost", "lease gone", "doomed", "not doomed after all", "error " + codec.ErrLeaseNotFound.Msg} {
 				if r.stats[must] == 0 {
 					t.Errorf("%q did not happen", must)
 				}

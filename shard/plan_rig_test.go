@@ -310,6 +310,9 @@ func (r *planRig) fillSlots() {
 }
 
 func (r *planRig) runWrite(req proto.Message) {
+	if r.runDoomed(req) {
+		return
+	}
 	p := &r.plan
 	before := r.plain.kv.Rev()
 	rev, localBefore := before+1, r.member.kv.Rev()

@@ -30,6 +30,9 @@ func (c *Core) submitWrite(op *Op) {
 		c.finish(op, codec.ErrNoSpace)
 		return
 	}
+	if c.submitDoomed(op) {
+		return
+	}
 	w := &op.core.w
 	*w = write{op: op, plan: p, since: c.cfg.Now()}
 	if p.HasLease() {
@@ -161,6 +164,7 @@ func (s *shardState) flushWrites() {
 		s.closeBatch(nil)
 		return
 	}
+	s.divertDoomed()
 	into := s.spareWrites
 	s.spareWrites = nil
 	var canceled []*write

@@ -529,6 +529,13 @@ func (s *shardState) answerRead(it *readItem, parts [][]byte, hdr codec.Header) 
 		s.answerClean(*it, parts, hdr)
 		return
 	}
+	if p.holdsAfterAll(snap) {
+		if !c.cfg.Sabotage.DoomedUnchecked {
+			c.writeAfterAll(op)
+			return
+		}
+		p.cmps[p.txns[0].cmps.from].x = -1
+	}
 	c.answerTxn(op, snap, hdr)
 }
 

@@ -40,6 +40,7 @@ type shardState struct {
 	linger      linger
 	former      former
 	spareWrites []*write
+	diverted    []diverted // scratch
 	body        []byte
 	batchID     uint64
 	token       uint64

@@ -72,6 +72,7 @@ func TestItBites(t *testing.T) {
 			long(c, ChaosEvents{StallMid: true, Wipe: true})
 			c.Sabotage.RebuildSkipsShard = true
 		}},
+		{"a doomed Txn is not looked at", func(c *Config) { swaps(c); c.Sabotage.DoomedUnchecked = true }},
 		{"ranges behind a Txn read now", func(c *Config) { c.Sabotage.WideAtNow, c.Wide, c.Shards = true, true, max(c.Shards, 2) }},
 		{"guard lost on the wire", func(c *Config) {
 			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {

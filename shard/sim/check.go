@@ -110,7 +110,7 @@ func valuesOf(req proto.Message) (vs []string) {
 // answer checks what one operation was told: it is exact, or lacks what it may lack.
 func (c *checker) answer(o *op) error {
 	err := c.exact(o)
-	if err == nil || !c.r.Events.Foreign || mayWrite(o.req) {
+	if err == nil || !c.r.Events.Foreign || mayWrite(o.req) && !c.onlyRead(o) {
 		return err
 	}
 	may := c.mayMiss(o)
@@ -197,7 +197,7 @@ func (c *checker) exact(o *op) error {
 	// A request that wrote must be exactly what happened at its revision.
 	v := c.before(o.rev)
 	want := v.eval(o.req)
-	if len(v.writes) > 0 && c.same(v.writes, o.rev) {
+	if len(v.writes) > 0 && !c.onlyRead(o) && c.same(v.writes, o.rev) {
 		if o.rev <= o.floor {
 			return fmt.Errorf("it wrote at %d, and a client had been shown %d before it began", o.rev, o.floor)
 		}
@@ -228,6 +228,13 @@ func (c *checker) exact(o *op) error {
 func (c *checker) failed(o *op) bool {
 	t, ok := o.resp.(*pb.TxnResponse)
 	return ok && !t.Succeeded
+}
+
+// onlyRead reports whether a transaction was told that it failed, and writes nothing then: it may have been a read, whose
+// revision is somebody else's.
+func (c *checker) onlyRead(o *op) bool {
+	t, ok := o.req.(*pb.TxnRequest)
+	return ok && c.failed(o) && !mayWrite(&pb.TxnRequest{Failure: t.Failure})
 }
 
 func mayMissKey(req proto.Message) bool {

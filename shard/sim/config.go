@@ -46,6 +46,8 @@ type Config struct {
 	Leases bool
 	// OneLease lets them do so all the time, with one ID.
 	OneLease bool
+	// Swaps lets clients compare and swap most of the time.
+	Swaps bool
 	// Wide lets Txns have ranges of other shards behind what they write.
 	Wide bool
 	// Ranges gives the proxies a range map; without it keys are hashed.

@@ -54,6 +54,16 @@ func (c *client) make() (shard.OpKind, proto.Message) {
 	if r.Leases && (g.IntN(6) == 0 || r.OneLease && g.IntN(2) == 0) {
 		return c.leaseOp(g)
 	}
+	if r.Swaps && g.IntN(10) < 7 {
+		t := &pb.TxnRequest{Compare: []*pb.Compare{modIs(key, mod)}, Success: []*pb.RequestOp{put(key)}, Failure: []*pb.RequestOp{get(key)}}
+		switch g.IntN(8) {
+		case 0:
+			t.Success[0] = del(key)
+		case 1:
+			t.Failure = nil
+		}
+		return shard.OpTxn, t
+	}
 	switch k := g.IntN(103); {
 	case k >= 101:
 		return 0, &pb.WatchProgressRequest{}

@@ -337,6 +337,8 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.FlatFailed += b.FlatFailed
 	a.Settled += b.Settled
 	a.LostReplies += b.LostReplies
+	a.Doomed += b.Doomed
+	a.DoomedWrong += b.DoomedWrong
 	a.ReadBatches += b.ReadBatches
 	a.BatchedReads += b.BatchedReads
 	a.Rereads += b.Rereads
