@@ -44,6 +44,7 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, p := range pending {
 		e.add(first, p.msg, rec)
 	}
+	e.known = rec.Last == s.taught && rec.Proxy == s.c.cfg.Proxy
 	for _, ev := range events {
 		e.add(0, ev, rec)
 	}
@@ -56,8 +57,9 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 // entries collects the events of one batch into ring entries. Everything of one batch shares one
 // buffer, so that the garbage collector has one object to look at.
 type entries struct {
-	s    *shardState
-	past bool
+	s     *shardState
+	past  bool
+	known bool // the cache of create revisions knows what was put
 	// foreign has the keys whose value was foreign until now.
 	foreign *foreignKeys
 	buf     []byte
@@ -122,7 +124,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		if !e.past {
 			s.c.creates.Deleted(kv.Key, rev)
 		}
-	} else if !e.past {
+	} else if !e.past && !e.known {
 		s.c.creates.Learn(kv.Key, local.CreateRevision, st.Create, st.Rev)
 	}
 	var m int
