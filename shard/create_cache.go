@@ -16,10 +16,10 @@ import (
 // of bytes that is written round and round; one that is still used is written again before its bytes are
 // overtaken. The hash only chooses the place, so that keys made to collide cost their owner misses.
 type CreateCache struct {
-	slots []createSlot // sets of cacheWays, most recently used first
-	mask  uint64       // number of sets − 1
-	keys  []byte
-	head  uint64 // where the next key goes: counts on, keys[head % len(keys)]
+	sets []createSet
+	mask uint64 // number of sets − 1
+	keys []byte
+	head uint64 // where the next key goes: counts on, keys[head % len(keys)]
 }
 
 // cacheWays is the number of places that a key can have.
@@ -32,14 +32,18 @@ const (
 	cacheMinSize  = 64   // entries
 )
 
-type createSlot struct {
-	hash  uint64
-	at    uint64 // place of the key in the ring
-	size  uint32 // of the key; 0: nothing here
-	local int64
-	meta  int64
-	mod   int64
+// createSet is the places that a key can have. Most lookups are of keys that are not there, and nearly each of them finds the set
+// far from the processor: so what they read stands together, in the first 64 bytes, and nothing is moved.
+type createSet struct {
+	at   [cacheWays]uint64 // place of the key in the ring
+	used [cacheWays]uint32 // when it was last used, by the ring's head
+	hash [cacheWays]uint16 // the upper bits
+	size [cacheWays]uint16 // of the key; 0: nothing here
+	fact [cacheWays]createFact
+	_    [32]byte // three lines of 64 bytes
 }
+
+type createFact struct{ local, meta, mod int64 }
 
 // NewCreateCache makes a cache of the given number of entries, rounded up to a power of two. One entry
 // takes about 150 bytes.
@@ -49,44 +53,56 @@ func NewCreateCache(entries int) *CreateCache {
 		n <<= 1
 	}
 	return &CreateCache{
-		slots: make([]createSlot, n),
-		mask:  uint64(n/cacheWays - 1),
-		keys:  make([]byte, max(n*cacheKeyBytes, 2*cacheMaxKey)),
+		sets: make([]createSet, n/cacheWays),
+		mask: uint64(n/cacheWays - 1),
+		keys: make([]byte, max(n*cacheKeyBytes, 2*cacheMaxKey)),
 	}
 }
 
-// set returns the places of a key.
-func (c *CreateCache) set(hash uint64) []createSlot {
-	i := hash & c.mask * cacheWays
-	return c.slots[i : i+cacheWays : i+cacheWays]
-}
-
-// find returns the place of key in its set, or -1.
-func (c *CreateCache) find(set []createSlot, hash uint64, key []byte) int {
-	for i := range set {
-		s := &set[i]
-		if s.size == 0 || s.hash != hash || int(s.size) != len(key) || c.head-s.at > uint64(len(c.keys)) {
+// find returns the set of key, and its place there, or -1.
+func (c *CreateCache) find(hash uint64, key []byte) (set *createSet, i int) {
+	set = &c.sets[hash&c.mask]
+	for i := range set.size {
+		if set.hash[i] != uint16(hash>>48) || int(set.size[i]) != len(key) || c.overtaken(set.at[i]) {
 			continue
 		}
-		o := s.at % uint64(len(c.keys))
-		if bytes.Equal(c.keys[o:o+uint64(s.size)], key) {
-			return i
+		o := set.at[i] % uint64(len(c.keys))
+		if bytes.Equal(c.keys[o:o+uint64(len(key))], key) {
+			return set, i
 		}
 	}
-	return -1
+	return set, -1
+}
+
+// overtaken says whether the bytes at a place of the ring belong to other keys by now.
+func (c *CreateCache) overtaken(at uint64) bool { return c.head-at > uint64(len(c.keys)) }
+
+// place gives key a place in its set: a free one, else the one that was not used for longest.
+func (c *CreateCache) place(set *createSet, hash uint64, key []byte) (i int) {
+	now := uint32(c.head)
+	for j := range set.size {
+		if set.size[j] == 0 {
+			i = j
+			break
+		}
+		if now-set.used[j] > now-set.used[i] {
+			i = j
+		}
+	}
+	set.hash[i], set.size[i], set.at[i] = uint16(hash>>48), uint16(len(key)), c.store(key)
+	return i
 }
 
 // Get returns what is known of key: the local and the meta revision that created it, both 0 if it is
 // known not to exist, and mod, the meta revision of the change that this is known from.
 func (c *CreateCache) Get(key []byte) (local, meta, mod int64, ok bool) {
-	hash := xxhash.Sum64(key)
-	set := c.set(hash)
-	i := c.find(set, hash, key)
+	set, i := c.find(xxhash.Sum64(key), key)
 	if i < 0 {
 		return 0, 0, 0, false
 	}
-	s := c.use(set, i, key)
-	return s.local, s.meta, s.mod, true
+	c.use(set, i, key)
+	f := &set.fact[i]
+	return f.local, f.meta, f.mod, true
 }
 
 // Learn takes a fact: at meta revision mod, key existed, created at meta revision meta, which is revision
@@ -96,16 +112,14 @@ func (c *CreateCache) Learn(key []byte, local, meta, mod int64) {
 		return
 	}
 	hash := xxhash.Sum64(key)
-	set := c.set(hash)
-	i := c.find(set, hash, key)
+	set, i := c.find(hash, key)
 	if i < 0 {
-		i = cacheWays - 1
-		set[i] = createSlot{hash: hash, at: c.store(key), size: uint32(len(key)), mod: mod}
-	} else if mod < set[i].mod {
+		i = c.place(set, hash, key)
+	} else if mod < set.fact[i].mod {
 		return
 	}
-	s := c.use(set, i, key)
-	s.local, s.meta, s.mod = local, meta, mod
+	c.use(set, i, key)
+	set.fact[i] = createFact{local, meta, mod}
 }
 
 // Deleted takes the fact that key did not exist at meta revision mod.
@@ -113,25 +127,17 @@ func (c *CreateCache) Deleted(key []byte, mod int64) { c.Learn(key, 0, 0, mod) }
 
 // Forget drops what is known of key, because a guard has shown that it is wrong.
 func (c *CreateCache) Forget(key []byte) {
-	hash := xxhash.Sum64(key)
-	set := c.set(hash)
-	if i := c.find(set, hash, key); i >= 0 {
-		set[i] = createSlot{}
+	if set, i := c.find(xxhash.Sum64(key), key); i >= 0 {
+		set.size[i] = 0
 	}
 }
 
-// use makes entry i the most recently used of its set, and saves its key from being overtaken soon.
-func (c *CreateCache) use(set []createSlot, i int, key []byte) *createSlot {
-	if i > 0 {
-		s := set[i]
-		copy(set[1:i+1], set[:i])
-		set[0] = s
+// use notes that a place was used, and saves its key from being overtaken soon.
+func (c *CreateCache) use(set *createSet, i int, key []byte) {
+	if c.head-set.at[i] > uint64(len(c.keys))/2 {
+		set.at[i] = c.store(key)
 	}
-	s := &set[0]
-	if c.head-s.at > uint64(len(c.keys))/2 {
-		s.at = c.store(key)
-	}
-	return s
+	set.used[i] = uint32(c.head)
 }
 
 // store writes key into the ring, in one piece.

@@ -26,7 +26,7 @@ func (s *shardState) publish(rec *Record, events [][]byte) bool {
 }
 
 // decode makes entries of the events of one batch, and of what waited for its record. past says that they
-// are read a second time, for a History: nothing new is learnt from them. What they do to foreign values is
+// are read a second time, for a History: nothing new is learnt from them. The record's own event is among events. What they do to foreign values is
 // taken from foreign.
 func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte, foreign *foreignKeys, past bool) []*watchring.Entry {
 	size := 0
@@ -36,7 +36,9 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, e := range events {
 		size += len(e) + 2*codec.MaxKVHeader
 	}
-	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes)}
+	n := len(pending) + len(events) - 1 // one is the record
+	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes),
+		entries: make([]watchring.Entry, 0, n), events: make([]watchring.Event, n), all: make([]*watchring.Entry, 0, n)}
 	first := rec.First
 	if s.c.cfg.Sabotage.UnrecordedBehind {
 		first = max(s.rec.last, 1)
@@ -44,6 +46,7 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, p := range pending {
 		e.add(first, p.msg, rec)
 	}
+	e.known = rec.Last == s.taught && rec.Proxy == s.c.cfg.Proxy
 	for _, ev := range events {
 		e.add(0, ev, rec)
 	}
@@ -53,18 +56,20 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	return e.all
 }
 
-// entries collects the events of one batch into ring entries. Everything of one batch shares one
-// buffer, so that the garbage collector has one object to look at.
+// entries collects the events of one batch into ring entries. What they are made of comes in one piece for the whole batch: they
+// leave the ring together, too.
 type entries struct {
-	s    *shardState
-	past bool
+	s     *shardState
+	past  bool
+	known bool // the cache of create revisions knows what was put
 	// foreign has the keys whose value was foreign until now.
 	foreign *foreignKeys
 	buf     []byte
+	entries []watchring.Entry // room for as many as there are events
+	events  []watchring.Event // one for each entry; an entry with more has its own
 	cur     *watchring.Entry
-	// late are entries that were begun already: a revision's events need not stand together when
-	// unrecorded events share the first revision of a batch.
-	all []*watchring.Entry
+	top     int64 // the largest revision of an entry
+	all     []*watchring.Entry
 }
 
 // add takes one event. rev is its revision, or 0 to read it from the stamp or the record.
@@ -122,7 +127,7 @@ func (e *entries) add(rev int64, ev []byte, rec *Record) {
 		if !e.past {
 			s.c.creates.Deleted(kv.Key, rev)
 		}
-	} else if !e.past {
+	} else if !e.past && !e.known {
 		s.c.creates.Learn(kv.Key, local.CreateRevision, st.Create, st.Rev)
 	}
 	var m int
@@ -164,17 +169,23 @@ func keyOf(body []byte) []byte {
 	return nil
 }
 
+// entry returns the entry of a revision. Its events need not stand together: unrecorded ones share the first revision of a batch.
 func (e *entries) entry(rev int64) *watchring.Entry {
 	if e.cur != nil && e.cur.Rev == rev {
 		return e.cur
 	}
-	for _, en := range e.all {
-		if en.Rev == rev {
-			e.cur = en
-			return en
+	if rev <= e.top {
+		for _, en := range e.all {
+			if en.Rev == rev {
+				e.cur = en
+				return en
+			}
 		}
 	}
-	e.cur = &watchring.Entry{Rev: rev, Shard: e.s.idx}
+	e.top = max(e.top, rev)
+	n := len(e.entries)
+	e.entries = append(e.entries, watchring.Entry{Rev: rev, Shard: e.s.idx, Events: e.events[n : n : n+1]})
+	e.cur = &e.entries[n]
 	e.all = append(e.all, e.cur)
 	return e.cur
 }

@@ -67,6 +67,7 @@ type shardState struct {
 	quotaSoon   bool   // the next is less than quotaLookNear away
 	quotaTurn   uint64 // of looks: an earlier timer is ignored
 	settledTo   int64  // a batch of ours that ends here was decided on the shard: all before it is, too
+	taught      int64  // a batch of ours that ends here has told the cache of create revisions what it put
 
 	// Reads.
 	reads         []readItem
@@ -313,8 +314,8 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 	}
 	var rec Record
 	var has bool
-	for _, e := range events {
-		kv, _, del := eventKVs(e)
+	for i := len(events) - 1; i >= 0 && !has; i-- { // a batch puts it last
+		kv, _, del := eventKVs(events[i])
 		if string(kv.Key) != KeyClock {
 			continue
 		}

@@ -236,6 +236,10 @@ func (s *shardState) committed(b *batch, t txnReply) {
 	s.lingerBehind(len(b.writes), b.sentAt)
 	hdr := c.hdr
 	var again []*write
+	var learn Learner // of flat requests: nothing if the stream was faster, which shows all of it
+	if b.seenAt == 0 {
+		learn, s.taught = c.creates, b.last
+	}
 	i := 0
 	for at, w := range b.writes {
 		if w == nil {
@@ -253,7 +257,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 		var oc Outcome
 		var st codec.Status
 		if w.flat {
-			out, oc, st = w.plan.AnswerFlat(w.buffer(), payload, hdr, c.creates)
+			out, oc, st = w.plan.AnswerFlat(w.buffer(), payload, hdr, learn)
 		} else {
 			out, oc, st = w.plan.Answer(w.buffer(), payload, hdr, c.creates)
 		}
