@@ -69,6 +69,7 @@ type Config struct {
 	ShardTimeout                time.Duration
 	RingSize                    int
 	Loops                       int // 0: half the cores
+	BusyPoll                    time.Duration
 
 	// given holds the names of the options that did not keep their default, and where from.
 	given map[string]string
@@ -93,6 +94,7 @@ const (
 	minRingSize     = 1 << 10
 	maxRingSize     = 1 << 26
 	maxLoops        = 1024
+	maxBusyPoll     = 10 * time.Millisecond
 	minProgress     = 100 * time.Millisecond // kube-apiserver's own rhythm of progress requests
 	minWindow       = time.Millisecond
 	maxWindow       = 10 * time.Second
@@ -161,6 +163,7 @@ func (c *Config) Validate() error {
 		{"watch-progress-notify-interval", c.WatchProgressNotifyInterval, minProgress, 24 * time.Hour},
 		{"reorder-window", c.ReorderWindow, minWindow, maxWindow},
 		{"shard-timeout", c.ShardTimeout, minShardTimeout, maxShardTimeout},
+		{"busy-poll", c.BusyPoll, 0, maxBusyPoll},
 		{"grpc-keepalive-min-time", c.GRPCKeepaliveMinTime, 0, maxKeepalive},
 		{"grpc-keepalive-interval", c.GRPCKeepaliveInterval, 0, maxKeepalive},
 		{"grpc-keepalive-timeout", c.GRPCKeepaliveTimeout, 0, maxKeepalive},

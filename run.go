@@ -38,6 +38,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 		GRPCKeepaliveTimeout: cfg.GRPCKeepaliveTimeout,
 
 		Loops:            cfg.Loops,
+		BusyPoll:         cfg.BusyPoll,
 		RingSize:         cfg.RingSize,
 		ReorderWindow:    cfg.ReorderWindow,
 		ShardTimeout:     cfg.ShardTimeout,
@@ -81,6 +82,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 		}
 		nc.Coordinator = []string{members.Coordinator}
 		nc.ShardMaxTxnOps, nc.ShardMaxRequestBytes = embedded.MaxTxnOps, embedded.MaxRequestBytes
+		nc.BusyPoll = 0 // it would take Go's processors from the etcds
 		where = fmt.Sprintf("%d embedded member clusters, data in %s", cfg.EmbeddedShards, dir)
 	}
 

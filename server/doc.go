@@ -11,7 +11,8 @@
 // gnet knows no end of a turn and reorders what is posted to a loop, so Loop adds both: a mailbox in order, and hooks
 // after each event. The core collects during a turn and sends in its hook; client connections collect
 // output during a turn and write once, after the hooks. Only what a hook has for many clients at once, events, is written
-// meanwhile, in pieces that fit into a cache (Loop.pushed).
+// meanwhile, in pieces that fit into a cache (Loop.pushed). With few requests under way a loop polls for a short time after a
+// turn, before gnet has it sleep (busyPoll).
 //
 // # What bounds memory
 //

@@ -65,6 +65,8 @@ type Config struct {
 	TLS *tlsconn.ServerFiles
 	// Loops is the number of event loops; 0 means 1 below 4 cores, else half the cores.
 	Loops int
+	// BusyPoll is how long a loop with few requests under way looks for its next event before it sleeps; 0: not at all.
+	BusyPoll time.Duration
 	// Codec bounds a client's connection.
 	Codec codec.ConnConfig
 	// Now is the clock of deadlines, in nanoseconds, never backwards: the Core's.
@@ -289,6 +291,7 @@ func (e *Engine) findLoops() error {
 			return errors.New("gnet gave two anchors to one loop")
 		}
 		l := newLoop(e, len(e.loops), el)
+		l.poll.open(el, e.cfg.BusyPoll)
 		e.byEL[el] = l
 		e.loops = append(e.loops, l)
 		l.bell = far

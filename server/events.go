@@ -57,6 +57,7 @@ func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
 		_, _ = c.Discard(-1)
 		if l := bell.loop.Load(); l != nil {
 			_ = (*doorbell)(l).Run(context.Background())
+			l.idle()
 		}
 		return gnet.None
 	}
@@ -67,6 +68,7 @@ func (h *handler) OnTraffic(c gnet.Conn) gnet.Action {
 	if !a.event(c, attachmentTraffic) {
 		return gnet.Close // gnet ignores it for a connection that is closed, and leaves its buffers alone
 	}
+	a.loop.idle()
 	return gnet.None
 }
 

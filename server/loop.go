@@ -55,6 +55,7 @@ type Loop struct {
 	bell  int
 	hooks atomic.Pointer[[]func()] // copied on write
 
+	poll   busyPoll // opened before the loop is handed out
 	inTurn bool
 	nested bool  // an event came while the end of the turn was running
 	inCore bool  // within a method of the core, called for a client

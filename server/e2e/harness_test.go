@@ -114,7 +114,8 @@ func nodeConfig(t testing.TB, m *embedded.Members) node.Config {
 		ListenMetricsURLs: []string{"http://127.0.0.1:0"},
 		Coordinator:       []string{m.Coordinator},
 		ShardMaxTxnOps:    embedded.MaxTxnOps, ShardMaxRequestBytes: embedded.MaxRequestBytes,
-		Log: testLog(t),
+		BusyPoll: 200 * time.Microsecond, // as a proxy has it by default
+		Log:      testLog(t),
 	}
 	for i, u := range m.Shards {
 		cfg.Shards = append(cfg.Shards, node.Shard{Name: m.Names[i], URLs: []string{u}})

@@ -58,6 +58,7 @@ type Config struct {
 	Version string
 
 	Loops            int           // event loops; 0: half the cores, at least one
+	BusyPoll         time.Duration // how long an idle loop looks for its next event before it sleeps; 0: not at all
 	RingSize         int           // revisions held in memory for watches
 	RingBytes        int64         // and the bytes that their events may take
 	ReorderWindow    time.Duration // see --reorder-window

@@ -101,6 +101,7 @@ func Start(cfg Config) (*Node, error) {
 		ListenURLs: cfg.ListenClientURLs,
 		TLS:        cfg.TLS,
 		Loops:      cfg.Loops,
+		BusyPoll:   cfg.BusyPoll,
 		Now:        n.now,
 		Log:        cfg.Log,
 
