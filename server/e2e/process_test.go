@@ -15,6 +15,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"spindle/shard/embedded/embeddedtest"
 )
 
 var binary struct {
@@ -138,12 +140,7 @@ func (p *process) signal(t testing.TB, s os.Signal) {
 // freeURL returns a URL on 127.0.0.1 whose port is free now.
 func freeURL(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return "http://" + l.Addr().String()
+	return "http://" + embeddedtest.FreeAddr(t)
 }
 
 // run starts the program, waits for its end, and returns exit code and stderr.
