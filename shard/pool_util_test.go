@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/shard/embedded/embeddedtest"
 
 	"github.com/VictoriaMetrics/metrics"
 	"google.golang.org/grpc"
@@ -381,12 +382,7 @@ func unary(f func(req []byte) ([]byte, error)) func(string, fakeStream) error {
 // freePort returns an address where nobody listens.
 func freePort(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().String()
+	return embeddedtest.FreeAddr(t)
 }
 
 // syncBuffer is a log's writer.

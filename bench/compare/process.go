@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -18,6 +20,8 @@ const (
 	stopTimeout = 10 * time.Second
 	// logTail is how much of a process's log is shown when it fails.
 	logTail = 2000
+	// maxPortTries is how many ports may be taken before freePort gives up.
+	maxPortTries = 1000
 )
 
 // process is a server under measurement.
@@ -117,12 +121,17 @@ func await(ctx context.Context, what string, timeout time.Duration, procs []*pro
 	}
 }
 
-// freePort returns an address on 127.0.0.1 whose port was free a moment ago.
+// freePort returns an address on 127.0.0.1 whose port was free a moment ago. It lies below the ports that kernels hand
+// out by themselves (32768 and more on Linux), so no connection of anybody is given it before it is used.
 func freePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for tries := 1; ; tries++ {
+		l, err := net.Listen("tcp", "127.0.0.1:"+strconv.Itoa(12000+rand.IntN(20000)))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String(), nil
+		}
+		if tries == maxPortTries {
+			return "", err
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
 }

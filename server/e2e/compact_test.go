@@ -63,6 +63,7 @@ func putMany(t testing.TB, s *rpc, n, round int) (revs []int64) {
 // A compaction through one proxy holds on every other from the moment it is answered, at every revision
 // (batches are cut in the middle), and after a restart.
 func TestCompactManyProxies(t *testing.T) {
+	t.Parallel()
 	s := seed(t)
 	r := newRand(s, 0)
 	m := startMembers(t, 3)
@@ -139,7 +140,7 @@ func TestCompactManyProxies(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := nodeConfig(t, m)
-	cfg.ShardTimeout = time.Second
+	cfg.ShardTimeout = 3 * time.Second // within twice that time a record that is missing somewhere is completed
 	p := dial(t, startNode(t, cfg).ClientURLs()[0])
 	_, err = rangeAt(p, t, low-1)
 	wantOutOfRange(t, "below the compaction after a restart", err, textCompacted)
@@ -202,6 +203,7 @@ func TestCompactAtOnce(t *testing.T) {
 // kube-apiserver's compactor, several of them: a compare of compact_rev_key's version elects one each
 // time, which compacts at the revision that its election had one turn before.
 func TestCompactKube(t *testing.T) {
+	t.Parallel()
 	const servers = 3
 	var proxies []*rpc
 	for _, n := range startSpindle(t, 3, 2, nil) {
@@ -258,6 +260,7 @@ func TestCompactKube(t *testing.T) {
 
 // --auto-compaction-*, several proxies: history goes, the retention stays, on the members too.
 func TestAutoCompaction(t *testing.T) {
+	t.Parallel()
 	for _, auto := range []shard.AutoCompact{
 		{Mode: shard.AutoCompactPeriodic, Period: time.Second},
 		{Mode: shard.AutoCompactRevision, Keep: 100, Every: 100 * time.Millisecond},

@@ -79,8 +79,15 @@ func increment(ctx context.Context, s *rpc, key string, known *mvccpb.KeyValue) 
 	}
 }
 
-func TestConcurrencyOneProxy(t *testing.T)   { testConcurrency(t, 1) }
-func TestConcurrencyTwoProxies(t *testing.T) { testConcurrency(t, 2) }
+func TestConcurrencyOneProxy(t *testing.T) {
+	t.Parallel()
+	testConcurrency(t, 1)
+}
+
+func TestConcurrencyTwoProxies(t *testing.T) {
+	t.Parallel()
+	testConcurrency(t, 2)
+}
 
 // testConcurrency lets 64 writers fight over shared keys while watchers follow from several revisions and
 // readers list at H and watch from H+1. In the end everything must add up: nothing lost, doubled or

@@ -189,6 +189,7 @@ func coordinatorLoses(t *testing.T, proxies, rounds int) {
 // A coordinator that was made anew has another cluster ID, and one may simply be the wrong one: it is refused unless the
 // operator says that it takes the other's place.
 func TestAnotherCoordinatorIsRefused(t *testing.T) {
+	t.Parallel()
 	members := startMembers(t, 2)
 	coord := startLossyCoordinator(t)
 	cfg := nodeConfig(t, members)

@@ -178,10 +178,14 @@ const watchEvery = 80
 
 // One client, all kinds of requests, compactions too: every answer equal, and every header's revision
 // where it belongs between the writes. The proxy is closed now and then, and another one goes on.
-func TestDifferentialSequential(t *testing.T) { differentialSequential(t, nil) }
+func TestDifferentialSequential(t *testing.T) {
+	t.Parallel()
+	differentialSequential(t, nil)
+}
 
 // The same over shards that have ranges of keys: Txns then hold ranges, lists lie on one shard, some or all.
 func TestDifferentialRanges(t *testing.T) {
+	t.Parallel()
 	differentialSequential(t, []string{"", "seq/k04", "seq/k09"})
 }
 
@@ -223,6 +227,7 @@ func differentialSequential(t *testing.T, starts []string) {
 // Many clients with keys of their own, so that batches form. Watches from revision 1, one opened before
 // the first write and one after the last, must tell the same story as etcd's.
 func TestDifferentialParallel(t *testing.T) {
+	t.Parallel()
 	s := seed(t)
 	// The ring holds a part of it only: the late watches read the members' history.
 	etcdURL, spindleURL := startEtcd(t), startSpindle(t, 3, 1, ringSmall)[0].ClientURLs()[0]

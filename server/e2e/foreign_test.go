@@ -249,6 +249,7 @@ func (f *foreignRig) change(round int) (wants []func(*mvccpb.Event) bool, what [
 }
 
 func TestForeignChanges(t *testing.T) {
+	t.Parallel()
 	f := newForeignRig(t, 3, 2)
 	f.prepare(0)
 	logs := []*eventLog{openWatch(t, f.rpc(0), foreignPrefix, 1), openWatch(t, f.rpc(1), foreignPrefix, 1)}

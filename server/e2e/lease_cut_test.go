@@ -26,6 +26,7 @@ func relayTo(t testing.TB, url string) *embeddedtest.Relay {
 // gives the deletes their revision: the coordinator is out of reach meanwhile. The one that is left makes the record, or, if
 // there is none, the next one that starts.
 func TestLeaseEndWithoutRecord(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("starts processes")
 	}
@@ -123,6 +124,7 @@ const awayLeases = 1100
 // One member cluster says nothing, or is gone. Leases that do not need it are granted, kept alive on the same stream as those
 // that do, attached, revoked, and end in time; the others live on when it is back.
 func TestLeaseHomeAway(t *testing.T) {
+	t.Parallel()
 	m := startMembers(t, 3)
 	cfg := nodeConfig(t, m)
 	away := relayTo(t, m.Shards[0])

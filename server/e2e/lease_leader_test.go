@@ -106,6 +106,7 @@ func (k *keptStream) awaitRound(t testing.TB, when string, leases []int64) {
 // Leases outlive the leaders of their homes and of the shards that have copies. Whoever keeps them alive notices
 // nothing; afterwards they end once, and not much later than they should. (SPINDLE_LEADERS=1: every change on every shard.)
 func TestLeaseLeaderChanges(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("long")
 	}

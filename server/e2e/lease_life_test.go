@@ -85,6 +85,7 @@ func awaitDeletes(t testing.TB, w *eventLog, n int, lease int64) []*mvccpb.Event
 
 // A lease outlives the proxy that granted it, and all members: its time, its keys, its end.
 func TestLeaseSurvivesRestarts(t *testing.T) {
+	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "members")
 	start := func() (*embedded.Members, *node.Node, *rpc) {
 		m, err := embedded.Start(embedded.Config{Dir: dir, Shards: 3, NoFsync: true, Log: testLog(t)})
@@ -163,6 +164,7 @@ func TestLeaseSurvivesRestarts(t *testing.T) {
 // Keys whose lease ends while no proxy runs are deleted with a revision when one does; a watch from before sees
 // it, every old revision reads as it was, and all proxies agree.
 func TestLeaseExpiresWithoutProxies(t *testing.T) {
+	t.Parallel()
 	m := startMembers(t, 3)
 	n := startNode(t, nodeConfig(t, m))
 	s := dial(t, n.ClientURLs()[0])
@@ -229,6 +231,7 @@ const (
 // A revoke through one proxy races with the first puts on other shards, through both: when all were answered there
 // is no key that outlives its lease, and no put that began after the revoke's answer succeeds.
 func TestLeaseRevokeRacesAttach(t *testing.T) {
+	t.Parallel()
 	sd := seed(t)
 	nodes := startSpindle(t, 3, 2, ringAll)
 	var conns [][2]*rpc

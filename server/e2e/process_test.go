@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"spindle/shard/embedded/embeddedtest"
 )
 
 var binary struct {
@@ -44,7 +47,20 @@ func spindleBinary(t testing.TB) string {
 	return binary.path
 }
 
+// sideBySide is how many tests run at once that say t.Parallel: those that mostly wait, or compare answers however long
+// they take. They come after the others, which measure time, memory or CPU and have the machine to themselves.
+// More would make the deadlines of leases and shards in these tests tight on two cores.
+const sideBySide = "3"
+
 func TestMain(m *testing.M) {
+	flag.Parse()
+	given := false
+	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	if !given {
+		if err := flag.Set("test.parallel", sideBySide); err != nil {
+			panic(err)
+		}
+	}
 	code := m.Run()
 	if binary.path != "" {
 		os.RemoveAll(filepath.Dir(binary.path))
@@ -138,12 +154,7 @@ func (p *process) signal(t testing.TB, s os.Signal) {
 // freeURL returns a URL on 127.0.0.1 whose port is free now.
 func freeURL(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return "http://" + l.Addr().String()
+	return "http://" + embeddedtest.FreeAddr(t)
 }
 
 // run starts the program, waits for its end, and returns exit code and stderr.
@@ -155,6 +166,7 @@ func run(t testing.TB, dir string, args ...string) (int, string) {
 
 // Started in an empty directory, stopped by Ctrl-C, started again: everything is still there.
 func TestRunKeepsDataAndRevisions(t *testing.T) {
+	t.Parallel()
 	dir, url := t.TempDir(), freeURL(t)
 	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t)}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
@@ -245,6 +257,7 @@ func expectError(t *testing.T, code int, out string, want ...string) {
 }
 
 func TestRunErrors(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	code, out := run(t, dir, "--lisen-client-urls", "http://127.0.0.1:0")
 	expectError(t, code, out, "--lisen-client-urls", "did you mean --listen-client-urls")
@@ -274,6 +287,7 @@ func TestRunErrors(t *testing.T) {
 
 // Members that do not answer are named and tried again; until then nobody is served.
 func TestRunWaitsForMembers(t *testing.T) {
+	t.Parallel()
 	members := startMembers(t, 2)
 	late, url, metrics := freeURL(t), freeURL(t), freeURL(t)
 	p := startProcess(t, t.TempDir(), "--listen-client-urls", url, "--listen-metrics-urls", metrics,

@@ -49,6 +49,7 @@ func alarms(t *testing.T, url string) []*pb.AlarmMember {
 // A member near its quota: puts and leases are refused with etcd's error before the member raises its alarm, other
 // shards and watches go on, deletes pass, and compaction makes room again without anybody's restart.
 func TestQuotaRefusesBeforeTheMember(t *testing.T) {
+	t.Parallel()
 	m, spindle := quotaRig(t, 64<<20)
 	w := openWatchRange(t, spindle, "a", "z", 1)
 	value := make([]byte, 512<<10)
@@ -118,6 +119,7 @@ func TestQuotaRefusesBeforeTheMember(t *testing.T) {
 // A member that has raised its alarm all the same: clear errors at once, not a timeout, reads go on, and so does
 // everything as soon as the alarm is disarmed. What was on its way happened once or not at all.
 func TestNoSpaceAlarm(t *testing.T) {
+	t.Parallel()
 	m, spindle := quotaRig(t, 64<<20)
 	put := func(key string) error {
 		_, err := spindle.kv.Put(callContext(t), &pb.PutRequest{Key: []byte(key), Value: []byte("v")})

@@ -65,6 +65,7 @@ func rangeStream(ctx context.Context, s *rpc, req proto.Message) (any, error) {
 // Streams and lists with a limit while batches of many keys are written: each must be what a Range shows at
 // its revision, and so must streams and lists at revisions in the middle of batches.
 func TestRangeStreamUnderWrites(t *testing.T) {
+	t.Parallel()
 	const keys, writers = 3000, 32
 	seed := seed(t)
 	s := dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])
@@ -165,6 +166,7 @@ func sortByKey(kvs []*mvccpb.KeyValue) {
 // A client that reads slowly, and a compaction past its revision meanwhile: the stream ends with etcd's
 // error, or it is complete. One that is given up leaves nothing behind that others would notice.
 func TestRangeStreamCompacted(t *testing.T) {
+	t.Parallel()
 	// 6 MiB on each shard: a stream has two pages of 1.9 MiB at most in hand, so that it needs more behind the compaction.
 	const keys = 18000
 	s := dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])

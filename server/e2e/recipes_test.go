@@ -73,6 +73,7 @@ func together(t *testing.T, n int, f func(i int) error) {
 
 // The mutex of clientv3/concurrency keeps out others, through two proxies; and whose session ends gives it back.
 func TestConcurrencyMutex(t *testing.T) {
+	t.Parallel()
 	urls := twoProxies(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()
@@ -132,6 +133,7 @@ func TestConcurrencyMutex(t *testing.T) {
 
 // The election of clientv3/concurrency: one leader at a time, everybody hears of each in order.
 func TestConcurrencyElection(t *testing.T) {
+	t.Parallel()
 	urls := twoProxies(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()
@@ -187,6 +189,7 @@ func TestConcurrencyElection(t *testing.T) {
 
 // The Lock service of two proxies: those who wait get the lock one after the other, in the order of their keys.
 func TestLockService(t *testing.T) {
+	t.Parallel()
 	urls := twoProxies(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()
@@ -229,6 +232,7 @@ func TestLockService(t *testing.T) {
 
 // The Election service: a campaign through one proxy, seen through the other.
 func TestElectionService(t *testing.T) {
+	t.Parallel()
 	urls := twoProxies(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 2*readyTimeout)
 	defer cancel()

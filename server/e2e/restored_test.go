@@ -126,6 +126,7 @@ func (w *restoredWorld) copy(dir string) string {
 // it, whatever was on its way, and at the next start; others go on. With its newest state it is accepted again. The operator
 // may accept the loss.
 func TestRestoredMemberIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newRestoredWorld(t)
 	w.putAll("old")
 	backup := w.replace(w.victim.dir)
@@ -160,6 +161,7 @@ func TestRestoredMemberIsRefused(t *testing.T) {
 // A member that lost everything is refused alone, too, and the operator may accept that: it takes the place of the one
 // that it was, and what was before is compacted.
 func TestWipedMember(t *testing.T) {
+	t.Parallel()
 	w := newRestoredWorld(t)
 	w.putAll("old")
 	old := w.newest
@@ -185,6 +187,7 @@ func TestWipedMember(t *testing.T) {
 
 // One endpoint of a member leads to an older copy of it that runs beside it: it is not used, the other one is.
 func TestEndpointOfAnOlderCopy(t *testing.T) {
+	t.Parallel()
 	w := newRestoredWorld(t)
 	w.putAll("old")
 	backup := w.replace(w.victim.dir)

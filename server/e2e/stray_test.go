@@ -15,6 +15,7 @@ import (
 // One of the endpoints of a proxy's only member leads to another etcd, and answers first. That does not end the start: the right
 // one is waited for. The stray is named in the log, and nothing is written to it.
 func TestStrayEndpointAtStart(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"somebody else's", "another system's", "empty"} {
 		t.Run(kind, func(t *testing.T) {
 			m, other := startMembers(t, 1), startMembers(t, 1)
@@ -69,6 +70,7 @@ func TestStrayEndpointAtStart(t *testing.T) {
 // One of the endpoints of a member whose loss is accepted leads to an empty etcd, and answers first. It does not become the member, whose data
 // is there.
 func TestEmptyStrayEndpointWithAcceptedLoss(t *testing.T) {
+	t.Parallel()
 	const keys = 20
 	m, other := startMembers(t, 2), startMembers(t, 1)
 	n := startNode(t, nodeConfig(t, m))

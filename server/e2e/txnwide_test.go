@@ -12,6 +12,7 @@ import (
 // A Txn that writes on one shard and then reads a prefix over all of them: what clientv3's mutex sends, and what may
 // stand around it. Contents and the headers of its parts are etcd's.
 func TestTxnRangesOverAllShards(t *testing.T) {
+	t.Parallel()
 	script := func(s *rpc) (out []string) {
 		for i := range 6 {
 			if _, err := s.kv.Put(callContext(t), &pb.PutRequest{Key: fmt.Appendf(nil, "t/%d", i), Value: []byte("v")}); err != nil {

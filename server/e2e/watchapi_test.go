@@ -107,6 +107,7 @@ func (w *watchTalk) events(n int) {
 
 // The Watch API, told to etcd and to Spindle in the same words.
 func TestWatchAPI(t *testing.T) {
+	t.Parallel()
 	sides := []*rpc{dial(t, startEtcd(t)), dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])}
 	revs := newRevMap()
 	ctx := callContext(t)
@@ -291,6 +292,7 @@ func TestWatchAPI(t *testing.T) {
 
 // Three proxies that start for the first time at the same moment agree on everything.
 func TestProxiesStartAtOnce(t *testing.T) {
+	t.Parallel()
 	const proxies, writes = 3, 60
 	nodes := startSpindle(t, 4, proxies, func(c *node.Config) { c.Loops = 2 })
 	conns := make([]*rpc, proxies)

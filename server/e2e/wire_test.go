@@ -36,6 +36,7 @@ func init() { encoding.RegisterCompressor(unheard{}) }
 
 // TestWireAsEtcd asks a plain etcd and Spindle the same, and compares how they answer at the level of gRPC.
 func TestWireAsEtcd(t *testing.T) {
+	t.Parallel()
 	n := startSpindle(t, 2, 1, func(c *node.Config) { c.MaxRequestBytes = 1536 << 10 })[0]
 	servers := []*rpc{dial(t, n.ClientURLs()[0]), dial(t, startEtcd(t))}
 	key := []byte("wire")

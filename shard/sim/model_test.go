@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"net/url"
 	"sort"
 	"testing"
@@ -19,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"spindle/codec"
+	"spindle/shard/embedded/embeddedtest"
 )
 
 // realEtcd is an etcd of its own in this process, and raw clients for it.
@@ -34,9 +34,9 @@ func startEtcd(t *testing.T) realEtcd {
 	cfg.Dir = t.TempDir()
 	cfg.LogLevel = "fatal"
 	cfg.UnsafeNoFsync = true
-	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: freeAddr(t)}}
+	cfg.ListenClientUrls = []url.URL{{Scheme: "http", Host: embeddedtest.FreeAddr(t)}}
 	cfg.AdvertiseClientUrls = cfg.ListenClientUrls
-	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: freeAddr(t)}}
+	cfg.ListenPeerUrls = []url.URL{{Scheme: "http", Host: embeddedtest.FreeAddr(t)}}
 	cfg.AdvertisePeerUrls = cfg.ListenPeerUrls
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
 	srv, err := embed.StartEtcd(cfg)
@@ -51,15 +51,6 @@ func startEtcd(t *testing.T) realEtcd {
 	}
 	t.Cleanup(func() { conn.Close() })
 	return realEtcd{pb.NewKVClient(conn), pb.NewLeaseClient(conn), pb.NewWatchClient(conn)}
-}
-
-func freeAddr(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // reqGen makes random requests over few keys, valid ones and others.

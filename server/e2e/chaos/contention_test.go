@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"slices"
@@ -19,6 +18,8 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"google.golang.org/grpc"
+
+	"spindle/shard/embedded/embeddedtest"
 )
 
 const (
@@ -125,7 +126,7 @@ func startContention(t *testing.T, n int) *contention {
 		}
 	}
 	for i := range n {
-		p := &contender{name: fmt.Sprintf("proxy-%d", i), dir: c.dir, log: &lineLog{start: start}, metrics: freeAddr(t)}
+		p := &contender{name: fmt.Sprintf("proxy-%d", i), dir: c.dir, log: &lineLog{start: start}, metrics: embeddedtest.FreeAddr(t)}
 		p.args = []string{"--listen-client-urls=http://127.0.0.1:0", "--listen-metrics-urls=http://" + p.metrics, "--coordinator=" + urls[shards][i],
 			fmt.Sprint("--shard-max-txn-ops=", memberTxnOps), fmt.Sprint("--shard-max-request-bytes=", memberReq)}
 		for s := range shards {
@@ -142,16 +143,6 @@ func startContention(t *testing.T, n int) *contention {
 		t.Cleanup(func() { p.conn.Close() })
 	}
 	return c
-}
-
-func freeAddr(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // run starts the process and waits until it serves.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net"
+	"strconv"
 	"testing"
 	"time"
 
@@ -146,5 +147,23 @@ func TestRelay(t *testing.T) {
 	}
 	if err := echo(dial(), patience); err != nil {
 		t.Error(err)
+	}
+}
+
+// No two addresses are the same, nobody listens there, and no kernel hands them out.
+func TestFreeAddr(t *testing.T) {
+	seen := map[string]bool{}
+	for range 200 {
+		addr := FreeAddr(t)
+		_, port, err := net.SplitHostPort(addr)
+		if n, _ := strconv.Atoi(port); err != nil || n < firstFreePort || n > lastFreePort || seen[addr] {
+			t.Fatalf("%s: %v, %d before it", addr, err, len(seen))
+		}
+		seen[addr] = true
+		l, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
 	}
 }
