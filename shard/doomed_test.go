@@ -107,7 +107,7 @@ func TestDoomedTxnIsRead(t *testing.T) {
 			t.Errorf("%s: it leaves the queue", x.name)
 		}
 		creates := *r.c.creates
-		creates.slots = append([]createSlot(nil), creates.slots...)
+		creates.sets = append([]createSet(nil), creates.sets...)
 		was := r.c.creates
 		r.c.creates = &creates
 		creates.Learn([]byte("a"), 2, 2, 8)
