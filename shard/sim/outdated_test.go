@@ -149,6 +149,10 @@ func TestCompactionIsNoAcceptance(t *testing.T) {
 				w.stats.Outdated = 0
 			}
 			w.loseUnder("what the proxy has seen", p, q)
+			// Somebody who did not notice writes on.
+			rec, _ := shard.ParseRecord(w.c.at([]byte(keyClock), w.c.Rev()).KV.Value)
+			rec.First, rec.Last = w.last+50, w.last+50
+			foreignPut(t, w.c, keyClock, string(shard.AppendRecord(nil, &rec)))
 			if !fenced {
 				foreignPut(t, w.c, shard.KeyCompact, string(shard.AppendCompaction(nil, w.last+100)))
 			}
