@@ -32,16 +32,15 @@ type busyPoll struct {
 	sitOut int            // turns until it polls again
 }
 
-// open has b poll the poller of el for at most span. It reports false if el does not show its poller, or nobody else could run
-// meanwhile, so that there is nothing to wait for: b never polls then.
-func (b *busyPoll) open(el gnet.EventLoop, span time.Duration) bool {
+// open has b poll the poller of el for at most span. If el does not show its poller, or nobody else could run meanwhile, so that
+// there is nothing to wait for, b never polls.
+func (b *busyPoll) open(el gnet.EventLoop, span time.Duration) {
 	fd, ok := pollerOf(el)
 	if !ok || span <= 0 || runtime.GOMAXPROCS(0) < 2 || runtime.NumCPU() < 2 {
-		return false
+		return
 	}
 	b.span = span
 	b.fd[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-	return true
 }
 
 // pollerOf returns the descriptor of el's epoll instance, which gnet keeps to itself. It is only ever asked whether it is

@@ -58,12 +58,12 @@ func TestBusyPollLeavesEvents(t *testing.T) {
 	if runtime.GOMAXPROCS(0) < 2 || runtime.NumCPU() < 2 {
 		t.Skip("one CPU: nothing polls")
 	}
-	s := startServer(t, Config{Loops: 2, BusyPoll: 50 * time.Millisecond})
+	s := startServer(t, Config{Loops: 2, BusyPoll: 20 * time.Millisecond})
 	for _, l := range s.Loops() {
 		if l.poll.span == 0 {
 			t.Fatal("does not poll")
 		}
-		for range 50 {
+		for range 8 {
 			onLoop(l, func() {})
 			done := make(chan error, 1)
 			if err := l.el.Execute(context.Background(), runnable(func() { done <- nil })); err != nil {
