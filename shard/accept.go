@@ -71,6 +71,14 @@ func appendLossEnd(dst []byte, last int64) []byte {
 	return codec.EndMessage(dst, m)
 }
 
+// lossEnded is told that b, a fence of a loss, was not applied because the mark is gone: another proxy's fence has ended
+// the acceptance, and what clients were told since then is not lost. b's range is still to be closed.
+func (s *shardState) lossEnded(b *batch) {
+	s.marked = 0
+	s.dropBatch(b)
+	s.wantFence = true
+}
+
 // awaitFences ends the start when no shard has the mark any more.
 func (b *bootstrap) awaitFences() {
 	c := b.c

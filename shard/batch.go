@@ -247,6 +247,9 @@ func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 		dst = appendCompareValue(dst, KeyClock, resultGreater, AppendRevBound(bound[:0], uint64(b.floor)))
 		dst = appendCompareInt(dst, KeyMap, "", resultEqual, targetMod, cmpMod, b.mapMod)
 	}
+	if b.loss {
+		dst = appendCompareInt(dst, KeyLoss, "", resultGreater, targetMod, cmpMod, 0)
+	}
 	for _, w := range writes {
 		if w != nil && w.flat && !b.bareFlat {
 			dst = w.plan.appendFlatCompares(dst)

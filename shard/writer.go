@@ -313,6 +313,10 @@ func (s *shardState) rejected(b *batch, t txnReply) {
 		s.flatFailed(b)
 		return
 	}
+	if b.loss && ok && b.floor <= rec.Last && rec.Last < b.first && !remapped {
+		s.lossEnded(b)
+		return
+	}
 	c.stats.Rejected++
 	if rec.Last < b.floor {
 		s.wentBack(rec.Last, b.floor)

@@ -72,6 +72,14 @@ func TestItBites(t *testing.T) {
 			long(c, ChaosEvents{StallMid: true, Wipe: true})
 			c.Sabotage.RebuildSkipsShard = true
 		}},
+		{"the fence of an accepted loss compacts nothing", func(c *Config) {
+			losesData(c)
+			c.Tamper = tamperTxn(func(to codec.ClusterID, q *pb.TxnRequest) {
+				if to >= 0 && slices.ContainsFunc(q.Success, func(o *pb.RequestOp) bool { return string(o.GetRequestDeleteRange().GetKey()) == shard.KeyLoss }) {
+					q.Success = slices.DeleteFunc(q.Success, func(o *pb.RequestOp) bool { return string(o.GetRequestPut().GetKey()) == shard.KeyCompact })
+				}
+			})
+		}},
 		{"a doomed Txn is not looked at", func(c *Config) { swaps(c); c.Sabotage.DoomedUnchecked = true }},
 		{"ranges behind a Txn read now", func(c *Config) { c.Sabotage.WideAtNow, c.Wide, c.Shards = true, true, max(c.Shards, 2) }},
 		{"guard lost on the wire", func(c *Config) {

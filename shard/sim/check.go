@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"math"
 	"sort"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 
 // check judges a run that has ended.
 func (r *Run) check() error {
-	h, err := readHistory(r.net.Members)
+	h, err := readHistory(logsOf(r.net.Members))
 	if err != nil {
 		return err
 	}
@@ -40,7 +41,19 @@ func (r *Run) check() error {
 			return fmt.Errorf("p%d: the frontier is %d at the end, the last record ends at %d", p.idx, f, h.last)
 		}
 	}
-	c := &checker{r: r, h: h, writer: map[string]*op{}, owner: map[*fact]*op{}}
+	c := &checker{r: r, h: h, writer: map[string]*op{}, owner: map[*fact]*op{}, to: math.MaxInt64}
+	old := c // for what happened before a loss
+	if l := r.loss; l != nil {
+		was, err := readHistory(l.before(r.net.Members))
+		if err != nil {
+			return fmt.Errorf("before the loss: %w", err)
+		}
+		c.from, c.fenceEnd = l.fence()
+		if c.lost, err = lostFacts(was, h, c.from); err != nil {
+			return err
+		}
+		old = &checker{r: r, h: was, writer: c.writer, owner: map[*fact]*op{}, to: c.from - 1, fenceEnd: c.fenceEnd}
+	}
 	for _, o := range r.ops {
 		for _, v := range valuesOf(o.req) {
 			c.writer[v] = o
@@ -55,8 +68,30 @@ func (r *Run) check() error {
 		if took > maxTimeouts*r.Timeout+o.client.p.still {
 			return fmt.Errorf("%s: it took %v", o, took)
 		}
-		if err := c.answer(o); err != nil {
+		by := c
+		if r.loss != nil && o.st.Code == codec.OK && o.rev < c.from {
+			by = old
+		} else if r.loss != nil && o.st.Code == codec.OK {
+			if reads, late := c.readsLost(o); reads && late {
+				return fmt.Errorf("%s: what it reads is below the end of the loss, at %d", o, c.fenceEnd)
+			} else if reads {
+				continue // of other shards, and neither history is the one that it saw
+			}
+		}
+		err := by.answer(o)
+		if _, list := o.req.(*pb.RangeRequest); err != nil && by != c && list && o.end >= r.loss.fenced() {
+			// It waited for the shard at a revision from before, and shows what is left. Who watches from there is told to list anew.
+			if c.answer(o) == nil {
+				err = nil
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("%s: %w", o, err)
+		}
+	}
+	if old != c {
+		if err := old.facts(); err != nil {
+			return fmt.Errorf("before the loss: %w", err)
 		}
 	}
 	if err := c.facts(); err != nil {
@@ -66,13 +101,25 @@ func (r *Run) check() error {
 		return err
 	}
 	for _, f := range r.follows {
-		if err := c.watch(f); err != nil {
+		by := c
+		if r.loss != nil && f.at < r.loss.begun {
+			by = old
+		}
+		if err := by.watch(f); err != nil {
 			return fmt.Errorf("watch %s from %d: %w", f.name, f.start, err)
 		}
 	}
 	for _, v := range r.viewers {
 		for _, o := range v.views {
-			if err := c.viewed(v, o); err != nil {
+			by := c
+			if r.loss != nil && v.at < r.loss.begun {
+				by = old
+			}
+			err := by.viewed(v, o)
+			if err == nil && by == c {
+				err = c.overLoss(o)
+			}
+			if err != nil {
 				return fmt.Errorf("%s: watch %d of %q..%q from %d: %w", v.name, o.w.ID, o.w.Key, o.w.End, o.w.Start, err)
 			}
 		}
@@ -85,7 +132,11 @@ type checker struct {
 	h      *history
 	writer map[string]*op // by value: who put it
 	owner  map[*fact]*op
-	missed map[*fact]bool // deletes that the answer being checked does not know
+	// from and to are the revisions whose facts are looked at; behind a loss from is the first of its fence, fenceEnd the last, and lost
+	// what is gone.
+	from, to, fenceEnd int64
+	lost               []*fact
+	missed             map[*fact]bool // deletes that the answer being checked does not know
 }
 
 // valuesOf returns every value that a request might put.
@@ -425,6 +476,9 @@ func (c *checker) same(writes []*fact, rev int64) bool {
 // request could do.
 func (c *checker) facts() error {
 	for _, rev := range c.h.revs {
+		if rev < c.from || rev > c.to {
+			continue
+		}
 		for _, f := range c.h.byRev[rev] {
 			if f.unrecorded {
 				if f.delete && !c.r.expired[expiry{f.shard, f.local}] && !c.leaseEnded(f) {
@@ -450,6 +504,8 @@ func (c *checker) facts() error {
 				continue // taken over
 			case o == nil:
 				return fmt.Errorf("%v: nobody wrote this", f)
+			case o.st.Code == codec.OK && o.ended && o.rev > c.to:
+				continue // lost, and written again
 			case o.st.Code == codec.OK && o.ended:
 				return fmt.Errorf("%v: %s was told something else", f, o)
 			case !o.unknown():
@@ -473,7 +529,7 @@ func (c *checker) orphanDelete(f *fact) error {
 		if f.rev <= o.floor || !deletes(o.req, f.key) {
 			continue
 		}
-		if o.unknown() {
+		if o.unknown() || o.st.Code == codec.OK && o.rev > c.to {
 			return nil
 		}
 		if q, ok := o.req.(*pb.DeleteRangeRequest); ok && o.st.Code == codec.OK && len(q.RangeEnd) > 0 && f.rev <= o.rev && c.r.Shards > 1 {

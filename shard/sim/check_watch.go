@@ -94,6 +94,9 @@ func (c *checker) compactedFor(o *op) bool {
 	case *pb.TxnRequest:
 		asks = oldest(q, asks)
 	}
+	if c.r.loss != nil && asks < c.fenceEnd && o.end >= c.r.loss.begun {
+		return true
+	}
 	if asks < c.tornUpTo() || asks < c.autoCompacted() {
 		return true
 	}
@@ -215,7 +218,7 @@ func (c *checker) compactedUpTo() int64 { return max(c.r.forced, c.unreadableUpT
 
 // unreadableUpTo returns the largest revision up to which history may be gone.
 func (c *checker) unreadableUpTo() int64 {
-	rev := max(c.tornUpTo(), c.autoCompacted())
+	rev := max(c.tornUpTo(), c.autoCompacted(), c.fenceEnd)
 	for _, k := range c.r.ops {
 		if q, ok := k.req.(*pb.CompactionRequest); ok && k.st != codec.ErrFutureRev {
 			rev = max(rev, q.Revision)

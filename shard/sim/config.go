@@ -48,6 +48,8 @@ type Config struct {
 	OneLease bool
 	// Swaps lets clients compare and swap most of the time.
 	Swaps bool
+	// Lose has a member lose data for good, and an operator accept that.
+	Lose bool
 	// Wide lets Txns have ranges of other shards behind what they write.
 	Wide bool
 	// Ranges gives the proxies a range map; without it keys are hashed.

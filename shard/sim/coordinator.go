@@ -17,9 +17,10 @@ import (
 func (r *Run) wipeCoordinator(down time.Duration) {
 	w := r.net
 	c := w.Coord
-	if c.paused {
+	if c.paused || r.losing() {
 		return
 	}
+	r.wiped = w.now
 	w.tracef("coord: loses its data, back in %v", down)
 	r.stats.Wipes++
 	c.Wipe(c.ClusterID)

@@ -1,6 +1,8 @@
 package sim
 
 import (
+	"fmt"
+	"os"
 	"testing"
 	"time"
 
@@ -30,11 +32,19 @@ func TestDoubtedSwaps(t *testing.T) {
 	}
 }
 
+// runSeeds runs so many seeds of a kind, or as many as the environment says. It stops at the first that fails.
 func runSeeds(t *testing.T, n uint64, shape func(*Config)) (sum Stats) {
-	first := uint64(envInt(t, envFirst, 1))
-	for seed := first; seed < first+uint64(envInt(t, envSeeds, int(seedsOf(n)))); seed++ {
-		cfg := ConfigOf(seed)
+	first, runs := envInt(t, envFirst, 1), envInt(t, envSeeds, int(seedsOf(n)))
+	one := os.Getenv(envSeed) != ""
+	if one {
+		first, runs = envInt(t, envSeed, 0), 1
+	}
+	for seed := first; seed < first+runs; seed++ {
+		cfg := ConfigOf(uint64(seed))
 		shape(&cfg)
+		if one {
+			cfg.Trace = func(l string) { fmt.Println(clip(l)) }
+		}
 		stats, err := Go(cfg)
 		if err != nil {
 			report(t, cfg, err)
@@ -42,6 +52,6 @@ func runSeeds(t *testing.T, n uint64, shape func(*Config)) (sum Stats) {
 		}
 		sum = sum.plus(stats)
 	}
-	t.Logf("%+v", sum)
+	t.Logf("%d seeds from %d on: %+v", runs, first, sum)
 	return sum
 }

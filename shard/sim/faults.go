@@ -215,6 +215,7 @@ func midOf(to codec.ClusterID, m codec.Method, req []byte) int {
 // sent is told of every request that leaves a proxy, and stops some of them behind it: what the proxy would have
 // sent next, and the answer, wait until it goes on.
 func (r *Run) sent(h *Host, to codec.ClusterID, m codec.Method, req []byte) {
+	r.cutShort(h, m, req)
 	if !r.chaos || r.Chaos == 0 || !r.Events.StallMid || h.stalled || r.stats.Stalls >= maxStalls {
 		return
 	}

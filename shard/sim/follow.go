@@ -21,6 +21,7 @@ type follower struct {
 	got     []*delivered
 	stopped bool
 	name    string
+	at      int64 // when it began, virtual ns
 }
 
 type delivered struct {
@@ -33,7 +34,7 @@ type delivered struct {
 func (p *proxy) follow() {
 	core := p.core
 	for i := watchring.All; i < p.r.Shards; i++ {
-		f := &follower{p: p, ring: core.Ring(), front: core.Frontier(), shard: i, name: fmt.Sprintf("%s/%d", p.host.Name, i)}
+		f := &follower{p: p, ring: core.Ring(), front: core.Frontier(), shard: i, name: fmt.Sprintf("%s/%d", p.host.Name, i), at: p.r.net.now}
 		f.start = f.ring.Tail()
 		f.cursor = f.start
 		p.followed = append(p.followed, f)
@@ -71,7 +72,7 @@ func (f *follower) advance() {
 			r.stats.Lapped++
 			f.cursor = rev - 1
 			f.stopped = true
-			n := &follower{p: f.p, ring: f.ring, front: f.front, shard: f.shard, start: to, cursor: to, name: f.name + "'"}
+			n := &follower{p: f.p, ring: f.ring, front: f.front, shard: f.shard, start: to, cursor: to, name: f.name + "'", at: r.net.now}
 			for i := range f.p.followed {
 				if f.p.followed[i] == f {
 					f.p.followed[i] = n

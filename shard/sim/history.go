@@ -7,7 +7,7 @@ import (
 	"sort"
 )
 
-// This file computes what really happened, from the full histories of the member clusters. It reads the stored
+// This file computes what really happened, from the full logs of the member clusters. It reads the stored
 // formats on its own, by docs/formats.md, and shares no code with the core.
 
 const keyClock = "\x00clock"
@@ -152,11 +152,18 @@ type rangeOf struct {
 	batch       uint64
 }
 
+func logsOf(members []*Cluster) (logs [][]*Change) {
+	for _, m := range members {
+		logs = append(logs, m.Log())
+	}
+	return logs
+}
+
 // readHistory works through the clusters' logs. Whatever in them breaks a promise is an error.
-func readHistory(members []*Cluster) (*history, error) {
-	h := &history{shards: len(members), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}, raw: map[string]*window{}, ended: map[*Change]*window{}, visible: map[string]bool{}}
-	for i, m := range members {
-		if err := h.readShard(i, m.Log()); err != nil {
+func readHistory(logs [][]*Change) (*history, error) {
+	h := &history{shards: len(logs), byRev: map[int64][]*fact{}, byKey: map[string][]*fact{}, values: map[string]*fact{}, raw: map[string]*window{}, ended: map[*Change]*window{}, visible: map[string]bool{}}
+	for i, log := range logs {
+		if err := h.readShard(i, log); err != nil {
 			return nil, fmt.Errorf("shard%d: %w", i, err)
 		}
 	}

@@ -167,7 +167,7 @@ func (r *Run) awaitLeases() {
 		return
 	}
 	gone := func() bool {
-		h, err := readHistory(r.net.Members)
+		h, err := readHistory(logsOf(r.net.Members))
 		return err != nil || (&checker{r: r, h: h}).outlived() == nil // who judges says what is wrong
 	}
 	if gone() {

@@ -55,7 +55,7 @@ func (r *Run) linear() error {
 			eachKV(o.resp, func(kv *mvccpb.KeyValue) { seen[string(kv.Value)] = kv })
 		}
 		for i := range r.Keys {
-			if k := keyName(i); mentions(o.req, k) {
+			if k := keyName(i); mentions(o.req, k) && (r.loss == nil || r.part.ShardOf([]byte(k)) != r.loss.shard) {
 				ops = append(ops, porcupine.Operation{ClientId: o.id, Input: &keyOp{key: k, op: o, told: told}, Call: o.call, Return: end})
 			}
 		}

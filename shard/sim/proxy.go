@@ -32,6 +32,7 @@ type proxy struct {
 	pump     bool // the hub has something to do
 	skew     int64
 	still    time.Duration // for how long it stood still, all times together
+	accept   bool          // this life was, or the next one is, started with the flag that accepts the loss
 	born     int64         // when this life began, ns
 }
 
@@ -69,11 +70,15 @@ func (p *proxy) boot(d time.Duration) {
 		if r.net.Trace != nil {
 			log = slog.New(slog.NewTextHandler(traceWriter{r.net, host.Name}, &slog.HandlerOptions{Level: slog.LevelDebug, ReplaceAttr: dropTime}))
 		}
+		accept := r.Accept
+		if p.accept {
+			accept = []string{names[r.loss.c.ID]}
+		}
 		p.core = shard.NewCore(shard.CoreConfig{
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
-			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: r.Accept,
+			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: accept,
 		}, p.host)
 		p.host.OnConnected = p.core.Connected
 		p.up, p.ready, p.timerAt = true, false, 0
@@ -124,7 +129,7 @@ func (p *proxy) turn() {
 	core := p.core
 	core.Flush()
 	if why := core.Failed(); why != "" {
-		if r.restored() || r.healed > p.born {
+		if r.restored() || r.healed > p.born || r.losing() || r.loss != nil && r.loss.over > p.born {
 			r.stats.Failures-- // it says so at its start (perhaps it stood still since it saw that), and is started again
 		}
 		r.stats.Failures++

@@ -54,6 +54,8 @@ type Run struct {
 	follows     []*follower
 	viewers     []*viewer
 	fault       error // what was found while running
+	wiped       int64 // when the coordinator lost its data last, virtual ns
+	loss        *loss // of a member's data, nil before
 	healed      int64 // when a restored member was given its newest state last, ns
 	stats       Stats
 }
@@ -68,8 +70,9 @@ type Stats struct {
 	// in the middle of something (midReplace and so on).
 	Cuts, Deaths, Fulls int
 	Mid                 [midSteps]int
-	// Restores counts members that were restored to an older state.
-	Restores int
+	// Restores counts members that were restored to an older state, Losses those that did not get their newest one back.
+	// Cut counts starts that were to accept that and ended early.
+	Restores, Losses, Cut int
 	// Outdated counts proxies that started again because a loss was accepted.
 	Outdated int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
@@ -189,6 +192,9 @@ func (r *Run) drive() error {
 	if r.Chaos > 0 {
 		r.net.After(r.net.Between(0, 2*r.Chaos), r.mischief)
 	}
+	if r.Lose {
+		r.net.After(r.net.Between(0, time.Second), r.lose)
+	}
 	if r.Dead {
 		r.deadCluster().Pause()
 	}
@@ -203,6 +209,12 @@ func (r *Run) drive() error {
 	}
 	r.calm()
 	r.net.tracef("---- faults off")
+	if l := r.loss; l != nil {
+		if !r.until(maxDrain, func() bool { return !r.losing() }) && r.fault == nil {
+			r.fail("the loss of %s is not accepted %v after the faults stopped: %s", l.c, maxDrain, r.whyNotReady())
+		}
+		r.stats.Cut += l.cuts
+	}
 	if !r.until(maxDrain, func() bool { return r.issued >= r.Ops && r.open == 0 && ready() }) && r.fault == nil {
 		r.fail("%d operations of %d begun have not finished %v after the faults stopped: %s; %s", r.open, r.issued, maxDrain, r.openOps(), r.whyNotReady())
 	}

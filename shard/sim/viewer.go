@@ -22,6 +22,7 @@ type viewer struct {
 	hub     *watchring.Hub
 	stream  *watchring.Stream
 	name    string
+	at      int64 // when it was opened, virtual ns
 	views   []*view1
 	blocked bool
 	dead    bool
@@ -50,7 +51,7 @@ func (p *proxy) newViewer() *viewer {
 			return shard
 		}, codec.Header{ClusterID: 1, MemberID: 1, RaftTerm: 1}, nil, watchring.HubConfig{PumpRevisions: 1 + g.IntN(40), TurnRevisions: 1 + g.IntN(20), History: past{p}})
 	}
-	v := &viewer{p: p, hub: p.hub, name: fmt.Sprintf("%s/v%d", p.host.Name, len(r.viewers))}
+	v := &viewer{p: p, hub: p.hub, name: fmt.Sprintf("%s/v%d", p.host.Name, len(r.viewers)), at: r.net.now}
 	r.viewers = append(r.viewers, v)
 	p.viewers = append(p.viewers, v)
 	v.stream = p.hub.NewStream(v)
