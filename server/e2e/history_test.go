@@ -152,7 +152,6 @@ func watchClientv3(t *testing.T, c *clientv3.Client, start, last int64) []*mvccp
 }
 
 func TestWatchFromAnyRevision(t *testing.T) {
-	t.Parallel()
 	s := seed(t)
 	members := startMembers(t, 3)
 	cfg := nodeConfig(t, members)
