@@ -52,11 +52,21 @@ type Stream struct {
 	HasLeader bool
 	// User is the owner's.
 	User any
+	// Rewriter takes the pieces of messages that come in several and are not compressed, while they are in the processor's
+	// cache; what it leaves is the message. Received and Incoming count what came. The owner's, set after Open.
+	Rewriter Rewriter
 	// Spared says that a message on the stream is kept whatever Full and MaxPartialBytes say, up to MaxSparedBytes: for
 	// streams that have to begin again, and ask for it all again, when a message is refused. The owner's, set after Open.
 	Spared bool
 
 	stream streamState
+}
+
+// Rewriter makes another message of the one that comes in.
+type Rewriter interface {
+	// Rewrite appends to dst what it makes of p, the next piece of the message, and returns it. It must not append more
+	// than fits into dst's capacity, which is at least what all pieces have together so far.
+	Rewrite(dst, p []byte) []byte
 }
 
 // Queued returns the bytes of messages that wait on this stream for a window or for the socket.
@@ -70,7 +80,7 @@ func (s *Stream) Received() int {
 	if s.stream.msg == nil {
 		return 0
 	}
-	return len(s.stream.msg.b)
+	return s.stream.got
 }
 
 // Incoming returns how many bytes that message will have, as its sender says.

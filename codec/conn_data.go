@@ -161,7 +161,7 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 			return nil
 		}
 		p = p[n:]
-		if len(st.msg.b) == st.msgLen {
+		if st.got == st.msgLen {
 			// The handler may end s, which would give the buffer back: take it first.
 			whole := st.msg
 			st.msg = nil
@@ -237,7 +237,11 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 		}
 		st.msg = b
 	}
-	st.msg.b = append(st.msg.b, p...)
+	if st.got = have + len(p); s.Rewriter != nil && st.prefix[0] == 0 {
+		st.msg.b = s.Rewriter.Rewrite(st.msg.b, p)
+	} else {
+		st.msg.b = append(st.msg.b, p...)
+	}
 	return true
 }
 

@@ -45,6 +45,7 @@ type streamState struct {
 
 	msg      *buffer // message received in part, nil if none
 	msgLen   int
+	got      int    // bytes that came of msg
 	encoding string // grpc-encoding of the peer's messages
 
 	q          queue

@@ -79,6 +79,14 @@ type Completion interface {
 	Complete(resp []byte, st Status, sent bool)
 }
 
+// Rewriting is a Completion whose reply may be rewritten as it comes.
+type Rewriting interface {
+	Completion
+	// Rewriter is called before each sending of the request, and begins anew. nil: the reply is to stay as it is. A
+	// Transport need not call it, and a short reply stays as it is anyway.
+	Rewriter() Rewriter
+}
+
 // WatchSink receives what a Watch or KeepAlive stream brings.
 type WatchSink interface {
 	// OnMessage reports one response message; msg is valid only during the call.

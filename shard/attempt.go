@@ -110,6 +110,16 @@ func (s *shardState) attempt(m codec.Method, req []byte, more time.Duration, don
 	c.tr.Call(s.cluster, m, req, min(p.get(c.cfg.Now(), limit)+more, limit), a)
 }
 
+// Rewriter implements codec.Rewriting.
+func (a *attempt) Rewriter() codec.Rewriter {
+	if a.large {
+		if r, ok := a.done.(codec.Rewriting); ok {
+			return r.Rewriter()
+		}
+	}
+	return nil
+}
+
 // Complete implements codec.Completion.
 func (a *attempt) Complete(resp []byte, st codec.Status, sent bool) {
 	s, done, large := a.s, a.done, a.large

@@ -3,6 +3,8 @@ package shard
 import (
 	"bytes"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"spindle/codec"
 )
 
@@ -18,16 +20,15 @@ type List struct {
 	mem   int // capacity of the pages
 	end   []byte
 
-	// What is being appended, in three pieces: the fields of a key up to its value, the value, what is behind it.
-	piece  [3][]byte
-	before []byte // memory of piece[0]
-	behind []byte // memory of piece[2]
-	from   *listPart
+	piece []byte    // what is being appended: of from's page, the header or end
+	from  *listPart // whose key piece is; nil: nobody's
 }
 
-// listPart is the pages of one shard, in the order of their keys.
+// listPart is the pages of one shard, in the order of their keys: fields of the answer, as a pageRewriter makes them.
 type listPart struct {
-	it    partIter
+	key   []byte // the next key, nil at the end
+	field []byte // with all that belongs to it, as it is sent
+	rest  []byte // of page, behind field
 	page  []byte
 	pages [][]byte
 }
@@ -35,7 +36,7 @@ type listPart struct {
 // newList makes the answer of a header, the parts' keys, which take size bytes, and what stands behind them.
 func newList(header []byte, parts []listPart, size int64, end []byte) *List {
 	l := &List{parts: parts, end: end, left: len(header) + int(size) + len(end)}
-	l.piece[0] = header
+	l.piece = header
 	for i := range parts {
 		for _, page := range parts[i].pages {
 			l.mem += cap(page)
@@ -67,28 +68,20 @@ func (l *List) Drop() {
 func (l *List) Next(dst []byte, n int) []byte {
 	l.left -= n
 	for n > 0 {
-		done := true
-		for i, b := range l.piece {
-			if len(b) == 0 {
-				continue
-			}
-			k := min(len(b), n)
-			dst = append(dst, b[:k]...)
-			n -= k
-			if l.piece[i] = b[k:]; k < len(b) {
-				done = false
+		if len(l.piece) == 0 {
+			if dst, n = l.keys(dst, n); n == 0 {
 				break
 			}
 		}
-		if done && n > 0 {
-			dst, n = l.keys(dst, n)
-		}
+		k := min(len(l.piece), n)
+		dst = append(dst, l.piece[:k]...)
+		n -= k
+		l.piece = l.piece[k:]
 	}
 	return dst
 }
 
-// keys appends keys as long as whole ones fit into n bytes, and prepares the pieces of the next one. It returns what is
-// left of n.
+// keys appends keys as long as whole ones fit into n bytes, and makes the next one the piece. It returns what is left of n.
 func (l *List) keys(dst []byte, n int) ([]byte, int) {
 	if l.from != nil {
 		l.advance(l.from) // its key has been sent, from its page
@@ -97,25 +90,20 @@ func (l *List) keys(dst []byte, n int) ([]byte, int) {
 	for {
 		p := l.first()
 		if p == nil {
-			l.piece[0], l.end = l.end, nil
-			if len(l.piece[0]) == 0 {
+			l.piece, l.end = l.end, nil
+			if len(l.piece) == 0 {
 				// The length was counted from these very bytes. A client refuses what is no protobuf.
 				return append(dst, make([]byte, n)...), 0
 			}
 			return dst, n
 		}
-		kv := &p.it.kv.KV
-		if size := sizeKVField(kv); size <= n {
-			dst = appendKVField(dst, 2, kv)
-			n -= size
-			l.advance(p)
-			continue
+		if len(p.field) > n {
+			l.piece, l.from = p.field, p
+			return dst, n
 		}
-		l.before = appendKVBefore(l.before[:0], 2, kv)
-		l.behind = codec.AppendInt(l.behind[:0], 6, kv.Lease)
-		l.piece = [3][]byte{l.before, kv.Value, l.behind}
-		l.from = p
-		return dst, n
+		dst = append(dst, p.field...)
+		n -= len(p.field)
+		l.advance(p)
 	}
 }
 
@@ -123,7 +111,7 @@ func (l *List) keys(dst []byte, n int) ([]byte, int) {
 func (l *List) first() *listPart {
 	var best *listPart
 	for i := range l.parts {
-		if p := &l.parts[i]; p.it.have && (best == nil || bytes.Compare(p.it.kv.Key, best.it.kv.Key) < 0) {
+		if p := &l.parts[i]; p.key != nil && (best == nil || bytes.Compare(p.key, best.key) < 0) {
 			best = p
 		}
 	}
@@ -132,15 +120,28 @@ func (l *List) first() *listPart {
 
 // advance moves to p's next key, and lets go of the page that has none.
 func (l *List) advance(p *listPart) {
-	for !p.it.next() && len(p.pages)+len(p.page) > 0 {
+	for !p.next() && len(p.pages)+len(p.page) > 0 {
 		l.mem -= cap(p.page)
 		codec.Recycle(p.page)
-		p.page = nil
+		p.page, p.rest = nil, nil
 		if len(p.pages) == 0 {
 			return
 		}
 		p.page, p.pages[0] = p.pages[0], nil
-		p.pages = p.pages[1:]
-		p.it = partIter{it: codec.Fields{Msg: p.page}}
+		p.pages, p.rest = p.pages[1:], p.page
 	}
+}
+
+// next moves to the next key of the page, if there is one: a KeyValue as field 2, whose first field is the key.
+func (p *listPart) next() bool {
+	p.key, p.field = nil, nil
+	if len(p.rest) == 0 {
+		return false
+	}
+	size, n := protowire.ConsumeVarint(p.rest[1:])
+	kv := p.rest[1+n : 1+n+int(size)]
+	p.field, p.rest = p.rest[:1+n+int(size)], p.rest[1+n+int(size):]
+	size, n = protowire.ConsumeVarint(kv[1:])
+	p.key = kv[1+n:][:size]
+	return true
 }

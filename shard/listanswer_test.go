@@ -54,8 +54,9 @@ func TestListIsTheMergedAnswer(t *testing.T) {
 		want = codec.AppendInt(want, 4, int64(total)) // whole has no counts
 		for i := range parts {
 			for _, p := range pages[i] {
-				if len(p) > 0 {
-					parts[i].pages = append(parts[i].pages, slices.Clone(p))
+				sum := sumPage(p)
+				if page := clientPage(slices.Clone(p), &sum); len(page) > 0 {
+					parts[i].pages = append(parts[i].pages, page)
 				}
 			}
 		}

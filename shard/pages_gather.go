@@ -33,18 +33,26 @@ func (r *pagedRead) long() bool {
 	return more && r.whole() && !r.spec.keysOnly && !r.spec.countOnly
 }
 
-// gather begins, with the first pages.
+// gather begins, with the first pages. They become client pages later: the members wait for the next requests.
 func (r *pagedRead) gather() {
 	r.gathering = true
+	waiting := false
 	for i := range r.parts {
 		p := &r.parts[i]
-		first := p.page
+		p.first = p.page
 		p.page, p.it = nil, partIter{}
-		if !p.keepGathered(first, p.pageSum) {
-			return
-		}
+		r.gathered += int64(cap(p.first))
+		waiting = waiting || p.full
 	}
-	r.gatherOn()
+	if !r.grownTo(r.gathered) {
+		return
+	}
+	for i := range r.parts {
+		r.parts[i].fetch()
+	}
+	if waiting { // nothing else may be coming
+		r.gatherOn()
+	}
 }
 
 // gatherOn takes the pages that have come, and ends when there are no more.
@@ -52,6 +60,13 @@ func (r *pagedRead) gatherOn() {
 	done := true
 	for i := range r.parts {
 		p := &r.parts[i]
+		if first := p.first; first != nil {
+			p.first = nil
+			r.gathered -= int64(cap(first))
+			if !p.keepGathered(first, p.pageSum) {
+				return
+			}
+		}
 		if p.full {
 			page := p.ahead
 			p.ahead, p.full = nil, false
@@ -92,8 +107,17 @@ func (r *pagedRead) gatherOn() {
 // keepGathered takes one page. false: there is no room for it, and the list has ended.
 func (p *pagePart) keepGathered(page []byte, sum pageSum) bool {
 	r := p.r
+	if !sum.client {
+		raw := page
+		page = clientPage(raw, &sum)
+		codec.Recycle(raw)
+	}
 	p.size += sum.size
 	p.keys += sum.keys // what a member counts has foreign keys, too
+	if len(page) == 0 {
+		codec.Recycle(page) // the List's pages have keys
+		return true
+	}
 	p.pages = append(p.pages, page)
 	r.gathered += int64(cap(page))
 	return r.grownTo(r.gathered)

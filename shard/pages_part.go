@@ -76,6 +76,7 @@ type pagePart struct {
 	waits   bool   // for a look before it is asked for
 	endless bool   // a look found no ends
 
+	first []byte   // the first page, before it is one of pages
 	pages [][]byte // that were gathered
 	size  int64    // of their keys in client form
 	keys  int64
@@ -177,6 +178,18 @@ type pageCall struct {
 	gen      int
 	deadline int64
 	sum      pageSum // of the reply, but inside a batch
+	rewrite  *pageRewriter
+	asItIs   bool // the reply is not to be rewritten: it could not be
+}
+
+// Rewriter implements codec.Rewriting: pages that are gathered become what clients get.
+func (q *pageCall) Rewriter() codec.Rewriter {
+	if !q.p.r.gathering || q.txn() || q.asItIs {
+		q.rewrite = nil
+		return nil
+	}
+	q.rewrite = new(pageRewriter)
+	return q.rewrite
 }
 
 func (q *pageCall) send() {
@@ -260,6 +273,12 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 				q.send()
 			}
 		})
+	case q.rewrite.spoiled():
+		if len(resp) > codec.KeptReply {
+			codec.Recycle(resp)
+		}
+		q.asItIs = true
+		q.send()
 	case q.foreign(resp):
 		q.clean(resp)
 	default:
@@ -295,6 +314,10 @@ func (q *pageCall) txn() bool {
 
 // foreign says that the page holds values that somebody else wrote.
 func (q *pageCall) foreign(resp []byte) bool {
+	if q.rewrite.rewrote() {
+		q.sum = q.rewrite.sum
+		return false
+	}
 	if !q.txn() {
 		q.sum = sumPage(resp)
 		return q.sum.foreign

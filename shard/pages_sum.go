@@ -15,6 +15,7 @@ type pageSum struct {
 	foreign bool  // it holds a value that somebody else wrote
 	keys    int64 // that clients see
 	size    int64 // of these in client form, as fields of the answer
+	client  bool  // the page is just these: it was rewritten
 }
 
 func sumPage(resp []byte) (s pageSum) {

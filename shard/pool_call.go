@@ -79,6 +79,9 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 	}
 	c.link, c.stream, c.begun = l, s, now
 	s.User = c
+	if r, ok := c.done.(codec.Rewriting); ok {
+		s.Rewriter = r.Rewriter()
+	}
 	l.opened(s)
 	l.conn.Send(s, req) // an end that this causes is reported from the codec's Output
 	l.conn.CloseSend(s)
