@@ -293,6 +293,19 @@ func TestKeys(t *testing.T) {
 			t.Errorf("%s, want %s", got, want)
 		}
 	}
+	k.spread = maxNameSpread
+	lengths := map[int]int{}
+	for n := range int64(64 * 100) {
+		lengths[len(k.fresh(nil, "pods", int(n%7), n))]++
+	}
+	for size, n := range lengths {
+		if base := len("/registry/pods/ns-01/new-t-00003-00000021"); size < base || size >= base+maxNameSpread || n < 50 || n > 200 {
+			t.Errorf("%d names of %d bytes", n, size)
+		}
+	}
+	if len(lengths) != maxNameSpread {
+		t.Errorf("%d lengths of names", len(lengths))
+	}
 	for i := range int64(2000) {
 		n := rand.Int64N(1 << 40)
 		if got, want := string(appendPadded(nil, n>>(i%40), 8)), fmt.Sprintf("%08d", n>>(i%40)); got != want {

@@ -14,7 +14,11 @@ const namespaces = 20
 type keys struct {
 	prefix string
 	tag    string
+	spread int // new objects' names are longer by 0 to spread-1 bytes
 }
+
+// filler is what longer names end with.
+const filler = "-0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijklmnopq"
 
 func appendPadded(dst []byte, n int64, width int) []byte {
 	for w := int64(10); width > 1; width-- {
@@ -44,7 +48,12 @@ func (k *keys) fresh(dst []byte, resource string, id int, n int64) []byte {
 	dst = k.in(dst, resource, n, "new-")
 	dst = append(append(dst, k.tag...), '-')
 	dst = appendPadded(dst, int64(id), 5)
-	return appendPadded(append(dst, '-'), n, 8)
+	dst = appendPadded(append(dst, '-'), n, 8)
+	if k.spread > 1 {
+		mix := (uint64(id)<<32 + uint64(n)) * 0x9e3779b97f4a7c15
+		dst = append(dst, filler[:mix>>32%uint64(k.spread)]...)
+	}
+	return dst
 }
 
 // node is the Lease object of the n-th node.

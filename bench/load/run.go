@@ -79,7 +79,7 @@ func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
 	now := time.Now()
 	r := &run{spec: spec, progress: progress, base: now, acks: make(acks, ackSlots)}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
-	r.keys = keys{prefix: spec.Prefix, tag: strconv.FormatInt(now.UnixMilli(), 36)}
+	r.keys = keys{prefix: spec.Prefix, spread: spec.NameSpread, tag: strconv.FormatInt(now.UnixMilli(), 36)}
 	r.podsKey, r.podsEnd = r.keys.pods()
 	for _, s := range spec.Mix {
 		r.weights += s.Weight

@@ -116,6 +116,7 @@ type Spec struct {
 	KeysExist   bool          // they are there, of an earlier load: not looked for again (reads only)
 	PageSize    int           // keys in a page
 	Prefix      string        // of all keys, ends with a slash
+	NameSpread  int           // new objects' names are longer by 0 to NameSpread-1 bytes, evenly; 0: all are of one length
 	Seed        uint64        // of the choices
 
 	// WatchAll adds one watch of everything with prev_kv on a connection of its own, as an apiserver has.
@@ -141,6 +142,7 @@ const (
 	maxConnections = 1 << 14
 	maxValueSize   = 1 << 20
 	maxKeys        = 1 << 26
+	maxNameSpread  = len(filler)
 	maxDuration    = 24 * time.Hour
 )
 
@@ -173,6 +175,7 @@ func (s *Spec) Validate() error {
 	err := errors.Join(
 		between("--clients", s.Clients, 1, maxClients),
 		between("--connections", s.Connections, 1, maxConnections),
+		between("the spread of names", s.NameSpread, 0, maxNameSpread),
 		between("--value-size", s.ValueSize, stampSize, maxValueSize),
 		between("--keys", s.Keys, 1, maxKeys),
 		between("--page", s.PageSize, 1, maxKeys),
