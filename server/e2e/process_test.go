@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"syscall"
@@ -53,13 +52,8 @@ func spindleBinary(t testing.TB) string {
 // More would make the deadlines of leases and shards in these tests tight on two cores.
 const sideBySide = "3"
 
-// maxHeap is how large this process grows before it collects its garbage sooner: members, clients and histories of
-// several tests live in it.
-const maxHeap = 2 << 30
-
 func TestMain(m *testing.M) {
 	flag.Parse()
-	debug.SetMemoryLimit(maxHeap)
 	given := false
 	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
 	if !given {
