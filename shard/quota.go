@@ -133,10 +133,14 @@ func (q *quota) decide() {
 	if q.full {
 		need += r / 4 // not in and out with every look
 	}
-	size, free := q.size()+max(grown-q.free, 0), max(q.free-grown, 0)
-	// Free pages count only where there are many (a value of many pages needs them side by side, and a commit needs
-	// others than those it frees), and half of the reserve stays in any case: etcd refuses by the size of the file. A
+	// Free pages count only where there are many: a value of many pages needs them side by side, and a commit needs
+	// others than those it frees. Half of the reserve stays in any case: etcd refuses by the size of the file. A
 	// file beyond that stays refused until it is defragmented, so a member that was refused is not asked for more.
+	free := q.free
+	if free < 2*need {
+		free = 0
+	}
+	size, free := q.size()+max(grown-free, 0), max(free-grown, 0)
 	q.full = size > q.limit-need && free < 2*need || size > q.limit-r/2
 }
 

@@ -35,7 +35,7 @@ func Suite(each time.Duration) []*Scenario {
 		}
 	}
 	disks := func(spread int) func(*load.Spec) {
-		return func(s *load.Spec) { s.Clients, s.NameSpread, s.Warmup = 1024, spread, 2*s.Warmup }
+		return func(s *load.Spec) { s.Clients, s.NameSpread, s.Warmup = 2048, spread, 2*s.Warmup }
 	}
 	fourDisks := func(o *Outcome) []report.Check {
 		return []report.Check{o.ratio("writes/s of 4 shards on 4 disks, against one etcd on one", four, Direct, perSecond, atLeast(3.8))}
@@ -62,7 +62,7 @@ func Suite(each time.Duration) []*Scenario {
 		}, {
 			// A name's length decides how many keys fit into a page of bbolt. Objects of one size, all of them, may need a sixth
 			// more space with a stamp of 9 bytes, or none (RESULTS.md); those of a cluster have many sizes.
-			Name: "disks", Title: "creates, 1,024 clients, names of 48 to 79 bytes, every member on a disk of its own that is throttled",
+			Name: "disks", Title: "creates, 2,048 clients, names of 48 to 79 bytes, every member on a disk of its own that is throttled",
 			Targets: []string{Direct, one, SpindlePrefix + "2", four}, Disks: true, Load: spec(load.Create, disks(32)), Check: fourDisks,
 		}, {
 			Name: "disks-equal", Title: "the same, all names of 48 bytes: 6 keys in a page of bbolt without a stamp, 5 with it",
