@@ -148,7 +148,7 @@ var options = []option{
 		"Event loops that serve clients. 0: half the cores, at least one.", false,
 		integer(func(c *Config) *int { return &c.Loops })},
 	{groupTuning, "busy-poll", "DURATION", "200us",
-		"How long an event loop with few requests under way looks for its next event before it sleeps. Lone requests take less time, and the proxy more of the CPU's while it is lightly loaded. 0s: never; nor with one CPU, nor with embedded members.", false,
+		"How long an event loop with few requests under way looks for its next event before it sleeps. Lone requests take less time, and the proxy more of the CPU's while it is lightly loaded. 0s: never; nor with one CPU, nor with embedded members. Give 0s in a container that may use less than two CPUs.", false,
 		duration(func(c *Config) *time.Duration { return &c.BusyPoll })},
 
 	{groupRest, "auto-compaction-mode", "MODE", "periodic",

@@ -101,7 +101,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 		case err := <-membersFailed:
 			return err
 		case <-n.Outdated():
-			next, err := startAgain(n, nc, cfg)
+			next, err := startAgain(ctx, n, nc, cfg)
 			if err != nil {
 				return explain(err)
 			}
@@ -117,7 +117,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 
 // startAgain closes n, and starts another Node in its place: with the ports that it had, and the endpoints that were read since. What
 // an operator has accepted was accepted once.
-func startAgain(n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
+func startAgain(ctx context.Context, n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
 	nc.ListenClientURLs = n.ClientURLs()
 	if urls := n.MetricsURLs(); len(urls) > 0 {
 		nc.ListenMetricsURLs = urls
@@ -130,6 +130,9 @@ func startAgain(n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
 		}
 	}
 	n.Close()
+	if ctx.Err() != nil {
+		return n, nil // stopped meanwhile
+	}
 	return node.Start(nc)
 }
 

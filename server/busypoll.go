@@ -36,12 +36,16 @@ type busyPoll struct {
 // there is nothing to wait for, b never polls.
 func (b *busyPoll) open(el gnet.EventLoop, span time.Duration) {
 	fd, ok := pollerOf(el)
-	if !ok || span <= 0 || runtime.GOMAXPROCS(0) < 2 || runtime.NumCPU() < 2 {
+	if !ok || span <= 0 || fewProcessors(runtime.GOMAXPROCS(0), runtime.NumCPU()) {
 		return
 	}
 	b.span = span
 	b.fd[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 }
+
+// fewProcessors says that a loop that polls may take what others need: there is one processor, or a limit of the container that may
+// be less than two (Go takes two for any of those). A container that has used up its time stands still as a whole.
+func fewProcessors(procs, cpus int) bool { return min(procs, cpus) < 2 || procs == 2 && cpus > 2 }
 
 // pollerOf returns the descriptor of el's epoll instance, which gnet keeps to itself. It is only ever asked whether it is
 // readable: that takes no event away from gnet, not even one that is told once (EPOLLET, gnet's own doorbell).

@@ -63,7 +63,7 @@ func NewCreateCache(entries int) *CreateCache {
 func (c *CreateCache) find(hash uint64, key []byte) (set *createSet, i int) {
 	set = &c.sets[hash&c.mask]
 	for i := range set.size {
-		if set.hash[i] != uint16(hash>>48) || int(set.size[i]) != len(key) || c.overtaken(set.at[i]) {
+		if set.size[i] == 0 || set.hash[i] != uint16(hash>>48) || int(set.size[i]) != len(key) || c.overtaken(set.at[i]) {
 			continue
 		}
 		o := set.at[i] % uint64(len(c.keys))

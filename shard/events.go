@@ -36,7 +36,8 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, e := range events {
 		size += len(e) + 2*codec.MaxKVHeader
 	}
-	n := len(pending) + len(events) - 1 // one is the record
+	// One event is the record's. Entries are for revisions: a delete of many keys has one.
+	n := min(len(pending)+len(events)-1, int(rec.Last-rec.First)+2)
 	e := entries{s: s, past: past, foreign: foreign, buf: make([]byte, 0, size+foreign.bytes),
 		entries: make([]watchring.Entry, 0, n), events: make([]watchring.Event, n), all: make([]*watchring.Entry, 0, n)}
 	first := rec.First
@@ -184,7 +185,11 @@ func (e *entries) entry(rev int64) *watchring.Entry {
 	}
 	e.top = max(e.top, rev)
 	n := len(e.entries)
-	e.entries = append(e.entries, watchring.Entry{Rev: rev, Shard: e.s.idx, Events: e.events[n : n : n+1]})
+	var room []watchring.Event
+	if n < len(e.events) { // else somebody's stamps are not the record's
+		room = e.events[n : n : n+1]
+	}
+	e.entries = append(e.entries, watchring.Entry{Rev: rev, Shard: e.s.idx, Events: room})
 	e.cur = &e.entries[n]
 	e.all = append(e.all, e.cur)
 	return e.cur

@@ -311,20 +311,6 @@ func sizeKV(kv *codec.KV) int {
 // sizeKVField is the length of what appendKVField appends, with a num below 16.
 func sizeKVField(kv *codec.KV) int { return 1 + protowire.SizeBytes(sizeKV(kv)) }
 
-// appendKVBefore appends what appendKVField does, up to the bytes of the value: behind them comes the lease.
-func appendKVBefore(dst []byte, num protowire.Number, kv *codec.KV) []byte {
-	dst = protowire.AppendTag(dst, num, protowire.BytesType)
-	dst = protowire.AppendVarint(dst, uint64(sizeKV(kv)))
-	bare := *kv
-	bare.Value, bare.Lease = nil, 0
-	dst = codec.AppendKV(dst, &bare)
-	if len(kv.Value) > 0 {
-		dst = protowire.AppendTag(dst, 5, protowire.BytesType)
-		dst = protowire.AppendVarint(dst, uint64(len(kv.Value)))
-	}
-	return dst
-}
-
 func sizeBytes(b []byte) int {
 	if len(b) == 0 {
 		return 0

@@ -18,7 +18,7 @@ type pageRewriter struct {
 	bad  bool
 	sum  pageSum
 	last []byte // key; memory of sum.end.key
-	part []byte // a field whose end has not come
+	part []byte // a field whose end has not come: for as long as the page is under way, up to its longest key with its value, uncounted
 }
 
 // rewrote says that the reply was rewritten; one that came in one piece was not.

@@ -84,11 +84,13 @@ func TestPageRewriterSpoils(t *testing.T) {
 	page := testPage(rng, 20)
 	foreign := codec.KV{Key: []byte("x"), Value: []byte("somebody else's"), CreateRevision: 1, ModRevision: 1, Version: 1}
 	long := codec.KV{Key: []byte("x"), Value: AppendStamp(nil, maxStampRev, maxStampRev), CreateRevision: 1, ModRevision: 1, Version: 1}
+	large := codec.KV{Key: []byte("x"), Value: AppendStamp(make([]byte, 1<<10), 5, 7), CreateRevision: 1, ModRevision: 1, Version: 1}
+	within := appendKVField(bytes.Clone(page), 2, &large)
 	for name, bad := range map[string][]byte{
 		"foreign":      appendKVField(bytes.Clone(page), 2, &foreign),
 		"longer":       appendKVField(nil, 2, &long),
 		"cut":          page[:len(page)-1],
-		"cut in a key": page[:len(page)/2],
+		"cut in a key": within[:len(within)-100],
 		"group":        append(bytes.Clone(page), 2<<3|3),
 		"number":       append(bytes.Clone(page), 2<<3, 1),
 		"bad key":      append(bytes.Clone(page), 2<<3|2, 2, 1<<3|2, 9),
@@ -173,5 +175,30 @@ func TestGatheredPageIsRewritten(t *testing.T) {
 		if len(p.pages) != 2 || !bytes.Equal(p.pages[1], want) || p.keys != sum.keys || p.size != sum.size {
 			t.Errorf("seed %d, %s: %d pages, %d keys, want %d, of %d bytes, want %d", seed, how, len(p.pages), p.keys, sum.keys, p.size, sum.size)
 		}
+	}
+}
+
+// TestGatheredPageBeginsAnew: a connection dies in the middle of a page, and another one brings it whole: nothing is left of the first.
+func TestGatheredPageBeginsAnew(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 13))
+	page := testPage(rng, 100)
+	sum := sumPage(page)
+	want := clientPage(bytes.Clone(page), &sum)
+	tr := new(rewriteTransport)
+	c := &Core{cfg: CoreConfig{PageKeys: firstPageKeys, ShardTimeout: time.Second, Now: func() int64 { return 1 }}, tr: tr}
+	r := &pagedRead{c: c, op: new(Op), gathering: true, latest: true, fixed: true, parts: make([]pagePart, 2)}
+	for i := range r.parts {
+		r.parts[i] = pagePart{r: r, s: &shardState{c: c}, local: 5, located: true, counted: true, more: true, limit: 1, perKey: 1, total: 1000, pages: [][]byte{nil}}
+	}
+	r.parts[1].inFlight = true // so that the list is not complete
+	p := &r.parts[0]
+	p.fetch()
+	done := tr.calls[0].(codec.Rewriting)
+	done.Rewriter().Rewrite(make([]byte, 0, len(page)), page[:len(page)/2])
+	w := done.Rewriter()
+	resp := w.Rewrite(w.Rewrite(make([]byte, 0, len(page)), page[:500]), page[500:])
+	done.Complete(resp, codec.Status{}, true)
+	if len(p.pages) != 2 || !bytes.Equal(p.pages[1], want) || p.keys != sum.keys || p.size != sum.size {
+		t.Errorf("%d pages, %d keys, want %d, of %d bytes, want %d", len(p.pages), p.keys, sum.keys, p.size, sum.size)
 	}
 }

@@ -337,11 +337,8 @@ func (s *poolSlot) retry(err error) {
 	if err != nil {
 		s.ep.failed(err)
 	}
-	wait := p.cfg.BackoffMax
-	if s.attempts < 16 {
-		wait = min(wait, p.cfg.BackoffMin<<s.attempts)
-		s.attempts++
-	}
+	wait := min(p.cfg.BackoffMax, p.cfg.BackoffMin<<min(s.attempts, 16))
+	s.attempts++ // patience asks for it
 	half := int64(wait) / 2
 	p.timers.set(&s.timer, p.timers.now()+half+rand.Int64N(half+1))
 }

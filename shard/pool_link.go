@@ -213,6 +213,9 @@ func (l *poolLink) opened(s *codec.Stream) {
 
 // renew has the slot dial for a successor. Until that is ready l takes streams as before, so no call notices.
 func (l *poolLink) renew() {
+	if l.slot.old != nil && l.slot.old != l {
+		return // l is a second connection, and the first is undecided yet: the next stream asks again
+	}
 	if l.renewing = true; l.ep.gone {
 		return
 	}

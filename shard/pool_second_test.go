@@ -6,6 +6,9 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+
 	"spindle/codec"
 )
 
@@ -78,14 +81,15 @@ func TestPoolSecondConnection(t *testing.T) {
 
 // An idle stream notices by its first ping, too.
 func TestPoolSecondConnectionOfAnIdleStream(t *testing.T) {
-	m := newFakeMember(t, echo)
+	m := newFakeMember(t, echo, grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Millisecond, PermitWithoutStream: true}))
 	r := newRelay(t, "127.0.0.1:0", m.addr())
 	e := newPoolEnv(t, []string{r.url()}, func(c *PoolConfig) { c.PingInterval, c.PingTimeout = 50*time.Millisecond, time.Hour })
 	e.connected(0)
+	first := e.pool.clusters[0].ready[0]
 	sink, _ := e.watch([]byte("event"))
 	sink.message(t)
 	r.swallow(true)
-	e.until("it is doubted", func() bool { return e.pool.clusters[0].ready[0].doubted() })
+	e.until("it is doubted", first.doubted)
 	r.swallow(false)
 	if st := sink.end(t); st.Code != codec.Unavailable {
 		t.Errorf("%+v", st)
@@ -171,6 +175,19 @@ func TestPoolSecondConnectionPauses(t *testing.T) {
 		if s.attempts = i; s.patience() != want {
 			t.Errorf("attempt %d: %v", i, s.patience())
 		}
+	}
+	p.cfg.BackoffMin, p.cfg.BackoffMax = time.Hour, time.Hour
+	p.timers.init(func() {})
+	short := 0
+	for range 40 {
+		if s.patience() == shortDial {
+			short++
+		}
+		s.retry(nil)
+	}
+	p.timers.stop()
+	if short != 20 {
+		t.Errorf("%d of 40 attempts are short", short)
 	}
 	s.old, s.attempts = &poolLink{}, 1
 	if s.patience() != shortDial {

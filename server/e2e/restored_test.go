@@ -221,7 +221,7 @@ func TestEndpointOfAnOlderCopy(t *testing.T) {
 func TestAcceptedLossSeenByRunningProxy(t *testing.T) {
 	w := newRestoredWorld(t)
 	url := freeURL(t)
-	args := []string{"--listen-client-urls", url, "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "5s"}
+	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "5s"}
 	for _, s := range w.cfg.Shards {
 		args = append(args, "--shard", s.Name+"="+strings.Join(s.URLs, ","))
 	}
@@ -256,8 +256,10 @@ func TestAcceptedLossSeenByRunningProxy(t *testing.T) {
 		}
 		return true
 	})
-	if n := strings.Count(p.log(), "Spindle is ready"); n != 2 {
-		t.Errorf("it has started %d times", n)
-	}
+	starts := func() int { return strings.Count(p.log(), "Spindle is ready") }
+	waitUntil(t, "it says so", callTimeout, func() bool { return starts() > 1 })
 	w.putAll("as ever")
+	if starts() != 2 {
+		t.Errorf("it has started %d times", starts())
+	}
 }
