@@ -5,7 +5,7 @@ import "time"
 // Clients of a busy shard send their next writes when a batch has answered them, and those come back one connection
 // after the other. A batch that was closed for the first of them would carry a few, and the others would wait for a tick
 // and a batch more. A batch costs member and coordinator, and a disk that is synced for it, much that does not depend on what
-// is in it. So behind a batch that has just been answered the next one is closed once most of those who were there then
+// is in it. So behind a batch that has just been answered the next one is closed once half of those who were there then
 // are there again, or a part of the time that the batch took has passed. Who comes later is not kept waiting, and one
 // client alone never is.
 
@@ -26,7 +26,7 @@ type linger struct {
 // lingerBehind is called when a batch of n writes that was sent at a time has been answered. What waits in the queue is there.
 func (s *shardState) lingerBehind(n int, sentAt int64) {
 	now := s.c.cfg.Now()
-	s.linger.writes = (n + len(s.queue)) * 3 / 4
+	s.linger.writes = (n + len(s.queue)) / 2
 	s.linger.until = now + min((now-sentAt)/lingerPart, int64(maxLinger))
 }
 
