@@ -1,6 +1,10 @@
 package shard
 
-import "spindle/codec"
+import (
+	"slices"
+
+	"spindle/codec"
+)
 
 // This file has a running proxy notice that another one has accepted what a member has lost (accept.go). What this one
 // knows of the member may be of the lost time then: where its stream is, what it keeps in the ring, create revisions, answers
@@ -18,6 +22,10 @@ import "spindle/codec"
 //     and has been compacted since, the fence may be gone: a start decides, which costs little.
 //
 // While the mark is there nothing is decided.
+//
+// A look may have passed before the mark was put, of a proxy that lacks only what others know. Its stream shows it the fence then, which
+// must not become history either. What is news there, and to a look, is measured by the compaction record with which the shard was taken into
+// use: a read may have brought a larger one since, and a shard that returns shows its past once more.
 
 // lookStep is how far the look at a running proxy's connection has come.
 type lookStep uint8
@@ -68,7 +76,7 @@ func (k *Check) goesOn() bool {
 		case k.why != "":
 			k.lacks, k.step = k.why, lookAside
 			return true
-		case k.compact > k.s.compactRec:
+		case k.compact > k.s.compactOf:
 			k.step = lookFence
 			return true
 		}
@@ -100,6 +108,28 @@ func (k *Check) sawFence(resp []byte, st codec.Status) bool {
 	if found && ok && kv.ModRevision == k.compactAt && rec.Last == k.compact {
 		k.why = whyAccepted
 	}
+	return true
+}
+
+// endsLoss says that a group is the fence of another proxy that has accepted a loss under this one, which has not noticed. Nothing of
+// it counts, and the shard is refused.
+func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
+	c := s.c
+	if rec.Kind != KindFence || rec.Proxy == c.cfg.Proxy || rec.Last <= s.compactOf || c.state != stateReady {
+		return false
+	}
+	t, ok := c.tr.(checking)
+	if !ok || c.cfg.Sabotage.TrustConnections || !slices.ContainsFunc(events, func(e []byte) bool {
+		kv, _, del := eventKVs(e)
+		rev, ok := ParseCompaction(kv.Value)
+		return string(kv.Key) == KeyCompact && !del && ok && rev == rec.Last
+	}) {
+		return false
+	}
+	s.lossSeen = true
+	s.outdate(whyAccepted)
+	t.Distrust(s.cluster)
+	s.reopen()
 	return true
 }
 

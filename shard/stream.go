@@ -77,6 +77,8 @@ type shardState struct {
 	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none
+	compactOf  int64 // the one with which it was taken into use: a loss that was accepted since has a larger one
+	lossSeen   bool  // its stream has shown that: it is refused until this proxy starts again
 
 	// The stream.
 	handle         codec.WatchHandle
@@ -337,6 +339,9 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		}
 		s.pos, s.furthest = local, max(s.furthest, local)
 		s.c.leases.streamMoved(s)
+		return true
+	}
+	if s.endsLoss(&rec, events) {
 		return true
 	}
 	if at := (point{first: rec.First, last: rec.Last}); !s.roomFor(at) && !(s.jumpTo(rec.First) && s.roomFor(at)) {

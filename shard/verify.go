@@ -140,7 +140,11 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	if k.running && k.goesOn() {
 		return CheckAgain
 	}
-	if k.why == "" && k.refusedOnce() {
+	switch {
+	case k.why != "" || !k.running:
+	case s.lossSeen:
+		k.why = whyAccepted
+	case k.refusedOnce():
 		k.why = whyCompacted
 	}
 	switch {

@@ -298,6 +298,9 @@ func TestAcceptedLossOnRunningProxy(t *testing.T) {
 	if !one.ended || !all.ended || len(one.got)+len(all.got) > 0 {
 		t.Errorf("watches of what was lost ended: %v %v, and got %d and %d revisions", one.ended, all.ended, len(one.got), len(all.got))
 	}
+	if w.stats.Outdated > 0 {
+		t.Error("it started again, and need not")
+	}
 	w.wantWhole(q)
 }
 
