@@ -56,6 +56,7 @@ type shardState struct {
 	marked      int64  // local revision of the mark that says so, until the fence that ends it is seen
 	mark        LossMark
 	banned      string // why it is not the shard that it was
+	refusedAt   int64  // ns; when a look at it has last come to that
 	astray      int64  // ns; when the log was told last that one of its endpoints is not used
 	known       point  // the newest record that anything has shown, for verify.go
 	unnamed     int64  // its last revision when armNaming was called

@@ -292,6 +292,7 @@ func (s *shardState) accept() {
 // has passed; it returns true then.
 func (s *shardState) refuse(why string) bool {
 	c := s.c
+	s.refusedAt = c.cfg.Now()
 	l, ok := c.tr.(liveness)
 	t, others := c.tr.(looking)
 	if ok && l.Connected(s.cluster) || others && t.Looking(s.cluster) {

@@ -178,6 +178,56 @@ func TestAcceptedLossSeenOnStream(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossWaitsForOthers: a proxy sees that the loss of a member which it refuses was accepted, while another cluster does not
+// answer. What it serves it serves until that one is back, and only then it starts again. (It started at once, and served nothing.)
+func TestAcceptedLossWaitsForOthers(t *testing.T) {
+	for _, coordinator := range []bool{false, true} {
+		for _, down := range []bool{false, true} {
+			t.Run(fmt.Sprintf("coordinator: %v, without a connection: %v", coordinator, down), func(t *testing.T) {
+				w := newWholeWorld(t)
+				p, q := w.proxies[0], w.proxies[1]
+				w.loseUnder("what the proxy has seen", p, q)
+				w.pass(time.Second)
+				cut := q.host.Link(w.c.ID)
+				cut.Deaf, cut.Mute = true, true
+				w.Accept = []string{"m1"}
+				p.boot(0)
+				w.wait("the start", func() bool { return p.ready })
+				w.Accept = nil
+				w.pass(2 * time.Second)
+				away := w.net.Members[2]
+				if coordinator {
+					away = w.net.Coord
+				}
+				link := q.host.Link(away.ID)
+				if link.Down = down; down {
+					link.Reset()
+				} else {
+					away.Pause()
+				}
+				w.pass(10 * time.Second)
+				life := q.life
+				cut.heal()
+				w.pass(time.Minute)
+				if q.life != life {
+					t.Fatal("it started again")
+				}
+				if ok, why := q.core.Ready(); !ok && !coordinator {
+					t.Errorf("nothing is served: %s", why)
+				}
+				if link.Down = false; down {
+					link.Reset()
+				} else {
+					away.Resume()
+				}
+				w.wait("the other start", func() bool { return q.life != life })
+				w.awaitReturn(q)
+				w.wantWhole(q)
+			})
+		}
+	}
+}
+
 // TestCompactionIsNoAcceptance: what makes a running proxy go back to a member that lacks what it has seen is the fence of an
 // accepted loss. A compaction record alone does not, be it of somebody who did not notice the loss, nor a fence that is older than what is
 // lost now.
