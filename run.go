@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"spindle/codec/tlsconn"
 	"spindle/server/node"
@@ -101,7 +102,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 		case err := <-membersFailed:
 			return err
 		case <-n.Outdated():
-			next, err := startAgain(n, nc, cfg)
+			next, err := startAgain(ctx, n, nc, cfg)
 			if err != nil {
 				return explain(err)
 			}
@@ -117,7 +118,7 @@ func run(ctx context.Context, cfg *Config, hup <-chan os.Signal, again reloadabl
 
 // startAgain closes n, and starts another Node in its place: with the ports that it had, and the endpoints that were read since. What
 // an operator has accepted was accepted once.
-func startAgain(n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
+func startAgain(ctx context.Context, n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
 	nc.ListenClientURLs = n.ClientURLs()
 	if urls := n.MetricsURLs(); len(urls) > 0 {
 		nc.ListenMetricsURLs = urls
@@ -130,7 +131,38 @@ func startAgain(n *node.Node, nc node.Config, cfg *Config) (*node.Node, error) {
 		}
 	}
 	n.Close()
-	return node.Start(nc)
+	if ctx.Err() != nil {
+		return n, nil // stopped meanwhile
+	}
+	next, err := tryStart(ctx, func() (*node.Node, error) { return node.Start(nc) })
+	if ctx.Err() != nil && next == nil {
+		return n, nil
+	}
+	return next, err
+}
+
+// How often, and how far apart, a Node is started in the place of another one before the process ends: its ports may still be in use for a
+// moment.
+const (
+	startTries = 5
+	startPause = 200 * time.Millisecond
+)
+
+// tryStart calls start until it does not fail, startTries times at most, or until ctx is done. It returns what the last call did.
+func tryStart(ctx context.Context, start func() (*node.Node, error)) (n *node.Node, err error) {
+	for tries := 1; ; tries++ {
+		if n, err = start(); err == nil {
+			return n, nil
+		}
+		if tries == startTries {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(startPause):
+		}
+	}
 }
 
 // announce is the one line that tells a person what to do next.
