@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"spindle/codec/tlsconn"
 	"spindle/server/node"
@@ -133,7 +134,35 @@ func startAgain(ctx context.Context, n *node.Node, nc node.Config, cfg *Config) 
 	if ctx.Err() != nil {
 		return n, nil // stopped meanwhile
 	}
-	return node.Start(nc)
+	next, err := tryStart(ctx, func() (*node.Node, error) { return node.Start(nc) })
+	if ctx.Err() != nil && next == nil {
+		return n, nil
+	}
+	return next, err
+}
+
+// How often, and how far apart, a Node is started in the place of another one before the process ends: its ports may still be in use for a
+// moment.
+const (
+	startTries = 5
+	startPause = 200 * time.Millisecond
+)
+
+// tryStart calls start until it does not fail, startTries times at most, or until ctx is done. It returns what the last call did.
+func tryStart(ctx context.Context, start func() (*node.Node, error)) (n *node.Node, err error) {
+	for tries := 1; ; tries++ {
+		if n, err = start(); err == nil {
+			return n, nil
+		}
+		if tries == startTries {
+			return nil, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(startPause):
+		}
+	}
 }
 
 // announce is the one line that tells a person what to do next.

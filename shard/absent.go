@@ -34,7 +34,7 @@ func (s *shardState) leave(why string) {
 // forget has nothing count that was read of a shard.
 func (s *shardState) forget(why string) {
 	s.absent, s.begun, s.returning = why, false, false
-	s.rec, s.known, s.mapMod, s.compactRec = point{}, point{}, 0, -1
+	s.rec, s.known, s.mapMod, s.compactRec, s.lossSeen = point{}, point{}, 0, -1, false
 	s.lossy, s.accepted, s.marked, s.mark = false, false, 0, LossMark{}
 }
 
@@ -141,6 +141,7 @@ func (s *shardState) returned(k *Check) {
 	s.absent, s.mapMod = "", k.mapMod
 	s.saw(k.at)
 	s.sawCompaction(k.compact)
+	s.compactOf = k.compact
 	if c.ring != nil && k.compact > c.frontier.Get(s.idx) {
 		// Its loss may have been accepted meanwhile: watches that wait for it must not be led past what is missing. Of an ordinary
 		// compaction some end that need not: they list anew.

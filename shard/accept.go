@@ -72,8 +72,20 @@ func appendLossEnd(dst []byte, last int64) []byte {
 }
 
 // lossEnded is told that b, a fence of a loss, was not applied because the mark is gone: another proxy's fence has ended
-// the acceptance, and what clients were told since then is not lost. b's range is still to be closed.
-func (s *shardState) lossEnded(b *batch) {
+// the acceptance, and what clients were told since then is not lost. b's range is still to be closed. compact has the compaction record
+// of that fence, or of a later compaction: the start must not serve without it, and the stream may be far behind.
+func (s *shardState) lossEnded(b *batch, compact [][]byte) {
+	rev, known := int64(0), false
+	if len(compact) > 0 {
+		if kv, found := firstKV(compact[0]); found {
+			rev, known = ParseCompaction(kv.Value)
+		}
+	}
+	if !known {
+		s.c.fail(fmt.Errorf("the compaction record on member cluster %s is missing or not readable by this version, though an accepted loss has ended there", s.name))
+		return
+	}
+	s.sawCompaction(rev)
 	s.marked = 0
 	s.dropBatch(b)
 	s.wantFence = true

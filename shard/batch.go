@@ -280,5 +280,9 @@ func appendBatch(dst []byte, b *batchTxn, writes []*write) []byte {
 		dst = appendLossEnd(dst, b.record.Last)
 	}
 	dst = appendGet(dst, txnFailure, KeyClock, 0)
-	return appendGet(dst, txnFailure, KeyMap, 0)
+	dst = appendGet(dst, txnFailure, KeyMap, 0)
+	if b.loss {
+		dst = appendGet(dst, txnFailure, KeyCompact, 0) // of the fence that was faster
+	}
+	return dst
 }

@@ -140,6 +140,10 @@ func (b *bootstrap) believe(m *Map, ps []*probe) {
 	}
 	for _, s := range c.shards {
 		if p := ps[slices.IndexFunc(ps, func(p *probe) bool { return p.id == s.cluster })]; p.why != "" {
+			if p.adopt { // for now: the operator has nothing to do
+				c.log.Warn("a member cluster is empty, which is accepted: it is left out until it is known up to where it was", "shard", s.name)
+				s.banned = p.why
+			}
 			s.leave(p.why)
 		}
 	}

@@ -184,6 +184,9 @@ func (b *bootstrap) streamMoved(s *shardState) {
 func (b *bootstrap) ready() {
 	c := b.c
 	c.state, c.reason, c.boot = stateReady, "", nil
+	for _, s := range c.shards {
+		s.compactOf = s.compactRec
+	}
 	c.after(0, c.beginReturned)
 	c.armNaming()
 	c.armCompactionLags()

@@ -28,6 +28,7 @@ type Core struct {
 	refusals string
 	boot     *bootstrap
 	outdated string // why this proxy is to be started again
+	leaving  bool   // all clusters have answered since: now
 
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown

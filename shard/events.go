@@ -47,7 +47,7 @@ func (s *shardState) decode(rec *Record, pending []pendingEvent, events [][]byte
 	for _, p := range pending {
 		e.add(first, p.msg, rec)
 	}
-	e.known = rec.Last == s.taught && rec.Proxy == s.c.cfg.Proxy
+	e.known = rec.Last == s.taught && rec.Proxy == s.c.cfg.Proxy && len(pending) == 0 // which have just taught it something else
 	for _, ev := range events {
 		e.add(0, ev, rec)
 	}

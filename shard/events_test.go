@@ -38,21 +38,26 @@ func decodeRig() *shardState {
 // else is.
 func TestDecodeLearnsOnce(t *testing.T) {
 	for _, c := range []struct {
-		name   string
-		rec    Record
-		learns bool
+		name    string
+		rec     Record
+		pending bool
+		learns  bool
 	}{
-		{"answered", Record{First: 10, Last: 11, Proxy: revclock.ID{1}}, false},
-		{"of ours, not answered yet", Record{First: 12, Last: 13, Proxy: revclock.ID{1}}, true},
-		{"of another proxy", Record{First: 10, Last: 11, Proxy: revclock.ID{2}}, true},
+		{"answered", Record{First: 10, Last: 11, Proxy: revclock.ID{1}}, false, false},
+		{"answered, behind what came without a record", Record{First: 10, Last: 11, Proxy: revclock.ID{1}}, true, true},
+		{"of ours, not answered yet", Record{First: 12, Last: 13, Proxy: revclock.ID{1}}, true, true},
+		{"of another proxy", Record{First: 10, Last: 11, Proxy: revclock.ID{2}}, true, true},
 	} {
 		s := decodeRig()
 		s.taught = 11
 		c.rec.Deletes = []RecordDelete{{Rev: c.rec.Last, Key: []byte("b")}}
 		clock := eventBytes(t, &mvccpb.Event{Kv: &mvccpb.KeyValue{Key: []byte(KeyClock), Value: AppendRecord(nil, &c.rec)}})
-		pending := []pendingEvent{{msg: putEvent(t, "p", c.rec.First)}}
+		var pending []pendingEvent
+		if c.pending {
+			pending = append(pending, pendingEvent{msg: putEvent(t, "p", c.rec.First)})
+		}
 		s.decode(&c.rec, pending, [][]byte{putEvent(t, "a", c.rec.First), deleteEvent(t, "b"), clock}, &s.foreign, false)
-		for key, want := range map[string]bool{"a": c.learns, "b": true, "p": true} {
+		for key, want := range map[string]bool{"a": c.learns, "b": true, "p": c.pending} {
 			if _, _, _, ok := s.c.creates.Get([]byte(key)); ok != want {
 				t.Errorf("%s: %s is known: %v", c.name, key, ok)
 			}

@@ -1,12 +1,17 @@
 package shard
 
-import "spindle/codec"
+import (
+	"slices"
+	"time"
+
+	"spindle/codec"
+)
 
 // This file has a running proxy notice that another one has accepted what a member has lost (accept.go). What this one
 // knows of the member may be of the lost time then: where its stream is, what it keeps in the ring, create revisions, answers
 // that are under way. Nothing of that may meet the member's new state, and its watches must not be led past what is missing. A start
-// has all of that right, so the proxy is started again, within its process; its clients connect anew. Until then the
-// member is refused.
+// has all of that right, so the proxy is started again, within its process, once all clusters answer; its clients connect anew. Until
+// then the member is refused.
 //
 // The fence that ends an acceptance is a clock record in whose Txn the compaction record was put; no other is. So every look
 // at a connection (verify.go) reads the compaction record, and if this proxy has not seen that, the clock where it was put:
@@ -18,6 +23,10 @@ import "spindle/codec"
 //     and has been compacted since, the fence may be gone: a start decides, which costs little.
 //
 // While the mark is there nothing is decided.
+//
+// A look may have passed before the mark was put, of a proxy that lacks only what others know. Its stream shows it the fence then, which
+// must not become history either. What is news there, and to a look, is measured by the compaction record with which the shard was taken into
+// use: a read may have brought a larger one since, and a shard that returns shows its past once more.
 
 // lookStep is how far the look at a running proxy's connection has come.
 type lookStep uint8
@@ -33,15 +42,61 @@ const (
 	whyCompacted = "it was refused, and has been compacted since"
 )
 
-// Outdated says why this proxy is to be started again, "" if it need not. It serves what it can until then.
-func (c *Core) Outdated() string { return c.outdated }
+const (
+	// outdateWithin is the time within which the proxies that have noticed the same start again, each at a moment of its own.
+	outdateWithin = time.Second
+	// outdateRetry is the mean pause until all clusters are asked again.
+	outdateRetry = 500 * time.Millisecond
+)
+
+// Outdated says why this proxy is to be started again now, "" if it is not. It serves what it can until then.
+func (c *Core) Outdated() string {
+	if !c.leaving {
+		return ""
+	}
+	return c.outdated
+}
 
 // outdate has the proxy started again.
 func (s *shardState) outdate(why string) {
 	if c := s.c; c.outdated == "" {
 		c.outdated = "member cluster " + s.name + ": " + why
-		c.log.Warn("what this proxy knows of a member cluster counts no more: it starts again", "shard", s.name, "why", why)
+		c.log.Warn("what this proxy knows of a member cluster counts no more: it starts again once every cluster answers", "shard", s.name, "why", why)
+		c.after(time.Duration(c.cfg.Rand.Int64N(int64(outdateWithin))), c.leaveWhenAllAnswer)
 	}
+}
+
+// leaveWhenAllAnswer asks every cluster for something, as a start does, which waits for each of them: begun while one is away it would
+// make nothing served of one shard that is refused. A shard that is refused has answered the look that says so; they go on.
+func (c *Core) leaveWhenAllAnswer() {
+	if c.state != stateReady {
+		return
+	}
+	open, all := 1, true
+	answered := func(ok bool) {
+		all = all && ok
+		if open--; open > 0 {
+			return
+		}
+		if c.leaving = all; !all {
+			c.after(c.jitter(outdateRetry), c.leaveWhenAllAnswer)
+		}
+	}
+	ask := func(id codec.ClusterID) {
+		open++
+		c.tr.Call(id, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+			answered(st.Code == codec.OK)
+		}))
+	}
+	ask(codec.Coordinator)
+	for _, s := range c.shards {
+		if s.banned == "" {
+			ask(s.cluster)
+		} else if c.cfg.Now()-s.refusedAt > int64(c.cfg.ShardTimeout) {
+			all = false
+		}
+	}
+	answered(true)
 }
 
 // readCompaction takes the mark and the compaction record. It returns what the shard is refused for, "" for nothing.
@@ -68,7 +123,7 @@ func (k *Check) goesOn() bool {
 		case k.why != "":
 			k.lacks, k.step = k.why, lookAside
 			return true
-		case k.compact > k.s.compactRec:
+		case k.compact > k.s.compactOf:
 			k.step = lookFence
 			return true
 		}
@@ -100,6 +155,28 @@ func (k *Check) sawFence(resp []byte, st codec.Status) bool {
 	if found && ok && kv.ModRevision == k.compactAt && rec.Last == k.compact {
 		k.why = whyAccepted
 	}
+	return true
+}
+
+// endsLoss says that a group is the fence of another proxy that has accepted a loss under this one, which has not noticed. Nothing of
+// it counts, and the shard is refused.
+func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
+	c := s.c
+	if rec.Kind != KindFence || rec.Proxy == c.cfg.Proxy || rec.Last <= s.compactOf || c.state != stateReady {
+		return false
+	}
+	t, ok := c.tr.(checking)
+	if !ok || c.cfg.Sabotage.TrustConnections || !slices.ContainsFunc(events, func(e []byte) bool {
+		kv, _, del := eventKVs(e)
+		rev, ok := ParseCompaction(kv.Value)
+		return string(kv.Key) == KeyCompact && !del && ok && rev == rec.Last
+	}) {
+		return false
+	}
+	s.lossSeen = true
+	s.outdate(whyAccepted)
+	t.Distrust(s.cluster)
+	s.reopen()
 	return true
 }
 

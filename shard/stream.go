@@ -56,6 +56,7 @@ type shardState struct {
 	marked      int64  // local revision of the mark that says so, until the fence that ends it is seen
 	mark        LossMark
 	banned      string // why it is not the shard that it was
+	refusedAt   int64  // ns; when a look at it has last come to that
 	astray      int64  // ns; when the log was told last that one of its endpoints is not used
 	known       point  // the newest record that anything has shown, for verify.go
 	unnamed     int64  // its last revision when armNaming was called
@@ -77,6 +78,8 @@ type shardState struct {
 	readItems     int // in them
 
 	compactRec int64 // this shard's compaction record, -1 for none
+	compactOf  int64 // the one with which it was taken into use: a loss that was accepted since has a larger one
+	lossSeen   bool  // its stream has shown that: it is refused until this proxy starts again
 
 	// The stream.
 	handle         codec.WatchHandle
@@ -337,6 +340,9 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		}
 		s.pos, s.furthest = local, max(s.furthest, local)
 		s.c.leases.streamMoved(s)
+		return true
+	}
+	if s.endsLoss(&rec, events) {
 		return true
 	}
 	if at := (point{first: rec.First, last: rec.Last}); !s.roomFor(at) && !(s.jumpTo(rec.First) && s.roomFor(at)) {

@@ -140,7 +140,11 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	if k.running && k.goesOn() {
 		return CheckAgain
 	}
-	if k.why == "" && k.refusedOnce() {
+	switch {
+	case k.why != "" || !k.running:
+	case s.lossSeen:
+		k.why = whyAccepted
+	case k.refusedOnce():
 		k.why = whyCompacted
 	}
 	switch {
@@ -153,10 +157,10 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 		s.accept()
 		return CheckPassed
 	}
-	if k.why == whyAccepted || k.why == whyCompacted {
-		s.outdate(k.why)
+	banned := s.refuse(k.why)
+	if (k.why == whyAccepted || k.why == whyCompacted) && (banned || k.lacks == "") {
+		s.outdate(k.why) // but not for a copy that some endpoint leads to, beside the shard
 	}
-	s.refuse(k.why)
 	return CheckRefused
 }
 
@@ -285,9 +289,10 @@ func (s *shardState) accept() {
 }
 
 // refuse says that a connection leads to something else. If no other one is in use or being looked at, nothing is asked of the shard until one
-// has passed.
-func (s *shardState) refuse(why string) {
+// has passed; it returns true then.
+func (s *shardState) refuse(why string) bool {
 	c := s.c
+	s.refusedAt = c.cfg.Now()
 	l, ok := c.tr.(liveness)
 	t, others := c.tr.(looking)
 	if ok && l.Connected(s.cluster) || others && t.Looking(s.cluster) {
@@ -295,7 +300,7 @@ func (s *shardState) refuse(why string) {
 			s.astray = now // its connection is made anew all the time, and the revisions in why change
 			c.log.Error("an endpoint of a member cluster leads to something else, and is not used", "shard", s.name, "why", why)
 		}
-		return
+		return false
 	}
 	s.ban(why)
 	if k := c.connecting; k != nil && s.absent == "" && (s.returning && s.rec.local == 0 || c.boot != nil && !c.boot.started) {
@@ -307,6 +312,7 @@ func (s *shardState) refuse(why string) {
 			k.again()
 		}
 	}
+	return true
 }
 
 // ban fails the shard's requests.

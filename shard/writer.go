@@ -303,7 +303,7 @@ func (s *shardState) again(w *write) {
 func (s *shardState) rejected(b *batch, t txnReply) {
 	c := s.c
 	var clock, pmap codec.KV
-	if len(t.resps) == 2 {
+	if len(t.resps) >= 2 {
 		clock, _ = firstKV(t.resps[0])
 		pmap, _ = firstKV(t.resps[1])
 	}
@@ -314,7 +314,7 @@ func (s *shardState) rejected(b *batch, t txnReply) {
 		return
 	}
 	if b.loss && ok && b.floor <= rec.Last && rec.Last < b.first && !remapped {
-		s.lossEnded(b)
+		s.lossEnded(b, t.resps[2:])
 		return
 	}
 	c.stats.Rejected++

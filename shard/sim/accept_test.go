@@ -163,6 +163,53 @@ func TestAcceptedLossFencedMeanwhile(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossEndedByAnother: of two starts that accept a loss the slower one's fence comes too late, and its streams have not
+// shown the other's. It serves with that one's compaction all the same: no watch is led past what is lost. (It served without, and they
+// were.)
+func TestAcceptedLossEndedByAnother(t *testing.T) {
+	w := newAbsentWorld(t, 2*time.Second)
+	w.c.replace(w.c.Etcd.rewound(w.lastButOne()))
+	p, q := w.proxies[0], w.proxies[1]
+	w.Accept = []string{"m1"}
+	q.boot(0)
+	held := false
+	w.net.Sent = func(h *Host, to codec.ClusterID, m codec.Method, req []byte) {
+		txn := &pb.TxnRequest{}
+		if held || h != q.host || to != codec.Coordinator || m != codec.MethodTxn || proto.Unmarshal(req, txn) != nil || !hasPut(txn) || !w.marked() {
+			return
+		}
+		held = true // its fence has no revisions yet
+		h.Link(codec.Coordinator).Hole = true
+		for _, c := range w.net.Members {
+			h.Link(c.ID).StreamHole = true
+		}
+	}
+	w.wait("the tick", func() bool { return held })
+	p.boot(0)
+	w.wait("the other start", func() bool { return p.ready })
+	q.host.Link(codec.Coordinator).Resume()
+	w.wait("the start", func() bool { return q.ready })
+	if at := q.core.Observe().Compact; at <= w.last {
+		t.Errorf("it serves, compacted at %d; %d is lost", at, w.last)
+	}
+	v := q.newViewer()
+	lost := v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.mine})
+	next := v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last + 1})
+	q.turn()
+	w.pass(200 * time.Millisecond)
+	for _, c := range w.net.Members {
+		q.host.Link(c.ID).Resume()
+	}
+	w.pass(3 * time.Second)
+	w.put(p, w.keys[w.c])
+	w.pass(time.Second)
+	for _, o := range []*view1{lost, next} {
+		if !o.ended || len(o.got) > 0 {
+			t.Errorf("a watch goes on past what is lost: ended %v, promised %d, it was shown %d revisions", o.ended, o.promised, len(o.got))
+		}
+	}
+}
+
 // TestAcceptedLossTakesOneFence: a fence of the loss that is under way is not followed by a second one.
 func TestAcceptedLossTakesOneFence(t *testing.T) {
 	w := newAbsentWorld(t, 2*time.Second)
@@ -250,6 +297,9 @@ func TestAcceptedLossOnRunningProxy(t *testing.T) {
 	w.pass(2 * time.Second)
 	if !one.ended || !all.ended || len(one.got)+len(all.got) > 0 {
 		t.Errorf("watches of what was lost ended: %v %v, and got %d and %d revisions", one.ended, all.ended, len(one.got), len(all.got))
+	}
+	if w.stats.Outdated > 0 {
+		t.Error("it started again, and need not")
 	}
 	w.wantWhole(q)
 }

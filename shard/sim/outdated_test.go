@@ -128,6 +128,106 @@ func TestAcceptedLossStartsOthersAgain(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossSeenOnStream: a proxy lacks only what others know, and was content with the member before its loss was marked. Parted from
+// the coordinator it does not hear of the revisions that are gone. Its stream shows the fence: it starts again, and no watch is led past
+// what is missing. (It took the fence as history.)
+func TestAcceptedLossSeenOnStream(t *testing.T) {
+	for _, early := range []bool{true, false} {
+		t.Run(fmt.Sprintf("it has the member back before that: %v", early), func(t *testing.T) {
+			w := newWholeWorld(t)
+			p, q := w.proxies[0], w.proxies[1]
+			for _, c := range w.net.Members {
+				w.last = w.put(p, w.keys[c])
+			}
+			w.pass(time.Second)
+			cut, coord := q.host.Link(w.c.ID), q.host.Link(codec.Coordinator)
+			cut.Deaf, cut.Mute, coord.Deaf, coord.Mute = true, true, true, true
+			before := w.c.Rev()
+			w.last = w.put(p, w.keys[w.c])
+			w.pass(2 * time.Second)
+			p.crash()
+			w.c.replace(w.c.Etcd.rewound(before))
+			v := q.newViewer()
+			lost := v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last})
+			q.turn()
+			life := q.life
+			if early {
+				cut.heal()
+				w.pass(2 * time.Second)
+			}
+			w.Accept = []string{"m1"}
+			p.boot(0)
+			w.wait("the start", func() bool { return p.ready })
+			w.Accept = nil
+			cut.heal()
+			w.pass(2 * time.Second)
+			coord.heal()
+			w.pass(2 * time.Second)
+			rev := w.put(p, w.keys[w.c])
+			w.wait("the other start", func() bool { return q.life != life })
+			w.awaitReturn(q)
+			w.pass(3 * time.Second)
+			if len(lost.got) > 0 || !lost.ended && !v.dead {
+				t.Errorf("a watch from %d, which is lost: ended: %v, it was shown %d revisions (a put at %d)", w.last, lost.ended || v.dead, len(lost.got), rev)
+			}
+			w.wantWhole(q)
+			if w.stats.Outdated > 1 {
+				t.Errorf("%d starts too many", w.stats.Outdated-1)
+			}
+		})
+	}
+}
+
+// TestAcceptedLossWaitsForOthers: a proxy sees that the loss of a member which it refuses was accepted, while another cluster does not
+// answer. What it serves it serves until that one is back, and only then it starts again. (It started at once, and served nothing.)
+func TestAcceptedLossWaitsForOthers(t *testing.T) {
+	for _, coordinator := range []bool{false, true} {
+		for _, down := range []bool{false, true} {
+			t.Run(fmt.Sprintf("coordinator: %v, without a connection: %v", coordinator, down), func(t *testing.T) {
+				w := newWholeWorld(t)
+				p, q := w.proxies[0], w.proxies[1]
+				w.loseUnder("what the proxy has seen", p, q)
+				w.pass(time.Second)
+				cut := q.host.Link(w.c.ID)
+				cut.Deaf, cut.Mute = true, true
+				w.Accept = []string{"m1"}
+				p.boot(0)
+				w.wait("the start", func() bool { return p.ready })
+				w.Accept = nil
+				w.pass(2 * time.Second)
+				away := w.net.Members[2]
+				if coordinator {
+					away = w.net.Coord
+				}
+				link := q.host.Link(away.ID)
+				if link.Down = down; down {
+					link.Reset()
+				} else {
+					away.Pause()
+				}
+				w.pass(10 * time.Second)
+				life := q.life
+				cut.heal()
+				w.pass(time.Minute)
+				if q.life != life {
+					t.Fatal("it started again")
+				}
+				if ok, why := q.core.Ready(); !ok && !coordinator {
+					t.Errorf("nothing is served: %s", why)
+				}
+				if link.Down = false; down {
+					link.Reset()
+				} else {
+					away.Resume()
+				}
+				w.wait("the other start", func() bool { return q.life != life })
+				w.awaitReturn(q)
+				w.wantWhole(q)
+			})
+		}
+	}
+}
+
 // TestCompactionIsNoAcceptance: what makes a running proxy go back to a member that lacks what it has seen is the fence of an
 // accepted loss. A compaction record alone does not, be it of somebody who did not notice the loss, nor a fence that is older than what is
 // lost now.
