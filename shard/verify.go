@@ -318,7 +318,7 @@ func (s *shardState) refuse(why string) bool {
 // ban fails the shard's requests.
 func (s *shardState) ban(why string) {
 	c := s.c
-	if s.banned == "" {
+	if s.banned == "" && why != whyAccepted && why != whyCompacted { // of those, outdate tells
 		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss="+c.cfg.Names[s.cluster],
 			"shard", s.name, "why", why)
 	}
