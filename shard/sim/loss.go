@@ -283,3 +283,9 @@ func (c *checker) readsLost(o *op) (reads, late bool) {
 	}
 	return read < c.fenceEnd, o.begin > c.r.loss.over
 }
+
+// readLostInTime says that o has read the past that is gone while that was possible (seed 21000247: by a Txn that also wrote).
+func (c *checker) readLostInTime(o *op) bool {
+	reads, late := c.readsLost(o)
+	return reads && !late
+}
