@@ -126,10 +126,8 @@ func (c *checker) autoCompacted() (rev int64) {
 	return rev
 }
 
-// lateRead reports whether o was answered from history that had been compacted, with an answer, before o
-// began.
-func (c *checker) lateRead(o *op) *op {
-	read := int64(math.MaxInt64)
+// oldestRead is the oldest revision that o has read by its number; read stands for what it has read without one.
+func (o *op) oldestRead(read int64) int64 {
 	switch q := o.req.(type) {
 	case *pb.RangeRequest:
 		if q.Revision > 0 {
@@ -140,6 +138,13 @@ func (c *checker) lateRead(o *op) *op {
 			read = oldestRead(q, t, read)
 		}
 	}
+	return read
+}
+
+// lateRead reports whether o was answered from history that had been compacted, with an answer, before o
+// began.
+func (c *checker) lateRead(o *op) *op {
+	read := o.oldestRead(math.MaxInt64)
 	if o.st.Code != codec.OK || read == math.MaxInt64 {
 		return nil
 	}

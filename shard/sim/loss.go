@@ -270,17 +270,7 @@ func (c *checker) overLoss(o *view1) error {
 // readsLost reports whether o, which was told a revision behind the loss, has read the past that is gone. It began before nothing could be
 // read of it any more, or else the second result is true.
 func (c *checker) readsLost(o *op) (reads, late bool) {
-	read := c.fenceEnd
-	switch q := o.req.(type) {
-	case *pb.RangeRequest:
-		if q.Revision > 0 {
-			read = q.Revision
-		}
-	case *pb.TxnRequest:
-		if t, ok := o.resp.(*pb.TxnResponse); ok {
-			read = oldestRead(q, t, read)
-		}
-	}
+	read := o.oldestRead(c.fenceEnd)
 	return read < c.fenceEnd, o.begin > c.r.loss.over
 }
 
