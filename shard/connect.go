@@ -425,16 +425,14 @@ func (k *connecting) refuse(err error) {
 	k.lookLater(refusedPause)
 }
 
-// ours reports whether an epoch is this system's: one that a map names, or one that begins as all do which are
-// made for these shards (newEpoch).
+// ours reports whether an epoch is this system's: one that a map names, or one that was made for it.
 func (k *connecting) ours(epoch revclock.ID) bool {
 	for i := range k.looks {
 		if !k.looks[i].out && k.looks[i].m.Epoch == epoch {
 			return true
 		}
 	}
-	first := &k.c.m.Shards[0].Identity
-	return string(epoch[:8]) == string(first[:8])
+	return k.c.made(epoch)
 }
 
 // signature changes with every step of a rebuild.

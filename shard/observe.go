@@ -14,16 +14,18 @@ type Observation struct {
 	Reason string // why not ready
 	// Connecting is set while the coordinator is not believed: it is read anew, and rebuilt if it has lost its data.
 	Connecting bool
-	Revision   int64 // N: the last revision handed out, as folded here
-	Frontier   int64 // of all shards
-	Compact    int64
-	Memory     int64 // bytes that clients make the process hold, as Memory counts them
-	RingTail   int64
-	RingSize   int64 // bytes
-	Leases     int   // that this proxy knows
-	Core       Stats
-	Clock      revclock.Stats
-	Shards     []ShardObservation
+	// Outdated is why this proxy starts again as soon as that can be done, "" if it does not.
+	Outdated string
+	Revision int64 // N: the last revision handed out, as folded here
+	Frontier int64 // of all shards
+	Compact  int64
+	Memory   int64 // bytes that clients make the process hold, as Memory counts them
+	RingTail int64
+	RingSize int64 // bytes
+	Leases   int   // that this proxy knows
+	Core     Stats
+	Clock    revclock.Stats
+	Shards   []ShardObservation
 }
 
 // ShardObservation is the part of one shard.
@@ -69,7 +71,7 @@ func (c *Core) Observe() Observation {
 	}
 	o.Frontier, o.RingTail, o.RingSize = c.frontier.Get(watchring.All), c.ring.Tail(), c.ring.Bytes()
 	o.Leases = len(c.leases.table.entries)
-	o.Connecting = c.connecting != nil
+	o.Connecting, o.Outdated = c.connecting != nil, c.outdated
 	now := c.cfg.Now()
 	for i, s := range c.shards {
 		a, _ := l.A(i)

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 )
 
 // This file has a running proxy notice that another one has accepted what a member has lost (accept.go). What this one
@@ -68,6 +69,10 @@ func (s *shardState) outdate(why string) {
 
 // leaveWhenAllAnswer asks every cluster for something, as a start does, which waits for each of them: begun while one is away it would
 // make nothing served of one shard that is refused. A shard that is refused has answered the look that says so; they go on.
+//
+// A start knows of a member only what the coordinator says. While that has lost its data it would rebuild it from a member that this proxy
+// refuses for good reason, so what this proxy knows must not end then: it stays until the coordinator has an epoch again, or the member is
+// refused for nothing but what a start is to mend.
 func (c *Core) leaveWhenAllAnswer() {
 	if c.state != stateReady {
 		return
@@ -82,21 +87,35 @@ func (c *Core) leaveWhenAllAnswer() {
 			c.after(c.jitter(outdateRetry), c.leaveWhenAllAnswer)
 		}
 	}
-	ask := func(id codec.ClusterID) {
-		open++
-		c.tr.Call(id, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
-			answered(st.Code == codec.OK)
-		}))
-	}
-	ask(codec.Coordinator)
+	open++
+	c.tr.Call(codec.Coordinator, codec.MethodTxn, revclock.AppendFoundTxn(nil), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		f, ok := revclock.ParseFound(resp)
+		answered(st.Code == codec.OK && ok && (c.believedOnce(&f) || !c.lacking()))
+	}))
 	for _, s := range c.shards {
 		if s.banned == "" {
-			ask(s.cluster)
+			open++
+			c.tr.Call(s.cluster, codec.MethodRange, codec.AppendString(nil, rangeKey, KeyClock), c.cfg.ShardTimeout, completion(func(_ []byte, st codec.Status, _ bool) {
+				answered(st.Code == codec.OK)
+			}))
 		} else if c.cfg.Now()-s.refusedAt > int64(c.cfg.ShardTimeout) {
 			all = false
 		}
 	}
 	answered(true)
+}
+
+// believedOnce says that the coordinator has an epoch of this system which somebody has believed.
+func (c *Core) believedOnce(f *revclock.Found) bool {
+	epoch, err := revclock.ParseEpoch(f.Epoch)
+	return err == nil && f.Believed && c.made(epoch)
+}
+
+// lacking says that a shard is refused because it lacks something which nobody has accepted.
+func (c *Core) lacking() bool {
+	return slices.ContainsFunc(c.shards, func(s *shardState) bool {
+		return s.banned != "" && s.banned != whyAccepted && s.banned != whyCompacted
+	})
 }
 
 // readCompaction takes the mark and the compaction record. It returns what the shard is refused for, "" for nothing.

@@ -42,6 +42,11 @@ func (c *Core) newEpoch() (id revclock.ID) {
 	return id
 }
 
+// made says that an epoch was made for these shards.
+func (c *Core) made(epoch revclock.ID) bool {
+	return string(epoch[:8]) == string(c.m.Shards[0].Identity[:8])
+}
+
 // replace puts a new epoch and its snapshot into the coordinator, if that still holds what was found.
 func (k *connecting) replace() {
 	c := k.c

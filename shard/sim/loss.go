@@ -75,13 +75,10 @@ func (r *Run) lose() {
 // knows when all proxies stop: documented.
 func (r *Run) coordinatorKnows() bool {
 	w := r.net
-	e := w.Coord.at([]byte("e"), w.Coord.Rev())
-	if w.Coord.paused || e == nil || e.Delete || r.stats.Wipes > 0 && w.now-r.wiped < int64(5*time.Second) {
+	if w.Coord.paused || !r.believed() || r.stats.Wipes > 0 && w.now-r.wiped < int64(5*time.Second) {
 		return false
 	}
-	if t := w.Coord.at([]byte("t"), w.Coord.Rev()); t == nil || t.Main < e.Main {
-		return false // no tick proves that the epoch was believed
-	}
+	e := w.Coord.at([]byte("e"), w.Coord.Rev())
 	for _, c := range w.Members {
 		m := c.at([]byte(shard.KeyMap), c.Rev())
 		if m == nil || !bytes.Contains(m.KV.Value, e.KV.Value[1:]) {
@@ -94,6 +91,13 @@ func (r *Run) coordinatorKnows() bool {
 		}
 	}
 	return true
+}
+
+// believed reports whether the coordinator has an epoch, and a tick that proves that it was believed.
+func (r *Run) believed() bool {
+	c := r.net.Coord
+	e, t := c.at([]byte("e"), c.Rev()), c.at([]byte("t"), c.Rev())
+	return e != nil && !e.Delete && t != nil && t.Main > e.Main
 }
 
 // operate is the operator: whoever is to accept the loss is started again until it is accepted.

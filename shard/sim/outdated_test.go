@@ -264,3 +264,44 @@ func TestCompactionIsNoAcceptance(t *testing.T) {
 		})
 	}
 }
+
+// TestLastWhoKnowsStays: a proxy is to start again because a member that it refused is whole and was compacted meanwhile. Before it does, the
+// coordinator loses its data and the member is put back to an older state: a start would rebuild the one from the other, and revisions would go
+// back (seed 21000462 of TestAcceptedLosses). So it stays, and starts again when the member is what it was.
+func TestLastWhoKnowsStays(t *testing.T) {
+	w := newWholeWorld(t)
+	p, q := w.proxies[0], w.proxies[1]
+	for range 2 {
+		w.last = w.put(p, w.keys[w.c])
+	}
+	w.pass(time.Second)
+	newest, older := w.c.Etcd, w.lastButOne()
+	w.c.replace(newest.rewound(older))
+	w.pass(time.Second)
+	w.wantAlone(q, "restored from an older backup")
+	cut := q.host.Link(w.c.ID)
+	cut.Deaf, cut.Mute = true, true
+	w.c.replace(newest)
+	w.wait("p to take it in", func() bool { _, why := p.core.Ready(); return why == "" })
+	w.last = w.put(p, w.keys[w.c])
+	if _, st := w.ask(p, shard.OpCompact, &pb.CompactionRequest{Revision: w.last}); st.Code != codec.OK {
+		t.Fatal(st)
+	}
+	p.crash()
+	cut.heal()
+	w.wait("the reason to start", func() bool { return q.core.Observe().Outdated != "" })
+	life := q.life
+	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	w.c.replace(newest.rewound(older))
+	w.pass(time.Minute)
+	if q.life != life {
+		t.Error("it has started again")
+	}
+	w.c.replace(newest)
+	w.wait("the start", func() bool { return q.life != life })
+	w.awaitReturn(q)
+	w.wantWhole(q)
+	if rev := w.put(q, w.keys[w.c]); rev < 1<<20 {
+		t.Errorf("a put at %d behind a rebuild", rev)
+	}
+}

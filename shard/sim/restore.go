@@ -3,6 +3,7 @@ package sim
 import (
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"spindle/codec"
@@ -95,7 +96,7 @@ var statusUntrusted = codec.Status{Code: codec.Unavailable, Msg: "simulated: the
 // restore puts an older state in the place of the newest one, for d.
 func (r *Run) restore(c *Cluster, d time.Duration) {
 	rev := r.olderRevision(c)
-	if rev == 0 || c.newest != nil {
+	if rev == 0 || c.newest != nil || r.starting() && !r.believed() {
 		return
 	}
 	r.stats.Restores++
@@ -103,6 +104,12 @@ func (r *Run) restore(c *Cluster, d time.Duration) {
 	c.newest = c.Etcd
 	c.replace(c.Etcd.rewound(rev))
 	r.net.After(d, func() { r.unrestore(c) })
+}
+
+// starting reports whether a proxy starts, or is about to start again by itself. It forgets all that it knows: if the coordinator is lost
+// and a member in an older state then, it rebuilds the one from the other, and nobody tells it: documented.
+func (r *Run) starting() bool {
+	return slices.ContainsFunc(r.proxies, func(p *proxy) bool { return !p.ready || p.core.Observe().Outdated != "" })
 }
 
 // unrestore puts the newest state back.
