@@ -127,8 +127,11 @@ func (k *connecting) successor(f *revclock.Found) (snap *revclock.Snapshot, fres
 		}
 		return snap, true, nil
 	}
-	base += revclock.Margin
-	snap.N = base + int64(len(k.looks))
+	// Of two rebuilds that nobody has believed, since the coordinator was lost again in the middle of each, one may have fenced one shard and
+	// the other another. What they knew may differ by a few revisions: so each shard has a remainder of its own.
+	n := int64(len(k.looks))
+	base = (base + revclock.Margin + n - 1) / n * n
+	snap.N = base + n
 	for i := range k.looks {
 		snap.Shards[i] = revclock.SnapshotShard{A: base + 1 + int64(i), Holder: c.cfg.Proxy, C: k.looks[i].rec.Last}
 	}
