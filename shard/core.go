@@ -246,6 +246,7 @@ func (c *Core) stop(st codec.Status) {
 // Submit takes a request. op.Done is called when it is answered, possibly within Submit.
 func (c *Core) Submit(op *Op) {
 	op.canceled, op.admitted, op.Status, op.Resp = false, false, codec.Status{}, op.Resp[:0]
+	op.core.since = 0
 	if c.state != stateReady {
 		_, why := c.Ready()
 		c.finish(op, codec.Status{Code: codec.Unavailable, Msg: "etcdserver: not ready: " + why})

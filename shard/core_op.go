@@ -4,7 +4,9 @@ package shard
 type coreOp struct {
 	plan Plan
 	w    write
-	gate int // of listGate, plus 1, while the list is under way
+	// since is when a request arrived that may write, in the Core's nanoseconds, 0 for others: whatever roads it takes, it waits from then on.
+	since int64
+	gate  int // of listGate, plus 1, while the list is under way
 	// gateUntil is until when it may wait there, in the Core's nanoseconds.
 	gateUntil int64
 }
@@ -13,5 +15,5 @@ type coreOp struct {
 func (o *coreOp) reset() {
 	o.plan.Reset()
 	o.w = write{}
-	o.gate = 0
+	o.gate, o.since = 0, 0
 }

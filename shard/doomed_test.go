@@ -119,6 +119,56 @@ func TestDoomedTxnIsRead(t *testing.T) {
 	}
 }
 
+// A Txn that is thought to be doomed keeps the deadline of its arrival on each of its roads: the queue, a gate of lists, the read, and the
+// queue again. (It had the whole shard timeout on each.)
+func TestDoomedKeepsItsDeadline(t *testing.T) {
+	r := newRoads(t)
+	s := r.c.shards[0]
+	r.show(2, 4, map[int64]string{2: "a", 3: "b", 4: "c"})
+	list := swapIf("a", 2)
+	list.Failure = append(list.Failure, &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")}}})
+	for _, q := range []*pb.TxnRequest{swapIf("a", 2), list} {
+		s.queue, s.reads = nil, nil
+		r.now++
+		until := r.now + int64(r.c.cfg.ShardTimeout)
+		op := &Op{Kind: OpTxn, Msg: mustMarshal(t, q), Done: func(op *Op) { t.Errorf("it ends: %v", op.Status) }}
+		r.c.Submit(op)
+		if len(s.queue) != 1 {
+			t.Fatal("it does not wait for a batch")
+		}
+		r.now += int64(r.c.cfg.ShardTimeout) / 3
+		r.c.creates.Learn([]byte("a"), 2, 2, 8)
+		s.divertDoomed()
+		if len(s.reads) == 0 {
+			if op.core.gateUntil != until {
+				t.Errorf("at the gate until %d, not %d", op.core.gateUntil, until)
+			}
+			r.now += int64(r.c.cfg.ShardTimeout) / 3
+			r.c.startLists()
+		}
+		if len(s.queue) != 0 || len(s.reads) != 1 || s.reads[0].deadline != until {
+			t.Fatalf("%d in the queue, read: %+v, not until %d", len(s.queue), s.reads, until)
+		}
+		s.reads = nil
+		r.c.writeAfterAll(op)
+		if len(s.queue) != 1 || s.queue[0].since+int64(r.c.cfg.ShardTimeout) != until {
+			t.Fatalf("in the queue: %+v, not until %d", s.queue, until)
+		}
+		// A request that comes with the same Op has a time of its own.
+		s.queue = nil
+		r.c.Submit(op)
+		if len(s.reads) != 1 || s.reads[0].deadline != r.c.deadline() {
+			r.c.startLists()
+			if len(s.reads) != 1 || s.reads[0].deadline != r.c.deadline() {
+				t.Fatalf("again: %+v", s.reads)
+			}
+		}
+		r.c.leaveList(op)
+		r.c.creates = NewCreateCache(1 << 10)
+		r.c.creates.Learn([]byte("a"), 2, 2, 2)
+	}
+}
+
 // What looks for doomed Txns is on the road of every write.
 func TestDoomedAllocatesNothing(t *testing.T) {
 	r := newRoads(t)

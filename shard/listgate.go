@@ -107,7 +107,7 @@ func (c *Core) enterList(op *Op) bool {
 		c.finish(op, codec.ErrTooManyRequests)
 		return false
 	}
-	op.core.gateUntil = c.deadline()
+	op.core.gateUntil = c.deadlineOf(op)
 	g.add(line, op)
 	c.gatesOpen = c.gatesOpen || g.out < g.width()
 	c.armGates(op.core.gateUntil)

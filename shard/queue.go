@@ -30,11 +30,14 @@ func (c *Core) submitWrite(op *Op) {
 		c.finish(op, codec.ErrNoSpace)
 		return
 	}
+	if op.core.since == 0 { // else it comes from the road of reads (doomed.go)
+		op.core.since = c.cfg.Now()
+	}
 	if c.submitDoomed(op) {
 		return
 	}
 	w := &op.core.w
-	*w = write{op: op, plan: p, since: c.cfg.Now()}
+	*w = write{op: op, plan: p, since: op.core.since}
 	if p.HasLease() {
 		c.resolveLeases(c.shards[shard], w)
 		return

@@ -100,10 +100,18 @@ func (c *Core) submitReadTxn(op *Op) {
 		c.finish(op, errCrossShard)
 		return
 	}
-	c.shards[shard].read(readItem{op: op, deadline: c.deadline()})
+	c.shards[shard].read(readItem{op: op, deadline: c.deadlineOf(op)})
 }
 
 func (c *Core) deadline() int64 { return c.cfg.Now() + int64(c.cfg.ShardTimeout) }
+
+// deadlineOf is the deadline of a read for op: if op may write, and waits since before, counted from then.
+func (c *Core) deadlineOf(op *Op) int64 {
+	if op.core.since != 0 {
+		return op.core.since + int64(c.cfg.ShardTimeout)
+	}
+	return c.deadline()
+}
 
 // emptyRange answers a range that holds no key that a client can see, at now.
 func (c *Core) emptyRange(op *Op) {
