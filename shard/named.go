@@ -1,6 +1,10 @@
 package shard
 
-import "time"
+import (
+	"time"
+
+	"spindle/codec"
+)
 
 // This file has the coordinator know how far the shards are when nothing is written any more: a tick names the clock
 // that its writer saw committed (C_i), but no tick follows a shard's last batch. So that a proxy which starts later
@@ -53,11 +57,15 @@ func (c *Core) nameClock(s *shardState) bool {
 	return true
 }
 
-// farewellWait bounds what a proxy does for the coordinator before it stops.
-const farewellWait = 500 * time.Millisecond
+const (
+	// farewellWait bounds what a proxy does for the coordinator before it stops.
+	farewellWait = 500 * time.Millisecond
+	// farewellDown is for how long the coordinator has had no connection when it is not waited for: it may just be starting again.
+	farewellDown = farewellWait / 5
+)
 
 // Farewell has the coordinator know how far the shards are, so that a later start can tell whether they have lost anything, and calls
-// done when it does, or after farewellWait. The owner closes the Core then, not from within done.
+// done when it does, when the coordinator is not there, or after farewellWait. The owner closes the Core then, not from within done.
 func (c *Core) Farewell(done func()) {
 	until := c.cfg.Now() + int64(farewellWait)
 	var look func()
@@ -66,11 +74,19 @@ func (c *Core) Farewell(done func()) {
 		for _, s := range c.shards {
 			open = c.nameClock(s) || open
 		}
-		if !open || c.cfg.Now() >= until {
+		if !open || c.cfg.Now() >= until || c.coordinatorDown() > farewellDown {
 			done()
 			return
 		}
 		c.after(retryDelay/2, look)
 	}
 	look()
+}
+
+// coordinatorDown tells for how long the coordinator has had no connection, 0 while it has one, or where that cannot be told.
+func (c *Core) coordinatorDown() (since time.Duration) {
+	if d, ok := c.tr.(downtime); ok {
+		_, since = d.Down(codec.Coordinator)
+	}
+	return since
 }

@@ -52,6 +52,8 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_batched_reads_total`, o.Core.BatchedReads)
 	counter(`spindle_reads_repeated_total`, o.Core.Rereads)
 	counter(`spindle_gets_from_ring_total`, o.Core.RecentReads)
+	counter(`spindle_txns_doomed_total`, o.Core.Doomed)
+	counter(`spindle_txns_doomed_wrong_total`, o.Core.DoomedWrong)
 	counter(`spindle_large_lists_waited_total`, o.Core.LargeWaited)
 	counter(`spindle_large_lists_refused_total`, o.Core.LargeRefused)
 	gauge(`spindle_client_memory_bytes`, o.Memory)
@@ -62,6 +64,7 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_lease_attaches_total`, o.Core.LeaseAttaches)
 	counter(`spindle_lease_copies_revoked_total`, o.Core.LeaseCopiesRevoked)
 	counter(`spindle_lease_reconciliations_total`, o.Core.LeaseReconciliations)
+	counter(`spindle_lease_reconciliations_complete_total`, o.Core.LeasesReconciled)
 	counter(`spindle_lease_orphans_total`, o.Core.LeaseOrphans)
 
 	counter(`spindle_ticks_total`, o.Clock.Ticks)

@@ -461,6 +461,27 @@ func TestFarewellNamesClocks(t *testing.T) {
 	w.wantAlone(w.start(), "restored from an older backup")
 }
 
+// A proxy that stops does not wait for a coordinator that is down.
+func TestFarewellWithoutCoordinator(t *testing.T) {
+	for _, x := range []struct{ downFor, atLeast, atMost time.Duration }{{0, 100 * time.Millisecond, 200 * time.Millisecond}, {time.Second, 0, 0}} {
+		w := newWholeWorld(t)
+		p := w.proxies[0]
+		w.proxies[1].crash()
+		w.last = w.put(p, w.keys[w.c])
+		link := p.host.Link(codec.Coordinator)
+		link.Reset()
+		link.Down = true
+		w.pass(x.downFor)
+		over, begun := false, w.net.now
+		p.core.Farewell(func() { over = true })
+		p.turn()
+		w.wait("the farewell", func() bool { return over })
+		if d := time.Duration(w.net.now - begun); d < x.atLeast || d > x.atMost {
+			t.Errorf("down for %v: it took %v", x.downFor, d)
+		}
+	}
+}
+
 // A proxy that refuses a member tells the others what it knows of it: they refuse it, too, although all that they have seen is there.
 func TestRefusalIsTold(t *testing.T) {
 	w := newWholeWorld(t)
