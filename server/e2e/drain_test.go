@@ -26,6 +26,7 @@ func proxyArgs(m *embedded.Members, url, metrics string) []string {
 // TestStopUnderLoad stops proxies by SIGTERM, one after the other, while clients that know two of them write, read and
 // watch: no call fails, no event is lost.
 func TestStopUnderLoad(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	m := startMembers(t, 2)
 	urls := []string{freeURL(t), freeURL(t)}

@@ -24,7 +24,6 @@ import (
 const (
 	historyWrites  = 20000
 	historyWriters = 50
-	smallRing      = 1024
 )
 
 func ringSmall(c *node.Config) { c.RingSize = smallRing }
@@ -152,6 +151,7 @@ func watchClientv3(t *testing.T, c *clientv3.Client, start, last int64) []*mvccp
 }
 
 func TestWatchFromAnyRevision(t *testing.T) {
+	t.Parallel()
 	s := seed(t)
 	members := startMembers(t, 3)
 	cfg := nodeConfig(t, members)
@@ -340,7 +340,7 @@ func historyReads(t *testing.T, n *node.Node) int {
 
 // A client that does not read while five times the ring passes, then reads on.
 func TestSlowWatcherLosesNothing(t *testing.T) {
-	const events, size = 5000, 2000
+	const events, size = 5 * smallRing, 10 << 20 / (5 * smallRing) // more than sockets hold
 	n := startSpindle(t, 3, 1, ringSmall)[0]
 	before := historyReads(t, n)
 	w := openSlow(t, n.ClientURLs()[0], 1)

@@ -26,6 +26,7 @@ func relayTo(t testing.TB, url string) *embeddedtest.Relay {
 // gives the deletes their revision: the coordinator is out of reach meanwhile. The one that is left makes the record, or, if
 // there is none, the next one that starts.
 func TestLeaseEndWithoutRecord(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	if testing.Short() {
 		t.Skip("starts processes")

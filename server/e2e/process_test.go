@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -47,17 +49,39 @@ func spindleBinary(t testing.TB) string {
 	return binary.path
 }
 
+// builtWithoutRace skips a test whose proxies are processes when the tests have the race detector: the processes have not, so it would find nothing
+// more in them.
+func builtWithoutRace(t *testing.T) {
+	t.Helper()
+	if raceEnabled {
+		t.Skip("its proxies are processes, which are built without the race detector")
+	}
+}
+
 // sideBySide is how many tests run at once that say t.Parallel: those that mostly wait, or compare answers however long
 // they take. They come after the others, which measure time, memory or CPU and have the machine to themselves.
 // More would make the deadlines of leases and shards in these tests tight on two cores.
-const sideBySide = "3"
+// Under the race detector, which multiplies the memory of the embedded etcds, too, it is one less, and Go's heap has a soft limit: the whole took
+// 5.2 GB once.
+const (
+	sideBySide     = 3
+	sideBySideRace = 2
+	heapRace       = 1 << 30 // bytes; what the race detector itself keeps comes on top
+)
 
 func TestMain(m *testing.M) {
 	flag.Parse()
 	given := false
 	flag.Visit(func(f *flag.Flag) { given = given || f.Name == "test.parallel" })
+	n := sideBySide
+	if raceEnabled {
+		n = sideBySideRace
+		if os.Getenv("GOMEMLIMIT") == "" {
+			debug.SetMemoryLimit(heapRace)
+		}
+	}
 	if !given {
-		if err := flag.Set("test.parallel", sideBySide); err != nil {
+		if err := flag.Set("test.parallel", strconv.Itoa(n)); err != nil {
 			panic(err)
 		}
 	}
@@ -166,6 +190,7 @@ func run(t testing.TB, dir string, args ...string) (int, string) {
 
 // Started in an empty directory, stopped by Ctrl-C, started again: everything is still there.
 func TestRunKeepsDataAndRevisions(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	dir, url := t.TempDir(), freeURL(t)
 	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t)}
@@ -257,6 +282,7 @@ func expectError(t *testing.T, code int, out string, want ...string) {
 }
 
 func TestRunErrors(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	dir := t.TempDir()
 	code, out := run(t, dir, "--lisen-client-urls", "http://127.0.0.1:0")
@@ -287,6 +313,7 @@ func TestRunErrors(t *testing.T) {
 
 // Members that do not answer are named and tried again; until then nobody is served.
 func TestRunWaitsForMembers(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	members := startMembers(t, 2)
 	late, url, metrics := freeURL(t), freeURL(t), freeURL(t)

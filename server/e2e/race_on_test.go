@@ -3,3 +3,6 @@
 package e2e
 
 const raceEnabled = true
+
+// smallRing is the ring of tests that overrun it, in revisions; these write a multiple of it.
+const smallRing = 512

@@ -14,6 +14,7 @@ import (
 // SIGHUP makes a process read its configuration file again: the endpoints of members move under load without an error,
 // whatever else has changed is named, and a file that is no good changes nothing.
 func TestReloadEndpoints(t *testing.T) {
+	builtWithoutRace(t)
 	t.Parallel()
 	members := startMembers(t, 1)
 	three := embeddedtest.Start(t, 3, nil)

@@ -85,6 +85,7 @@ func soakDuration(t *testing.T) time.Duration {
 // compared with the history: as one watch from the beginning saw it, as the writers' answers say it, and
 // as the members themselves tell it.
 func TestSoak(t *testing.T) {
+	builtWithoutRace(t)
 	duration := soakDuration(t)
 	sd := seed(t)
 	members := startMembers(t, soakShards)
