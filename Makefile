@@ -3,8 +3,9 @@
 GO ?= go
 BIN := .tmp/bin
 
-# Packages whose tests are worth their time under the race detector. server/e2e scales itself down there.
-RACE := ./bench/... ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
+# Packages whose tests are worth their time under the race detector. server/e2e scales itself down there. It takes the longest, so it is named first: go test
+# begins with it, and runs the others beside it.
+RACE := ./server/e2e ./bench/... ./codec/... ./revclock/... ./server/... ./shard/... ./watchring/...
 
 # How long each fuzz target runs, and how many seeds `make sim` takes.
 FUZZTIME ?= 30s
@@ -42,7 +43,7 @@ build: ## Build ./spindle
 
 .PHONY: test
 test: lint ## Everything: lint, all tests, the race detector, the real etcdctl
-	$(GO) test -timeout 25m ./...
+	$(GO) test -timeout 25m ./server/e2e ./...
 	.ci/etcdctl.sh
 	$(GO) test -race -short -timeout 25m $(RACE)
 

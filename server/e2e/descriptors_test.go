@@ -46,6 +46,7 @@ func filesOf(t testing.TB, pid int) uint64 {
 // one to turn somebody away with, clients wait, and so do lost connections to members. It says what to do, costs no
 // CPU meanwhile, and recovers by itself. (gnet's own accept would have ended the process.)
 func TestOutOfDescriptors(t *testing.T) {
+	t.Parallel()
 	builtWithoutRace(t)
 	const tells = "no file descriptors are left"
 	members := startMembers(t, 2)
