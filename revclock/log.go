@@ -33,6 +33,7 @@ type logShard struct {
 	c      int64   // the largest C_i of a tick
 	clock  int64   // clock_i, as this proxy's stream has seen it
 	open   []Range // ascending
+	other  int64   // when a range was last given to another proxy, 0 for never
 }
 
 // maxOpen bounds the open ranges kept of one shard (one whose stream is down while others write to it).
@@ -72,6 +73,9 @@ func (l *Log) Load(snapshot []byte, now int64) error {
 		sh, from := &l.shards[i], &s.Shards[i]
 		seen := l.Frontier(i)
 		sh.a, sh.holder, sh.c = from.A, from.Holder, from.C
+		if sh.holder != l.self {
+			sh.other = now
+		}
 		clear(sh.open)
 		sh.open = sh.open[:0]
 		if sh.a > seen {
@@ -132,6 +136,9 @@ func (l *Log) Fold(tick []byte, rev, now int64, waiting uint64) (folded bool, er
 		l.n = r.Last
 		l.ranges = append(l.ranges, r)
 		sh.a, sh.holder, sh.c = r.Last, t.Proxy, max(sh.c, it.Committed)
+		if t.Proxy != l.self {
+			sh.other = now
+		}
 		if r.Last <= sh.clock {
 			continue // its record was faster than its tick
 		}
@@ -220,6 +227,10 @@ func (l *Log) A(shard int) (a int64, holder ID) { return l.shards[shard].a, l.sh
 // C returns the largest clock of a shard that any proxy has named as committed: a shard whose clock is
 // below has lost data.
 func (l *Log) C(shard int) int64 { return l.shards[shard].c }
+
+// LastOther returns when this proxy last learned of a range of a shard that another proxy was given, in the nanoseconds of
+// Config.Now; 0 for never.
+func (l *Log) LastOther(shard int) int64 { return l.shards[shard].other }
 
 // Clock returns the last clock of a shard that this proxy was told.
 func (l *Log) Clock(shard int) int64 { return l.shards[shard].clock }

@@ -102,12 +102,18 @@ const batchOverhead = 512
 // former forms batches from a queue. Its sets are reused.
 type former struct {
 	written            claims // may-write of what is in the batch
+	away               claims // and of what is in the one before it, if that is under way
 	blockedW, blockedR claims // of what waits and must not be overtaken
 }
 
-// form takes from queue what may travel together, in order, and returns it with what must wait on.
-// It takes at least one request of a queue that is not empty. Canceled requests leave through drop.
-func (f *former) form(queue []*write, lim batchLimits, into []*write, drop func(*write)) (batch, rest []*write) {
+// form takes from queue what may travel together, in order, and returns it with what must wait on. Canceled requests leave through drop.
+// It takes at least one request of a queue that is not empty; but not behind the batch that it formed last: what meets that one's
+// writes waits on.
+func (f *former) form(queue []*write, lim batchLimits, behind bool, into []*write, drop func(*write)) (batch, rest []*write) {
+	f.written, f.away = f.away, f.written
+	if !behind {
+		f.away.reset()
+	}
 	f.written.reset()
 	f.blockedW.reset()
 	f.blockedR.reset()
@@ -130,7 +136,7 @@ func (f *former) form(queue []*write, lim batchLimits, into []*write, drop func(
 		over := len(batch) > 0 && (bytes+size > lim.bytes || len(batch)+2+max(depth, cost) > lim.ops)
 		lonely := len(batch) > 0 && (w.alone || batch[0].alone)
 		if over || lonely ||
-			f.written.meets(p.Writes) || f.written.meets(p.Reads) ||
+			f.written.meets(p.Writes) || f.written.meets(p.Reads) || f.away.meets(p.Writes) || f.away.meets(p.Reads) ||
 			f.blockedW.meets(p.Writes) || f.blockedW.meets(p.Reads) || f.blockedR.meets(p.Writes) {
 			full = over || lonely
 			f.blockedW.add(p.Writes)

@@ -75,7 +75,7 @@ func TestFormKeepsOrder(t *testing.T) {
 			queue = append(queue, w)
 		}
 		n := len(queue)
-		batch, rest := f.form(queue, batchLimits{ops: 128, bytes: 1 << 20}, nil, func(*write) { t.Fatalf("seed %d: dropped", seed) })
+		batch, rest := f.form(queue, batchLimits{ops: 128, bytes: 1 << 20}, false, nil, func(*write) { t.Fatalf("seed %d: dropped", seed) })
 		if len(batch) == 0 || len(batch)+len(rest) != n {
 			t.Fatalf("seed %d: %d in the batch, %d waiting, of %d", seed, len(batch), len(rest), n)
 		}
@@ -113,15 +113,15 @@ func TestFormBounds(t *testing.T) {
 	for i := range 300 {
 		queue = append(queue, &write{op: &Op{}, plan: planOf(t, OpPut, &etcdserverpb.PutRequest{Key: fmt.Appendf(nil, "k%d", i), Value: make([]byte, 1000)})})
 	}
-	batch, rest := f.form(queue, batchLimits{ops: 128, bytes: 1 << 20}, nil, nil)
+	batch, rest := f.form(queue, batchLimits{ops: 128, bytes: 1 << 20}, false, nil, nil)
 	if n := len(batch); n < 100 || n+1+batch[0].plan.OpCost() > 128 {
 		t.Fatalf("%d requests in a batch of at most 128 operations", n)
 	}
-	batch, _ = f.form(rest, batchLimits{ops: 1024, bytes: 20_000}, nil, nil)
+	batch, _ = f.form(rest, batchLimits{ops: 1024, bytes: 20_000}, false, nil, nil)
 	if n := len(batch); n < 15 || n > 20 {
 		t.Fatalf("%d requests of 1000 bytes in a batch of 20000 bytes", n)
 	}
-	batch, _ = f.form(queue[:1], batchLimits{ops: 1, bytes: 1}, nil, nil)
+	batch, _ = f.form(queue[:1], batchLimits{ops: 1, bytes: 1}, false, nil, nil)
 	if len(batch) != 1 {
 		t.Fatal("a request that is too large by itself must go, to get the member's error")
 	}

@@ -107,9 +107,16 @@ func (c *Core) connect(why string) {
 // untick brings back what waits for revisions, or has revisions and was not sent: they belong to an epoch that
 // is over.
 func (s *shardState) untick() {
-	b := s.cur
-	if b == nil || b.state != batchTicking && b.state != batchGranted {
-		return
+	for _, b := range [...]*batch{s.next, s.cur} { // the first one's writes stand in front then
+		if b != nil && (b.state == batchTicking || b.state == batchGranted) {
+			s.takeBack(b)
+		}
+	}
+}
+
+func (s *shardState) takeBack(b *batch) {
+	if s.next == b {
+		s.next = nil
 	}
 	ws := slices.DeleteFunc(b.writes, func(w *write) bool { return w == nil })
 	b.writes = nil

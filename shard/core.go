@@ -104,6 +104,8 @@ type Stats struct {
 	Rebuilds uint64
 	// Doomed counts Txns that were read because they could only fail, DoomedWrong those of them that could be written after all.
 	Doomed, DoomedWrong uint64
+	// Ahead counts batches that were closed while another one was away.
+	Ahead uint64
 	// FlatFailed counts batches that were sent again in their nested form.
 	FlatFailed uint64
 	// Leases that were brought to a shard, copies that this proxy revoked after their lease had ended, turns

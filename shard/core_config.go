@@ -61,6 +61,10 @@ type CoreConfig struct {
 	// CreateEntries is the size of the cache of create revisions. For tests of many short-lived Cores.
 	CreateEntries int
 
+	// AlwaysAhead closes a batch behind the one that is away whenever something waits, whether that gains anything or not. For the
+	// simulation.
+	AlwaysAhead bool
+
 	// ReplaceCoordinator lets a coordinator take the place of the one that the partition map names, although its
 	// etcd has another cluster ID. It must be empty.
 	ReplaceCoordinator bool
@@ -106,6 +110,9 @@ type Sabotage struct {
 	RecentIgnoresRanges bool
 	// DoomedUnchecked believes that a Txn fails whose compare names the very revision that was seen last, and does not look.
 	DoomedUnchecked bool
+	// AheadUnsettled takes a batch whose reply was lost for void if another one is closed behind it; AheadUnread lets reads ignore the
+	// range of that one.
+	AheadUnsettled, AheadUnread bool
 	// Doubt is no bug: every Txn that may fail with a read is read first. Nothing may be wrong with that.
 	Doubt bool
 	// TrustConnections uses connections to members without looking where they lead, and batches and reads take what clock they find.

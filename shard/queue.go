@@ -143,9 +143,12 @@ func (s *shardState) answerWith(w *write, out []byte, st codec.Status) {
 // liveness is what a Transport may tell besides: whether a cluster has a live connection.
 type liveness interface{ Connected(codec.ClusterID) bool }
 
-// flushWrites closes the next batch if none is under way.
+// flushWrites closes the next batch if none is under way, or if it is time to close one behind that.
 func (s *shardState) flushWrites() {
-	if s.cur != nil || len(s.queue) == 0 && !s.wantFence || s.lingers() {
+	if s.cur != nil && !s.mayCloseAhead() {
+		return
+	}
+	if s.cur == nil && (len(s.queue) == 0 && !s.wantFence || s.lingers()) {
 		return
 	}
 	c := s.c
@@ -161,17 +164,15 @@ func (s *shardState) flushWrites() {
 		}
 		return
 	}
-	if n := c.clock.Log().N(); n-max(c.maxClock, s.rec.last) >= revclock.MaxLead && len(s.queue) > 0 {
-		// Half of a rebuild's margin is used up by ranges that nothing was written under: an empty batch brings
-		// the clock near before anything else may go.
-		s.closeBatch(nil)
+	if s.nearLead() {
+		s.closeBatch(nil) // it brings the clock near before anything else may go
 		return
 	}
 	s.divertDoomed()
 	into := s.spareWrites
 	s.spareWrites = nil
 	var canceled []*write
-	ws, rest := s.former.form(s.queue, batchLimits{c.cfg.MemberMaxTxnOps, c.cfg.MemberMaxRequestBytes},
+	ws, rest := s.former.form(s.queue, batchLimits{c.cfg.MemberMaxTxnOps, c.cfg.MemberMaxRequestBytes}, s.cur != nil,
 		into, func(w *write) { canceled = append(canceled, w) })
 	for i := len(rest); i < len(s.queue); i++ {
 		s.queue[i] = nil
@@ -180,22 +181,33 @@ func (s *shardState) flushWrites() {
 	for _, w := range canceled {
 		s.answer(w, statusCanceled)
 	}
-	if len(ws) == 0 && !s.wantFence {
+	if len(ws) > 0 || s.cur == nil && s.wantFence {
+		s.closeBatch(ws)
 		return
 	}
-	s.closeBatch(ws)
+	s.spareWrites = ws
+	if s.cur != nil {
+		s.cur.lastOne = true
+	}
 }
 
 // closeBatch makes a batch of ws, of nothing if there are none, and asks for its revisions.
 func (s *shardState) closeBatch(ws []*write) {
 	c := s.c
-	s.wantFence = false
+	if s.cur == nil {
+		s.wantFence = false
+	}
 	s.batchID++
-	b := &batch{s: s, id: s.batchID, writes: ws, fence: len(ws) == 0,
-		deadline: c.cfg.Now() + int64(c.cfg.ShardTimeout)}
+	now := c.cfg.Now()
+	b := &batch{s: s, id: s.batchID, writes: ws, fence: len(ws) == 0, closed: now, deadline: now + int64(c.cfg.ShardTimeout)}
 	b.spare = len(s.pending) > 0 && len(ws) > 0
 	b.filter = batchFilter(nil, ws)
-	s.cur = b
+	if s.cur == nil {
+		s.cur = b
+	} else {
+		s.next = b
+		c.stats.Ahead++
+	}
 	n := len(ws)
 	if b.spare || b.fence {
 		n++
@@ -204,13 +216,13 @@ func (s *shardState) closeBatch(ws []*write) {
 		n = lossFence
 	}
 	c.nextToken++
-	s.token = c.nextToken
+	b.token = c.nextToken
 	if b.fence {
 		c.stats.Fences++
 	}
 	if !c.clock.Request(revclock.Request{
 		Shard: s.idx, Count: n, Committed: s.known.last, Turn: s.rejections >= turnAfter,
-		Filter: b.filter, Token: s.token,
+		Filter: b.filter, Token: b.token,
 	}) {
 		c.fail(fmt.Errorf("the clock refused a request for %d revisions of member cluster %s", n, s.name))
 		return
@@ -232,6 +244,10 @@ func (s *shardState) expire() {
 	s.expiring = false
 	now := s.c.cfg.Now()
 	var late []*write
+	if b := s.next; b != nil && now >= b.deadline {
+		late = append(late, b.writes...)
+		b.writes, b.fence = nil, true
+	}
 	if b := s.cur; b != nil && now >= b.deadline && b.state != batchRecovering {
 		late = append(late, b.writes...)
 		b.writes = nil
@@ -239,7 +255,7 @@ func (s *shardState) expire() {
 			b.fence = true // the range will come; nothing but a record is written under it
 		} else {
 			s.dropBatch(b) // its range stays open until another record passes it
-			s.wantFence = true
+			s.wantFence = s.wantFence || s.cur == nil
 		}
 	}
 	limit := now - int64(s.c.cfg.ShardTimeout)

@@ -456,7 +456,7 @@ func (s *shardState) mayHaveChanged(ivs []Interval, from, upTo int64) bool {
 	open := c.clock.Log().Open(s.idx)
 	for i := range open {
 		r := &open[i]
-		if r.Last <= from || r.First > upTo {
+		if r.Last <= from || r.First > upTo || c.cfg.Sabotage.AheadUnread && s.next != nil && r.First == s.next.first {
 			continue
 		}
 		for _, iv := range ivs {

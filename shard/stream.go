@@ -37,13 +37,14 @@ type shardState struct {
 	// Writes.
 	queue       []*write
 	cur         *batch
+	next        *batch // closed behind cur, and not sent before that is settled: ahead.go; nil if cur is
+	pace        pace
 	linger      linger
 	former      former
 	spareWrites []*write
 	diverted    []diverted // scratch
 	body        []byte
 	batchID     uint64
-	token       uint64
 	rejections  int
 	flat        flatForm
 	wantFence   bool
@@ -501,7 +502,7 @@ func (s *shardState) localAt(rev int64) (base point, next point, ok bool) {
 func (s *shardState) watchOpenRanges() {
 	c := s.c
 	open := c.clock.Log().Open(s.idx)
-	if len(open) == 0 || s.wantFence {
+	if len(open) == 0 || s.wantFence || s.next != nil { // which comes behind all of them, or is the last of them
 		return
 	}
 	oldest := &open[0]
@@ -546,13 +547,16 @@ func (s *shardState) stop(st codec.Status) {
 		s.handle.Close()
 		s.handle = nil
 	}
-	queue, cur, reads := s.queue, s.cur, s.reads
-	s.queue, s.cur, s.reads = nil, nil, nil
+	queue, closed, reads := s.queue, [...]*batch{s.cur, s.next}, s.reads
+	s.queue, s.cur, s.next, s.reads = nil, nil, nil, nil
 	for _, w := range queue {
 		s.answer(w, st)
 	}
-	if cur != nil {
-		for _, w := range cur.writes {
+	for _, b := range closed {
+		if b == nil {
+			continue
+		}
+		for _, w := range b.writes {
 			if w != nil {
 				s.answer(w, st)
 			}

@@ -13,7 +13,8 @@ import (
 //	queue -> closed (its tick is asked for) -> granted (it has its revisions and its bytes)
 //	      -> sent, perhaps more than once -> committed | void | refused | unknown
 //
-// Exactly one batch per shard is between closed and its end. What it says never changes once its bytes are made: whatever
+// One batch per shard is between closed and its end, and perhaps one more is closed behind it, which is not made and sent before the
+// first one has ended (ahead.go). What a batch says never changes once its bytes are made: whatever
 // must change goes into a new batch with a new tick. (Its bytes may, once: flat.go.)
 
 // retryDelay is the pause before a batch or a read that told nothing is sent again.
@@ -31,7 +32,7 @@ type batchState uint8
 
 const (
 	batchTicking    batchState = iota // closed, waits for its range
-	batchGranted                      // has its range, waits for its turn to be sent
+	batchGranted                      // has its range, waits for the batch before it to be settled or for its turn to be sent
 	batchSent                         // a copy is under way
 	batchWaiting                      // between two sends
 	batchSettling                     // rejected after an unknown outcome: waits for the stream
@@ -43,20 +44,24 @@ type batch struct {
 	s      *shardState
 	id     uint64
 	state  batchState
-	tries  int // sends that told nothing
-	writes []*write
-	fence  bool
-	loss   bool // a fence that ends an accepted loss
-	filter []byte
-	first  int64
-	last   int64
-	spare  bool
-	record Record
-	flat   bool // the form of its bytes (flat.go)
-	again  bool // its flat form has failed
-	body   []byte
-	mapMod int64 // that its guard names
-	floor  int64 // and the clock that the shard has been at
+	token  uint64 // of its tick
+	closed int64  // ns
+	// lastOne says that nothing of what waits may be closed behind it.
+	lastOne bool
+	tries   int // sends that told nothing
+	writes  []*write
+	fence   bool
+	loss    bool // a fence that ends an accepted loss
+	filter  []byte
+	first   int64
+	last    int64
+	spare   bool
+	record  Record
+	flat    bool // the form of its bytes (flat.go)
+	again   bool // its flat form has failed
+	body    []byte
+	mapMod  int64 // that its guard names
+	floor   int64 // and the clock that the shard has been at
 	// unknown says that an earlier copy's outcome was not learned: a rejection proves nothing then.
 	unknown bool
 	// blind says that the stream skipped records while this batch was on its way: not seeing its record
@@ -77,18 +82,30 @@ func (s *shardState) dropBatch(b *batch) {
 	if s.cur == b {
 		s.cur = nil
 		s.touch()
+		s.promote()
 	}
 }
 
-// granted takes the range of the closed batch.
+// granted takes the range of a closed batch.
 func (s *shardState) granted(token uint64, r revclock.Range) {
 	b := s.cur
-	if b == nil || token != s.token || b.state != batchTicking {
+	if s.next != nil {
+		b = s.next // that one has its range
+	}
+	if b == nil || token != b.token || b.state != batchTicking {
 		s.wantFence = true // a range that nobody uses must not stay open
 		s.touch()
 		return
 	}
-	b.first, b.last = r.First, r.Last
+	b.first, b.last, b.state = r.First, r.Last, batchGranted
+	s.pace.ticked(s.c.cfg.Now() - b.closed)
+	if b == s.cur {
+		s.make(b)
+	}
+}
+
+// make makes the bytes of b, which has its range and no other batch before it, and sends it.
+func (s *shardState) make(b *batch) {
 	next := b.first
 	if b.spare {
 		next++
@@ -103,7 +120,7 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	for i, w := range b.writes {
 		rev := next
 		next++
-		if w.op.canceled { // while the tick was under way
+		if w.op.canceled { // since it was closed
 			canceled = append(canceled, w)
 			b.writes[i] = nil
 			continue
@@ -121,7 +138,6 @@ func (s *shardState) granted(token uint64, r revclock.Range) {
 	b.body = s.appendBatch(s.body[:0], b)
 	s.body = nil
 	s.sentBytes(len(b.body))
-	b.state = batchGranted
 	for _, w := range canceled {
 		s.answer(w, statusCanceled)
 	}
@@ -151,6 +167,7 @@ func (s *shardState) sendInOrder(b *batch) {
 
 func (b *batch) send() {
 	b.state = batchSent
+	b.s.touch() // those that wait may be enough for the next one
 	if b.sentAt == 0 {
 		b.sentAt = b.s.c.cfg.Now()
 	}
@@ -188,6 +205,10 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 		}
 		b.unknown = true
 		c.stats.LostReplies++
+		if c.cfg.Sabotage.AheadUnsettled && s.next != nil {
+			s.void(b)
+			return
+		}
 		if b.seenAt > 0 {
 			s.recover(b)
 			return
@@ -234,6 +255,7 @@ func (s *shardState) committed(b *batch, t txnReply) {
 	s.saw(point{b.first, b.last, t.rev})
 	s.body = b.body[:0]
 	s.lingerBehind(len(b.writes), b.sentAt)
+	s.pace.flew(c.cfg.Now() - b.sentAt)
 	hdr := c.hdr
 	var again []*write
 	var learn Learner // of flat requests: nothing if the stream was faster, which shows all of it
@@ -359,7 +381,9 @@ func (s *shardState) void(b *batch) {
 // error; among others each goes by itself.
 func (s *shardState) refused(b *batch, st codec.Status) {
 	// The range stays open: something must follow it at once, or soon if it is the fence that is refused.
-	if b.fence {
+	if s.next != nil {
+		// That does.
+	} else if b.fence {
 		s.c.after(s.c.jitter(20*retryDelay), func() { s.wantFence = true; s.touch() })
 	} else {
 		s.wantFence = true

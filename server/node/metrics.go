@@ -43,6 +43,7 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_batches_total`, o.Core.Batches)
 	counter(`spindle_batched_writes_total`, o.Core.BatchedWrites)
 	counter(`spindle_batches_rejected_total`, o.Core.Rejected)
+	counter(`spindle_batches_ahead_total`, o.Core.Ahead)
 	counter(`spindle_batches_unflattened_total`, o.Core.FlatFailed)
 	counter(`spindle_fences_total`, o.Core.Fences)
 	counter(`spindle_wrong_creates_total`, o.Core.WrongCreates)

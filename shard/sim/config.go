@@ -46,6 +46,8 @@ type Config struct {
 	Leases bool
 	// OneLease lets them do so all the time, with one ID.
 	OneLease bool
+	// Ahead has proxies close a batch behind the one that is away whenever something waits.
+	Ahead bool
 	// Swaps lets clients compare and swap most of the time.
 	Swaps bool
 	// Lose has a member lose data for good, and an operator accept that.
@@ -173,6 +175,7 @@ func ConfigOf(seed uint64) Config {
 	}
 	c.Wide = !c.Events.Foreign && late.IntN(2) == 0 // a member counts keys that clients do not see
 	c.Events.Restore = c.Chaos > 0 && rand.New(rand.NewPCG(seed, 0x4e57)).IntN(4) == 0
+	c.Ahead = rand.New(rand.NewPCG(seed, 0xa4ead)).IntN(4) > 0
 	return c
 }
 

@@ -78,7 +78,7 @@ func (p *proxy) boot(d time.Duration) {
 			Proxy: id, Names: names, Partition: r.partition(), AutoCompact: r.AutoCompact, Now: func() int64 { return r.net.now + p.skew }, Rand: src, Log: log,
 			RingSize: r.RingSize, RingBytes: r.RingBytes, HistoryBytes: r.HistoryBytes, ReorderWindow: r.Window, ShardTimeout: r.Timeout, SnapshotEvery: r.SnapshotEvery,
 			MemberMaxTxnOps: r.MaxTxnOps, MemberMaxRequestBytes: r.MaxRequestBytes, Sabotage: r.Sabotage, MemberName: host.Name,
-			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: accept,
+			PageKeys: r.PageKeys, ChunkBytes: r.ChunkBytes, CreateEntries: createEntries, AcceptDataLoss: accept, AlwaysAhead: r.Ahead,
 		}, p.host)
 		p.host.OnConnected = p.core.Connected
 		p.up, p.ready, p.timerAt = true, false, 0

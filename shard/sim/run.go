@@ -347,6 +347,7 @@ func addStats(a, b shard.Stats) shard.Stats {
 	a.Fences += b.Fences
 	a.WrongCreates += b.WrongCreates
 	a.FlatFailed += b.FlatFailed
+	a.Ahead += b.Ahead
 	a.Settled += b.Settled
 	a.LostReplies += b.LostReplies
 	a.Doomed += b.Doomed
