@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -63,14 +64,15 @@ func loadCommand(ctx context.Context, args []string) error {
 	if spec.TLS, err = clientTLS(*cacert, *cert, *key); err != nil {
 		return err
 	}
-	res, err := load.Run(ctx, spec, os.Stderr)
-	if err != nil {
-		return err
+	res, stopped := load.Run(ctx, spec, os.Stderr)
+	if res == nil {
+		return stopped
 	}
 	if err := report.Table(os.Stdout, res); err != nil {
 		return err
 	}
-	return out.write(&report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Target: spec.Mix.String(), Result: res}}})
+	doc := &report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Target: spec.Mix.String(), Result: res}}}
+	return errors.Join(stopped, out.write(doc))
 }
 
 // clientTLS reads the files; all names may be empty.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"spindle/bench/report"
 	"spindle/shard/embedded"
@@ -58,6 +60,37 @@ func TestLoadCommand(t *testing.T) {
 	page, err := os.ReadFile(htmlFile)
 	if err != nil || !strings.Contains(string(page), "<svg") {
 		t.Errorf("%v %.200s", err, page)
+	}
+}
+
+// A load that is interrupted writes its files all the same.
+func TestInterruptedLoadCommand(t *testing.T) {
+	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	silent(t)
+	file := filepath.Join(t.TempDir(), "r.json")
+	for wait := time.Second; ; wait *= 2 { // on a busy machine it has not begun to measure after a second
+		ctx, cancel := context.WithTimeout(t.Context(), wait)
+		err := loadCommand(ctx, []string{"--endpoints", m.Shards[0], "--clients", "4", "--duration", "1h", "--warmup", "0s", "--json", file})
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(file)
+		if errors.Is(err, os.ErrNotExist) && wait < time.Minute {
+			continue
+		}
+		var doc report.Doc
+		if err := errors.Join(err, json.Unmarshal(b, &doc)); err != nil {
+			t.Fatal(err)
+		}
+		if r := doc.Runs[0].Result; r.Stopped == "" || r.Total.Count == 0 {
+			t.Errorf("%+v", r)
+		}
+		return
 	}
 }
 

@@ -2,6 +2,7 @@ package load
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -247,7 +248,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// A server that goes away ends the load with an error.
+// A server that goes away ends the load with an error; what was measured until then is not lost.
 func TestServerLost(t *testing.T) {
 	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})
 	if err != nil {
@@ -261,10 +262,34 @@ func TestServerLost(t *testing.T) {
 		m.Close()
 	}()
 	begin := time.Now()
-	if _, err := Run(t.Context(), s, lines); err == nil || time.Since(begin) > readyTimeout/2 {
+	res, err := Run(t.Context(), s, lines)
+	if err == nil || time.Since(begin) > readyTimeout/2 {
 		t.Errorf("%v after %v", err, time.Since(begin))
 	}
+	if res == nil || res.Stopped != err.Error() || res.Total.Count == 0 || len(res.Series) == 0 || res.Seconds >= s.Duration.Seconds() {
+		t.Errorf("%+v", res)
+	}
 	m.Close()
+}
+
+// So it is when somebody has seen enough. Before the measurement there is nothing to tell.
+func TestInterrupted(t *testing.T) {
+	s := small(startEtcd(t), "create")
+	s.Duration, s.WatchAll = time.Minute, true
+	lines := &firstLine{seen: make(chan struct{})}
+	why := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		<-lines.seen
+		cancel(why)
+	}()
+	res, err := Run(ctx, s, lines)
+	if !errors.Is(err, why) || res == nil || res.Stopped != "enough" || res.Total.Count == 0 || res.Watches[0].Events == 0 || res.Unfinished != 0 {
+		t.Errorf("%+v %v", res, err)
+	}
+	if res, err := Run(ctx, s, io.Discard); !errors.Is(err, why) || res != nil {
+		t.Errorf("%+v %v", res, err)
+	}
 }
 
 // firstLine closes seen when a second of the load is over.

@@ -65,6 +65,7 @@ type Result struct {
 	Spec      Spec
 	Started   time.Time
 	Seconds   float64 // that were measured
+	Stopped   string  `json:",omitempty"` // why the load ended before its time
 	Total     Op      // all kinds together
 	Ops       []Op
 	Watches   []Watch `json:",omitempty"`

@@ -53,7 +53,7 @@ func (r *run) abort(format string, args ...any) { r.cancel(fmt.Errorf(format, ar
 func (r *run) why() error { return context.Cause(r.ctx) }
 
 // Run does one load, and says on progress what happens, a line a second. It returns an error if the load could not be
-// done to its end; requests that fail are counted and no error.
+// done to its end, and with it what was measured until then, nil if that is nothing. Requests that fail are counted and no error.
 func Run(ctx context.Context, spec Spec, progress io.Writer) (*Result, error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
@@ -201,14 +201,17 @@ func (r *run) measure(begin func()) (*Result, error) {
 		return nil, err
 	}
 	h.begin()
-	for n := 1; h.elapsed() < s.Duration; n++ {
-		if err := r.sleep(min(time.Duration(n)*time.Second, s.Duration) - h.elapsed()); err != nil {
-			return nil, err
-		}
+	var stopped error
+	for n := 1; h.elapsed() < s.Duration && stopped == nil; n++ {
+		stopped = r.sleep(min(time.Duration(n)*time.Second, s.Duration) - h.elapsed())
 		h.second()
 	}
 	res := h.end()
 	r.stopped.Store(true)
+	if stopped != nil { // the answers under way are not waited for
+		res.Stopped = stopped.Error()
+		return res, stopped
+	}
 	end := r.now()
 	for _, g := range r.groups {
 		g.conn.Lock()
