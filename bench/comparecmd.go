@@ -106,12 +106,12 @@ func compareCommand(ctx context.Context, args []string) error {
 	var stopped error
 	for _, s := range scenarios {
 		o, err := env.Run(ctx, s)
+		doc.Runs = append(doc.Runs, o.Runs...)
+		doc.Checks = append(doc.Checks, o.Checks...)
 		if err != nil {
 			stopped = err // what was measured so far is shown all the same
 			break
 		}
-		doc.Runs = append(doc.Runs, o.Runs...)
-		doc.Checks = append(doc.Checks, o.Checks...)
 		if len(o.Checks) == 0 {
 			for target, err := range o.Failed {
 				stopped = fmt.Errorf("%s: %w", target, err)

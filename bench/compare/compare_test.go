@@ -89,7 +89,7 @@ func TestTargets(t *testing.T) {
 	}
 }
 
-// A run that is stopped in the middle leaves nothing behind: newEnv looks.
+// A run that is stopped in the middle leaves nothing behind (newEnv looks), and the rounds that it has done count.
 func TestStopped(t *testing.T) {
 	e := newEnv(t, Config{Rounds: 100})
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -101,8 +101,9 @@ func TestStopped(t *testing.T) {
 	})
 	spec := load.Default()
 	spec.Warmup, spec.Duration = 0, 50*time.Millisecond
-	if _, err := e.Run(ctx, &Scenario{Targets: []string{Direct}, Load: spec}); !errors.Is(err, why) {
-		t.Error(err)
+	o, err := e.Run(ctx, &Scenario{Targets: []string{Direct}, Load: spec})
+	if !errors.Is(err, why) || len(o.Runs) != 1 || len(o.Failed) != 0 {
+		t.Errorf("%+v %v", o, err)
 	}
 }
 

@@ -38,8 +38,8 @@ type Outcome struct {
 	Checks   []report.Check
 }
 
-// Run measures a scenario. An error is returned only if ctx has ended; a target that cannot be started or measured
-// is in Failed.
+// Run measures a scenario. An error is returned only if ctx has ended, with the rounds that were done until then, and no
+// checks; a target that cannot be started or measured is in Failed.
 func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 	o := &Outcome{Scenario: sc, Failed: map[string]error{}}
 	e.say("\n== %s: %s", sc.Name, sc.Title)
@@ -75,7 +75,7 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 			targets = append(targets, t)
 		}
 		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return o, context.Cause(ctx)
 		}
 		if err != nil {
 			fail(name, err)
@@ -105,7 +105,7 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 			}
 			res, err := e.load(ctx, sc, t, round, rates)
 			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
+				return o, context.Cause(ctx)
 			}
 			if err != nil {
 				fail(t.name, errors.Join(err, t.failed()))
