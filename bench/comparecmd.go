@@ -18,7 +18,6 @@ const compareUsage = `bench compare [flags]    compare etcd, etcd grpc-proxy and
 
 Starts every target with its etcds as processes of their own, puts the same load on each in turns, several rounds, and
 shows medians. --suite issue runs all that Spindle promises of its speed, with the targets to reach.
-
 `
 
 func compareCommand(ctx context.Context, args []string) error {
@@ -26,7 +25,6 @@ func compareCommand(ctx context.Context, args []string) error {
 	spec.Duration, spec.Warmup = 5*time.Second, time.Second
 	cfg := compare.Config{Rounds: 3, DiskBps: 4 << 20, Progress: os.Stderr}
 	f := flag.NewFlagSet("bench compare", flag.ContinueOnError)
-	f.Usage = func() { fmt.Fprint(f.Output(), compareUsage); f.PrintDefaults() }
 	loadFlags(f, &spec)
 	targets := f.String("targets", "direct,grpc-proxy,spindle-1,spindle-2,spindle-4",
 		"comma separated: direct (one etcd), grpc-proxy, spindle-N (N shards); with +tls behind it: mutual TLS towards clients")
@@ -44,11 +42,11 @@ func compareCommand(ctx context.Context, args []string) error {
 	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, and CPU profiles of the generator, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
-	if err := f.Parse(args); err != nil {
+	if err := parse(f, compareUsage, args); err != nil {
 		return err
 	}
-	if f.NArg() > 0 {
-		return fmt.Errorf("%q is not a flag, see --help", f.Arg(0))
+	if err := out.check(); err != nil {
+		return err
 	}
 	if cfg.Rounds < 1 || cfg.DiskBps < 1<<16 {
 		return fmt.Errorf("--rounds %d must be positive, --disk-bps %d at least 65536", cfg.Rounds, cfg.DiskBps)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -38,7 +37,6 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 func loadCommand(ctx context.Context, args []string) error {
 	spec := load.Default()
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
-	f.Usage = func() { fmt.Fprint(f.Output(), usage, "\n"); f.PrintDefaults() }
 	loadFlags(f, &spec)
 	f.Func("endpoints", "comma separated `URLs` (default http://127.0.0.1:2379)", func(v string) error {
 		spec.Endpoints = strings.Split(v, ",")
@@ -47,20 +45,23 @@ func loadCommand(ctx context.Context, args []string) error {
 	f.Func("pid", "`NAME=PID` of a server on this machine whose CPU and memory are reported; may be given several times", func(v string) error {
 		name, pid, _ := strings.Cut(v, "=")
 		n, err := strconv.Atoi(pid)
+		if err != nil {
+			return errors.New("say NAME=PID")
+		}
 		spec.Processes = append(spec.Processes, load.Process{Name: name, PID: n})
-		return err
+		return nil
 	})
 	cacert := f.String("cacert", "", "`file` with the CA of the servers")
 	cert := f.String("cert", "", "`file` with the client's certificate")
 	key := f.String("key", "", "`file` with its key")
 	out := outputFlags(f)
-	if err := f.Parse(args); err != nil {
+	err := parse(f, usage, args)
+	if err != nil {
 		return err
 	}
-	if f.NArg() > 0 {
-		return fmt.Errorf("%q is not a flag, see --help", f.Arg(0))
+	if err := out.check(); err != nil {
+		return err
 	}
-	var err error
 	if spec.TLS, err = clientTLS(*cacert, *cert, *key); err != nil {
 		return err
 	}
@@ -99,39 +100,4 @@ func clientTLS(cacert, cert, key string) (*tls.Config, error) {
 		cfg.Certificates = []tls.Certificate{c}
 	}
 	return cfg, nil
-}
-
-// outputs are the files that a report is written to.
-type outputs struct{ json, html *string }
-
-func outputFlags(f *flag.FlagSet) outputs {
-	return outputs{
-		json: f.String("json", "", "write the results to `FILE`"),
-		html: f.String("html", "", "write a report with charts to `FILE`"),
-	}
-}
-
-func (o outputs) write(doc *report.Doc) error {
-	doc.Machine, doc.Command = report.ThisMachine(), strings.Join(os.Args, " ")
-	if *o.json != "" {
-		b, err := json.MarshalIndent(doc, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(*o.json, append(b, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
-	if *o.html == "" {
-		return nil
-	}
-	file, err := os.Create(*o.html)
-	if err != nil {
-		return err
-	}
-	if err := report.HTML(file, doc); err != nil {
-		_ = file.Close()
-		return err
-	}
-	return file.Close()
 }

@@ -94,6 +94,34 @@ func TestInterruptedLoadCommand(t *testing.T) {
 	}
 }
 
+// A file that cannot be written is an error before the load, and the look for it changes nothing.
+func TestOutputs(t *testing.T) {
+	silent(t)
+	dir := t.TempDir()
+	old, fresh := filepath.Join(dir, "old"), filepath.Join(dir, "fresh")
+	if err := os.WriteFile(old, []byte("yesterday's"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	o := outputs{json: fresh, html: old}
+	if err := o.check(); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(old); err != nil || string(b) != "yesterday's" {
+		t.Errorf("%q %v", b, err)
+	}
+	if _, err := os.Stat(fresh); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a file is there before the report: %v", err)
+	}
+	// One that cannot be written does not keep the other from it.
+	o = outputs{json: filepath.Join(dir, "no", "such"), html: fresh}
+	if err := o.write(&report.Doc{Title: "x"}); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(fresh); err != nil || !strings.Contains(string(b), "<h1>x</h1>") {
+		t.Errorf("%q %v", b, err)
+	}
+}
+
 func TestFlags(t *testing.T) {
 	silent(t)
 	for want, args := range map[string][]string{
@@ -103,6 +131,9 @@ func TestFlags(t *testing.T) {
 		"not a flag":    {"serve"},
 		"endpoint":      {"--endpoints", "127.0.0.1:2379"},
 		"--connections": {"--connections", "0"},
+		"--help":        {"--nonsense"},
+		"NAME=PID":      {"--pid", "7"},
+		"/does/not":     {"--json", "/does/not/exist"},
 	} {
 		if err := loadCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("bench %v: %v", args, err)
@@ -114,6 +145,7 @@ func TestFlags(t *testing.T) {
 		"there are": {"--suite", "issue", "--scenarios", "speed"},
 		"--rounds":  {"--rounds", "0"},
 		"--dir":     {"--dir", "/does/not/exist"},
+		"/does/not": {"--html", "/does/not/exist"},
 	} {
 		if err := compareCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("bench compare %v: %v", args, err)
