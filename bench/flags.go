@@ -84,7 +84,21 @@ func (o *outputs) write(doc *report.Doc) error {
 	return errors.Join(errs...)
 }
 
-// commandLine is how this program was called, for a report that others read.
+// commandLine is how this program was called, for a report that others read: without a password.
 func commandLine(args []string) string {
-	return strings.Join(append([]string{filepath.Base(args[0])}, args[1:]...), " ")
+	shown := append([]string{filepath.Base(args[0])}, args[1:]...)
+	for i, arg := range shown {
+		flag, user, same := strings.Cut(arg, "=")
+		if strings.TrimLeft(flag, "-") != "user" || !strings.HasPrefix(flag, "-") {
+			continue
+		}
+		if !same && i+1 < len(shown) {
+			name, _, _ := strings.Cut(shown[i+1], ":")
+			shown[i+1] = name + ":..."
+		} else if same {
+			name, _, _ := strings.Cut(user, ":")
+			shown[i] = flag + "=" + name + ":..."
+		}
+	}
+	return strings.Join(shown, " ")
 }

@@ -54,6 +54,13 @@ func loadCommand(ctx context.Context, args []string) error {
 	cacert := f.String("cacert", "", "`file` with the CA of the servers")
 	cert := f.String("cert", "", "`file` with the client's certificate")
 	key := f.String("key", "", "`file` with its key")
+	f.Func("user", "`NAME:PASSWORD` of etcd's user", func(v string) error {
+		var ok bool
+		if spec.User, spec.Password, ok = strings.Cut(v, ":"); !ok || spec.User == "" {
+			return errors.New("say NAME:PASSWORD")
+		}
+		return nil
+	})
 	out := outputFlags(f)
 	err := parse(f, usage, args)
 	if err != nil {

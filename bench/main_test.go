@@ -122,6 +122,19 @@ func TestOutputs(t *testing.T) {
 	}
 }
 
+// A report goes to others: it does not tell the password.
+func TestCommandLine(t *testing.T) {
+	for want, args := range map[string][]string{
+		"bench --user root:... --json x": {"/tmp/bench", "--user", "root:secret", "--json", "x"},
+		"bench -user=root:...":           {"bench", "-user=root:secret:x"},
+		"bench --rate 3 --user":          {"bench", "--rate", "3", "--user"},
+	} {
+		if got := commandLine(args); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
 func TestFlags(t *testing.T) {
 	silent(t)
 	for want, args := range map[string][]string{
@@ -133,6 +146,7 @@ func TestFlags(t *testing.T) {
 		"--connections": {"--connections", "0"},
 		"--help":        {"--nonsense"},
 		"NAME=PID":      {"--pid", "7"},
+		"NAME:PASSWORD": {"--user", "root"},
 		"/does/not":     {"--json", "/does/not/exist"},
 	} {
 		if err := loadCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {

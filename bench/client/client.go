@@ -55,8 +55,8 @@ type call struct {
 	kept   bool // a Stream points here: it is not used again
 }
 
-// Dial connects to address (host:port); with TLS if cfg is not nil.
-func Dial(address string, cfg *tls.Config) (*Conn, error) {
+// Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty.
+func Dial(address string, cfg *tls.Config, token string) (*Conn, error) {
 	nc, err := net.DialTimeout("tcp", address, dialTimeout)
 	if err != nil {
 		return nil, err
@@ -78,7 +78,7 @@ func Dial(address string, cfg *tls.Config) (*Conn, error) {
 	}
 	c := &Conn{nc: nc, greet: make(chan struct{}), gone: make(chan struct{})}
 	c.h2 = codec.NewClientConn(codec.ConnConfig{
-		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage,
+		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage, Secure: cfg != nil, Token: token,
 	}, address, (*events)(c))
 	c.Lock()
 	c.Unlock() // writes the preface

@@ -79,7 +79,7 @@ func await(t *testing.T, o *once) {
 }
 
 func TestCall(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
+	c, err := Dial(serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func TestCall(t *testing.T) {
 }
 
 func TestStream(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
+	c, err := Dial(serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -133,7 +133,7 @@ func TestStream(t *testing.T) {
 
 // When the connection goes, every call ends, and no further one begins.
 func TestLost(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
+	c, err := Dial(serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +153,7 @@ func TestLost(t *testing.T) {
 	c.Close()
 	c.Close()
 
-	if c, err = Dial(serveEcho(t), nil); err != nil {
+	if c, err = Dial(serveEcho(t), nil, ""); err != nil {
 		t.Fatal(err)
 	}
 	c.Lock()
@@ -180,11 +180,11 @@ func TestDialErrors(t *testing.T) {
 			nc.Close()
 		}
 	}()
-	if _, err := Dial(l.Addr().String(), nil); err == nil {
+	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where no HTTP/2 is spoken")
 	}
 	l.Close()
-	if _, err := Dial(l.Addr().String(), nil); err == nil {
+	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where nobody listens")
 	}
 }

@@ -248,6 +248,34 @@ func TestErrors(t *testing.T) {
 	}
 }
 
+// A server that wants to know its users is told; one that does not is not asked twice.
+func TestUser(t *testing.T) {
+	endpoint := startEtcd(t)
+	s := small(endpoint, "create=2,get,event")
+	s.WatchAll, s.User, s.Password = true, "root", "secret"
+	check(t, try(t, s)) // as yet it asks nobody
+
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), readyTimeout)
+	defer cancel()
+	_, err1 := c.UserAdd(ctx, s.User, s.Password)
+	_, err2 := c.UserGrantRole(ctx, s.User, "root")
+	_, err3 := c.AuthEnable(ctx)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	s.Prefix = "/again/"
+	check(t, try(t, s))
+	s.Password = "guess"
+	if _, err := Run(t.Context(), s, io.Discard); err == nil || !strings.Contains(err.Error(), "authentication failed") {
+		t.Error(err)
+	}
+}
+
 // A server that goes away ends the load with an error; what was measured until then is not lost.
 func TestServerLost(t *testing.T) {
 	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})

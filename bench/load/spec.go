@@ -129,6 +129,10 @@ type Spec struct {
 	Processes []Process
 
 	TLS *tls.Config `json:"-"`
+	// User is who the requests are from; "": nobody says so. A token that expires on the way is not asked for again (one
+	// of etcd's default kind lives as long as it is used).
+	User     string `json:",omitempty"`
+	Password string `json:"-"`
 }
 
 // Process is a server whose CPU and memory are reported.
