@@ -154,12 +154,17 @@ func TestFlags(t *testing.T) {
 		}
 	}
 	for want, args := range map[string][]string{
-		"no target": {"--targets", "nobody"},
-		"--suite":   {"--suite", "all"},
-		"there are": {"--suite", "issue", "--scenarios", "speed"},
-		"--rounds":  {"--rounds", "0"},
-		"--dir":     {"--dir", "/does/not/exist"},
-		"/does/not": {"--html", "/does/not/exist"},
+		"no target":       {"--targets", "nobody"},
+		"--suite":         {"--suite", "all"},
+		"there are":       {"--suite", "issue", "--scenarios", "speed"},
+		"--rounds":        {"--rounds", "0"},
+		"there is no \"x": {"--scenarios", "x"},
+		"their own":       {"--suite", "issue", "--clients", "5"},
+		"twice":           {"--targets", "direct,direct"},
+		"two-etcds+tls":   {"--targets", "two-etcds", "--tls"},
+		"--duration":      {"--suite", "issue", "--duration", "0s"},
+		"--dir":           {"--dir", "/does/not/exist"},
+		"/does/not":       {"--html", "/does/not/exist"},
 	} {
 		if err := compareCommand(t.Context(), args); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("bench compare %v: %v", args, err)

@@ -227,6 +227,10 @@ func TestChecks(t *testing.T) {
 			t.Errorf("%+v, want %s %v", c.got, c.text, c.ok)
 		}
 	}
+	o.Skipped = errors.New("no disks here")
+	if c := o.value("", "gone", perSecond, plain, atLeast(0)); c.OK || c.Skipped != "no disks here" {
+		t.Errorf("%+v", c)
+	}
 	if c := o.value("", "silent", perSecond, plain, atMost(1)); c.OK || c.Skipped == "" {
 		t.Errorf("nothing was answered, and that is good: %+v", c)
 	}

@@ -375,4 +375,10 @@ func TestParseStat(t *testing.T) {
 	if _, err := parseStat([]byte("12 (x) S 1")); err == nil {
 		t.Error("no error")
 	}
+	if used, all := parseMachine([]byte("cpu  100 200 300 4000 500 60 70 800 90 0\ncpu0 1 2 3\n")); used != 14 || all != 59 {
+		t.Error(used, all)
+	}
+	if used, all := parseMachine(nil); used != 0 || all != 0 {
+		t.Error(used, all)
+	}
 }

@@ -71,8 +71,11 @@ type Result struct {
 	Watches   []Watch `json:",omitempty"`
 	Generator Usage
 	Processes []Usage `json:",omitempty"`
-	Series    []Second
-	Texts     map[string]uint64 `json:",omitempty"` // errors, and how often
+	// Others is the part (0 to 1) of the machine's CPU time that went to processes which were not measured, or was taken by
+	// its host ("steal"). Only if all servers are on this machine, as Processes: 0 else.
+	Others float64 `json:",omitempty"`
+	Series []Second
+	Texts  map[string]uint64 `json:",omitempty"` // errors, and how often
 	// Unfinished requests had no answer at the end; NeverSent ones were due (open loop), and no client was free.
 	Unfinished int
 	NeverSent  int64

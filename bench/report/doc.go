@@ -14,9 +14,13 @@ type Doc struct {
 	Title   string
 	Machine Machine
 	Command string
-	Checks  []Check `json:",omitempty"`
+	Checks  []Check   `json:",omitempty"`
+	Failed  []Failure `json:",omitempty"`
 	Runs    []Run
 }
+
+// Failure is a target that could not be measured to the end.
+type Failure struct{ Scenario, Target, Why string }
 
 // Run is one load on one target.
 type Run struct {

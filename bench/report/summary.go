@@ -37,21 +37,43 @@ func Line(target string, r *load.Result) string {
 		fmt.Fprintf(&b, " %s %v", p.Name, load.Round(p.CPUPerOp))
 	}
 	fmt.Fprintf(&b, " (generator %v)", load.Round(r.Generator.CPUPerOp))
-	if r.Total.Errors > 0 {
-		fmt.Fprintf(&b, "  ERRORS %d %v", r.Total.Errors, r.Texts)
-	}
-	if n := r.NeverSent + int64(r.Unfinished); n > 0 {
-		fmt.Fprintf(&b, "  %d not sent or not answered", n)
-	}
-	for _, w := range r.Watches {
-		if w.Missing > 0 {
-			fmt.Fprintf(&b, "  %d events late", w.Missing)
-		}
-		if w.Backwards > 0 {
-			fmt.Fprintf(&b, "  WRONG: %d events out of order", w.Backwards)
-		}
+	for _, s := range remarks(r) {
+		b.WriteString("  " + s)
 	}
 	return b.String()
+}
+
+// disturbed is the part of the machine's CPU time from which on it is said that others took it.
+const disturbed = 0.05
+
+// remarks says what was not as it should be, in one round or in all of them together.
+func remarks(rounds ...*load.Result) (all []string) {
+	var errors, backwards uint64
+	var unanswered, late int64
+	texts, others := map[string]uint64{}, 0.0
+	for _, r := range rounds {
+		errors += r.Total.Errors
+		for text, n := range r.Texts {
+			texts[text] += n
+		}
+		unanswered += r.NeverSent + int64(r.Unfinished)
+		for _, w := range r.Watches {
+			late += w.Missing
+			backwards += w.Backwards
+		}
+		others = max(others, r.Others)
+	}
+	add := func(is bool, format string, args ...any) {
+		if is {
+			all = append(all, fmt.Sprintf(format, args...))
+		}
+	}
+	add(errors > 0, "ERRORS %d %v", errors, texts)
+	add(unanswered > 0, "%d not sent or not answered", unanswered)
+	add(late > 0, "%d events late", late)
+	add(backwards > 0, "WRONG: %d events out of order", backwards)
+	add(others >= disturbed, "DISTURBED: others took %.0f%% of the CPUs", 100*others)
+	return all
 }
 
 // group is all rounds of one target in one scenario.
@@ -114,12 +136,13 @@ func cpu(r *load.Result, name string) (sum time.Duration) {
 	return sum
 }
 
-// Summary writes the medians of all rounds, a line for each target, and the checks. The lag is from the acknowledgement of a
+// Summary writes the medians of all rounds, a line for each target, what was not as it should be, and the checks. The lag is from the acknowledgement of a
 // write to the delivery of its event, and from its sending; memory is the most that all servers had together.
-func Summary(w io.Writer, runs []Run, checks []Check) {
+func Summary(w io.Writer, d *Doc) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	last := ""
-	for _, g := range groups(runs) {
+	all := groups(d.Runs)
+	for _, g := range all {
 		if g.scenario != last || last == "" {
 			last = g.scenario
 			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tp50\tp99\tevents/s\tlag p99\tafter sending\tmemory\tCPU/request\tof which\n", g.scenario)
@@ -147,11 +170,19 @@ func Summary(w io.Writer, runs []Run, checks []Check) {
 			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
 	}
 	t.Flush()
-	if len(checks) == 0 {
+	for _, g := range all {
+		if s := remarks(g.results...); len(s) > 0 {
+			fmt.Fprintf(w, "%s %s: %s\n", g.scenario, g.target, strings.Join(s, ", "))
+		}
+	}
+	for _, f := range d.Failed {
+		fmt.Fprintf(w, "%s %s: FAILED: %s\n", f.Scenario, f.Target, f.Why)
+	}
+	if len(d.Checks) == 0 {
 		return
 	}
 	fmt.Fprintln(t, "\nscenario\twhat\tto reach\tmeasured\t")
-	for _, c := range checks {
+	for _, c := range d.Checks {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", c.Scenario, c.What, c.Want, c.Got, c.Verdict())
 	}
 	t.Flush()

@@ -60,6 +60,9 @@ func Table(w io.Writer, r *load.Result) error {
 	if r.Unfinished > 0 {
 		fmt.Fprintf(w, "%d requests had no answer seconds after the load\n", r.Unfinished)
 	}
+	if r.Others >= disturbed {
+		fmt.Fprintf(w, "others took %.0f%% of this machine's CPUs: processes that were not measured, or its host\n", 100*r.Others)
+	}
 	if r.NeverSent > 0 {
 		fmt.Fprintf(w, "%d requests were due and not sent: all %d clients were waiting, so the latencies above are too good\n", r.NeverSent, s.Clients)
 	}
