@@ -33,7 +33,7 @@ func compareCommand(ctx context.Context, args []string) error {
 	suite := f.String("suite", "", "issue: the scenarios with something to reach, instead of one load; they have loads and targets of their own")
 	only := f.String("scenarios", "", "comma separated `names` of scenarios of the suite (default all): "+strings.Join(scenarioNames(compare.Suite(time.Second)), ", "))
 	f.IntVar(&cfg.Rounds, "rounds", cfg.Rounds, "how often each target is measured, in turns")
-	f.StringVar(&cfg.Dir, "dir", "", "`directory` for the servers' data (default /dev/shm, which is memory)")
+	f.StringVar(&cfg.Dir, "dir", "", "`directory` for the servers' data (default /dev/shm, which is memory, if 4 GiB are free there)")
 	disks := f.Bool("disks", false, "every etcd that holds keys has a throttled disk of its own (Linux, root)")
 	f.IntVar(&cfg.DiskBps, "disk-bps", cfg.DiskBps, "`bytes` a second that a throttled disk writes")
 	f.StringVar(&cfg.Spindle, "spindle", "", "Spindle's `binary` (default: built now)")
@@ -97,7 +97,7 @@ func compareCommand(ctx context.Context, args []string) error {
 	}
 	report.Summary(os.Stdout, doc)
 	if n := len(doc.Failed); n > 0 {
-		ended = errors.Join(ended, fmt.Errorf("%d targets failed", n))
+		ended = errors.Join(ended, fmt.Errorf("%d could not be measured to the end", n))
 	}
 	return errors.Join(ended, out.write(doc))
 }

@@ -107,6 +107,31 @@ func TestStopped(t *testing.T) {
 	}
 }
 
+// A target without one of its processes is measured no more, whatever it answers. Its directory may be said from where one stands.
+func TestProcessLost(t *testing.T) {
+	t.Chdir(t.TempDir())
+	e, err := NewEnv(Config{Dir: ".", Progress: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if !filepath.IsAbs(e.dir) {
+		t.Errorf("servers do not find %s", e.dir)
+	}
+	p, err := startProcess("shard-1", e.dir, e.self, "-test.run=^$")
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+	tg := &target{procs: []*process{p}}
+	if err := tg.ended(); err == nil || !strings.Contains(err.Error(), "shard-1 has ended") {
+		t.Error(err)
+	}
+	if err := tg.last(); err == nil || !strings.Contains(err.Error(), "PASS") {
+		t.Error(err)
+	}
+}
+
 type writer func([]byte)
 
 func (w writer) Write(p []byte) (int, error) { w(p); return len(p), nil }

@@ -76,6 +76,7 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 		}
 	}
 	fail := func(name string, err error) {
+		err = e.explain(err)
 		o.Failed[name] = err
 		e.say("%s: %v", name, err)
 	}
@@ -117,8 +118,11 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 			if ctx.Err() != nil {
 				return o, context.Cause(ctx)
 			}
-			if err != nil {
-				fail(t.name, errors.Join(err, t.failed()))
+			if ended := t.ended(); err != nil || ended != nil {
+				if ended == nil {
+					ended = t.last()
+				}
+				fail(t.name, errors.Join(err, ended))
 				continue
 			}
 			o.Runs = append(o.Runs, report.Run{Scenario: sc.Name, Target: t.name, Round: round, Result: res})

@@ -82,8 +82,8 @@ func (t *target) stop() {
 	}
 }
 
-// failed returns why a process of t has ended; if none has, what the one that clients talk to said last, nil if nothing.
-func (t *target) failed() error {
+// ended returns why a process of t has ended, nil if none has.
+func (t *target) ended() error {
 	for _, p := range t.procs {
 		select {
 		case <-p.done:
@@ -91,6 +91,11 @@ func (t *target) failed() error {
 		default:
 		}
 	}
+	return nil
+}
+
+// last is what the process that clients talk to said last, nil if nothing.
+func (t *target) last() error {
 	if front := t.procs[len(t.procs)-1]; len(front.said()) > 0 {
 		return fmt.Errorf("the log of %s ends with\n%s", front.name, front.said())
 	}

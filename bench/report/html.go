@@ -173,7 +173,7 @@ svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--di
 <table><tr><th>scenario<th>what<th>to reach<th>measured<th></tr>
 {{range .Checks}}<tr><td>{{.Scenario}}<td>{{.What}}<td>{{.Want}}<td>{{.Got}}<td class="{{if .Skipped}}dim{{else if .OK}}good{{else}}bad{{end}}">{{.Verdict}}</tr>
 {{end}}</table>{{end}}
-{{range .Failed}}<p class="bad">{{.Scenario}} {{.Target}}: FAILED: {{.Why}}</p>
+{{range .Failed}}<p class="bad">{{.Scenario}} {{.Target}}: FAILED: {{.Short}}</p>
 {{end}}{{range .Sections}}<h2>{{.Name}}</h2>
 <p class="dim">{{.Load}}</p>
 <p>{{range .Legend}}<span class="key"><i class="c{{.Color}}"></i>{{.Name}}</span>{{end}}</p>

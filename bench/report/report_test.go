@@ -52,7 +52,7 @@ func doc() *Doc {
 			{Scenario: "one", What: "CPU", Want: "at most 0.45", Got: "0.50"},
 			{Scenario: "two", What: "disks", Want: "at least 3.80", Skipped: "throttled disks need root\nmore"},
 		},
-		Failed: []Failure{{"two", "spindle-1", "it <broke>"}},
+		Failed: []Failure{{"two", "spindle-1", "it <broke>\nin the middle\nof its log"}},
 		Runs: []Run{
 			{"one", "direct", 1, result(4)}, {"one", "spindle-1", 1, result(1)}, {"one", "spindle-1", 2, result(3)}, {"one", "direct", 2, result(8)},
 			{"two", "direct", 1, result(2)},

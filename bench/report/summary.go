@@ -176,7 +176,7 @@ func Summary(w io.Writer, d *Doc) {
 		}
 	}
 	for _, f := range d.Failed {
-		fmt.Fprintf(w, "%s %s: FAILED: %s\n", f.Scenario, f.Target, f.Why)
+		fmt.Fprintf(w, "%s %s: FAILED: %s\n", f.Scenario, f.Target, f.Short())
 	}
 	if len(d.Checks) == 0 {
 		return
