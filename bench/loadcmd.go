@@ -79,7 +79,7 @@ func loadCommand(ctx context.Context, args []string) error {
 	if err := report.Table(os.Stdout, res); err != nil {
 		return err
 	}
-	doc := &report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Target: spec.Mix.String(), Result: res}}}
+	doc := &report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Scenario: spec.Mix.String(), Target: "servers", Result: res}}}
 	return errors.Join(stopped, out.write(doc))
 }
 

@@ -81,6 +81,16 @@ type Result struct {
 	NeverSent  int64
 }
 
+// Of returns what was measured of one kind of request; nothing, if there was none.
+func (r *Result) Of(kind string) Op {
+	for _, o := range r.Ops {
+		if o.Kind == kind {
+			return o
+		}
+	}
+	return Op{Kind: kind}
+}
+
 // ServersPerOp is the CPU time of all measured processes for one request.
 func (r *Result) ServersPerOp() (sum time.Duration) {
 	for _, p := range r.Processes {

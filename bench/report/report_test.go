@@ -115,12 +115,12 @@ func TestHTML(t *testing.T) {
 		}
 		if name == "full" {
 			golden(t, "page.html", b.Bytes())
-			for _, want := range []string{"spindle-1", "A &lt;title&gt;", "not measured: throttled disks need root", "MISSED", "reached"} {
+			for _, want := range []string{"spindle-1", "spindle-1, round 2: create: 256 clients", "A &lt;title&gt;", "not measured: throttled disks need root", "MISSED", "reached"} {
 				if !strings.Contains(page, want) {
 					t.Errorf("the page does not hold %q", want)
 				}
 			}
-			if n := strings.Count(page, "<svg"); n != 8 {
+			if n := strings.Count(page, "<svg"); n != 10 {
 				t.Errorf("%d charts", n)
 			}
 		}
