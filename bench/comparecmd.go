@@ -19,7 +19,8 @@ import (
 const compareUsage = `bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine
 
 Starts every target with its etcds as processes of their own, puts the same load on each in turns, several rounds, and
-shows medians. --suite issue runs all that Spindle promises of its speed, with the targets to reach.
+shows medians. --suite issue runs all that Spindle promises of its speed, with what is to be reached. Where CPUs are the
+limit, more shards are no faster: --disks shows what they are for.
 `
 
 func compareCommand(ctx context.Context, args []string) error {
@@ -44,7 +45,7 @@ func compareCommand(ctx context.Context, args []string) error {
 	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, and CPU profiles of the generator, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
-	if err := parse(f, compareUsage, args); err != nil {
+	if err := parse(f, compareUsage+workloads(), args); err != nil {
 		return err
 	}
 	if err := out.check(); err != nil {

@@ -15,9 +15,25 @@ import (
 	"spindle/bench/report"
 )
 
+const loadUsage = `bench [flags]            drive an etcd endpoint with the requests of Kubernetes
+bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine (bench compare --help)
+
+What a load writes stays there, under --prefix. Ctrl-C ends it; what was measured until then is shown.
+`
+
+// workloads is the part of the help that explains them.
+func workloads() string {
+	var b strings.Builder
+	b.WriteString("\nWorkloads:\n")
+	for _, w := range load.Works {
+		fmt.Fprintf(&b, "  %-10s %s\n", w.Work, w.What)
+	}
+	return b.String()
+}
+
 // loadFlags defines the flags that describe a load; they fill spec.
 func loadFlags(f *flag.FlagSet, spec *load.Spec) {
-	f.Func("workload", "`MIX` of create, update, get, list, page, stream, heartbeat, event, pod, or idle; weights as in get=8,update=3,create=1 (default create)",
+	f.Func("workload", "`MIX` of the workloads above, with weights: get=8,update=3,create=1 (default create)",
 		func(v string) (err error) { spec.Mix, err = load.ParseMix(v); return err })
 	f.IntVar(&spec.Clients, "clients", spec.Clients, "logical clients, each with one request under way")
 	f.IntVar(&spec.Connections, "connections", spec.Connections, "connections that they share")
@@ -27,7 +43,7 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 	f.IntVar(&spec.ValueSize, "value-size", spec.ValueSize, "`bytes` of a value")
 	f.IntVar(&spec.Keys, "keys", spec.Keys, "objects that are made before the load, for what needs some")
 	f.IntVar(&spec.PageSize, "page", spec.PageSize, "keys in a page of a paged list")
-	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys")
+	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys, ends with a slash")
 	f.Uint64Var(&spec.Seed, "seed", spec.Seed, "seed of the random choices")
 	f.BoolVar(&spec.WatchAll, "watch-all", spec.WatchAll, "one watch of everything with prev_kv besides, as an apiserver has")
 	f.IntVar(&spec.Watchers, "watchers", spec.Watchers, "watches of all pods besides, each with a stream of its own")
@@ -36,6 +52,7 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 
 func loadCommand(ctx context.Context, args []string) error {
 	spec := load.Default()
+	spec.Prefix = "/bench/" // a cluster's own /registry/ is no place for what nobody made
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	loadFlags(f, &spec)
 	f.Func("endpoints", "comma separated `URLs` (default http://127.0.0.1:2379)", func(v string) error {
@@ -62,7 +79,7 @@ func loadCommand(ctx context.Context, args []string) error {
 		return nil
 	})
 	out := outputFlags(f)
-	err := parse(f, usage, args)
+	err := parse(f, loadUsage+workloads(), args)
 	if err != nil {
 		return err
 	}

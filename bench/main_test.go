@@ -54,7 +54,7 @@ func TestLoadCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := doc.Runs[0].Result
-	if r.Total.Count == 0 || len(r.Ops) != 2 || r.Spec.Mix.String() != "get=3,update=1" || r.Spec.Clients != 4 || doc.Machine.CPUs == 0 {
+	if r.Total.Count == 0 || len(r.Ops) != 2 || r.Spec.Mix.String() != "get=3,update=1" || r.Spec.Clients != 4 || r.Spec.Prefix != "/bench/" || doc.Machine.CPUs == 0 {
 		t.Errorf("%+v", doc)
 	}
 	page, err := os.ReadFile(htmlFile)
@@ -138,9 +138,9 @@ func TestCommandLine(t *testing.T) {
 func TestFlags(t *testing.T) {
 	silent(t)
 	for want, args := range map[string][]string{
-		"--cacert":      {"--cacert", "/does/not/exist"},
-		"belong":        {"--cert", "x"},
-		"no work":       {"--workload", "nonsense"},
+		"--cacert": {"--cacert", "/does/not/exist"},
+		"belong":   {"--cert", "x"},
+		"no work \"nonsense\"; there is create, update": {"--workload", "nonsense"},
 		"not a flag":    {"serve"},
 		"endpoint":      {"--endpoints", "127.0.0.1:2379"},
 		"--connections": {"--connections", "0"},

@@ -113,7 +113,8 @@ func TestWorks(t *testing.T) {
 	for name, start := range map[string]func(testing.TB) string{"etcd": startEtcd, "spindle": startSpindle} {
 		t.Run(name, func(t *testing.T) {
 			endpoint := start(t)
-			for _, w := range works {
+			for _, kind := range Works {
+				w := kind.Work
 				if w == Idle {
 					continue
 				}
