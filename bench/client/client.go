@@ -50,9 +50,8 @@ type Conn struct {
 
 // call is a request under way, or an open stream.
 type call struct {
-	stream *codec.Stream // nil when it has ended
+	stream *codec.Stream
 	sink   Sink
-	kept   bool // a Stream points here: it is not used again
 }
 
 // Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty.
@@ -182,35 +181,9 @@ func (c *Conn) Call(path string, msg []byte, sink Sink) bool {
 	return k != nil
 }
 
-// Stream is an open stream.
-type Stream struct {
-	c *Conn
-	k *call
-}
-
-// Stream opens a stream and sends msg, locked. It returns nil if the connection takes no more streams.
-func (c *Conn) Stream(path string, msg []byte, sink Sink) *Stream {
-	k := c.open(path, msg, sink)
-	if k == nil {
-		return nil
-	}
-	k.kept = true
-	return &Stream{c, k}
-}
-
-// Send sends one more message, locked.
-func (s *Stream) Send(msg []byte) {
-	if s.k.stream != nil {
-		s.c.h2.Send(s.k.stream, msg)
-	}
-}
-
-// CloseSend says that no more messages follow, locked.
-func (s *Stream) CloseSend() {
-	if s.k.stream != nil {
-		s.c.h2.CloseSend(s.k.stream)
-	}
-}
+// Stream opens a stream that stays open and sends msg, locked. It returns false, and sink hears nothing, if the connection takes no
+// more streams.
+func (c *Conn) Stream(path string, msg []byte, sink Sink) bool { return c.open(path, msg, sink) != nil }
 
 func (c *Conn) open(path string, msg []byte, sink Sink) *call {
 	if c.closed {
@@ -253,9 +226,7 @@ func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) {
 	k := s.User.(*call)
 	sink := k.sink
 	k.stream, k.sink = nil, nil
-	if !k.kept {
-		e.free = append(e.free, k)
-	}
+	e.free = append(e.free, k)
 	sink.End(st)
 }
 

@@ -109,28 +109,6 @@ func TestCall(t *testing.T) {
 	}
 }
 
-func TestStream(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	o := &once{over: make(chan struct{}, 1)}
-	c.Lock()
-	s := c.Stream("/x/y", []byte("one"), o)
-	s.Send([]byte("two"))
-	s.CloseSend()
-	c.Unlock()
-	await(t, o)
-	if o.st.Code != codec.OK || string(o.msg) != "two" {
-		t.Error(o.st, string(o.msg))
-	}
-	c.Lock()
-	s.Send([]byte("three")) // of a stream that has ended: nothing happens
-	s.CloseSend()
-	c.Unlock()
-}
-
 // When the connection goes, every call ends, and no further one begins.
 func TestLost(t *testing.T) {
 	c, err := Dial(serveEcho(t), nil, "")
