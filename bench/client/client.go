@@ -43,15 +43,8 @@ type Conn struct {
 	h2     *codec.Conn
 	err    error
 	closed bool
-	free   []*call
 	greet  chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
 	gone   chan struct{} // closed when nothing is called any more
-}
-
-// call is a request under way, or an open stream.
-type call struct {
-	stream *codec.Stream
-	sink   Sink
 }
 
 // Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty.
@@ -174,35 +167,27 @@ func (c *Conn) read() {
 // Call starts a request of one message, locked. msg is read before it returns. It returns false, and sink hears nothing, if
 // the connection takes no more streams.
 func (c *Conn) Call(path string, msg []byte, sink Sink) bool {
-	k := c.open(path, msg, sink)
-	if k != nil {
-		c.h2.CloseSend(k.stream)
+	s := c.open(path, msg, sink)
+	if s != nil {
+		c.h2.CloseSend(s)
 	}
-	return k != nil
+	return s != nil
 }
 
 // Stream opens a stream that stays open and sends msg, locked. It returns false, and sink hears nothing, if the connection takes no
 // more streams.
 func (c *Conn) Stream(path string, msg []byte, sink Sink) bool { return c.open(path, msg, sink) != nil }
 
-func (c *Conn) open(path string, msg []byte, sink Sink) *call {
+func (c *Conn) open(path string, msg []byte, sink Sink) *codec.Stream {
 	if c.closed {
 		return nil
 	}
 	s := c.h2.Open(path, false, 0)
-	if s == nil {
-		return nil
+	if s != nil {
+		s.User = sink
+		c.h2.Send(s, msg)
 	}
-	var k *call
-	if n := len(c.free); n > 0 {
-		k, c.free = c.free[n-1], c.free[:n-1]
-	} else {
-		k = new(call)
-	}
-	*k = call{stream: s, sink: sink}
-	s.User = k
-	c.h2.Send(s, msg)
-	return k
+	return s
 }
 
 // Close ends the connection. Open calls end with Unavailable before it returns. Not locked, and not from within a
@@ -219,16 +204,10 @@ func (c *Conn) Close() {
 type events Conn
 
 // OnMessage implements codec.ClientEvents.
-func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(*call).sink.Message(msg) }
+func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(Sink).Message(msg) }
 
 // OnEnd implements codec.ClientEvents.
-func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) {
-	k := s.User.(*call)
-	sink := k.sink
-	k.stream, k.sink = nil, nil
-	e.free = append(e.free, k)
-	sink.End(st)
-}
+func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) { s.User.(Sink).End(st) }
 
 // OnGoAway implements codec.ClientEvents.
 func (e *events) OnGoAway() {}
