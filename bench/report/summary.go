@@ -43,8 +43,9 @@ func Line(target string, r *load.Result) string {
 	return b.String()
 }
 
-// disturbed is the part of the machine's CPU time from which on it is said that others took it.
-const disturbed = 0.05
+// disturbed is the part of the machine's CPU time from which on it is said that others took it. A dozen idle servers of a comparison
+// take 2 to 5 %.
+const disturbed = 0.1
 
 // remarks says what was not as it should be, in one round or in all of them together.
 func remarks(rounds ...*load.Result) (all []string) {
