@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -17,8 +19,8 @@ import (
 const compareUsage = `bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine
 
 Starts every target with its etcds as processes of their own, puts the same load on each in turns, several rounds, and
-shows medians. --suite issue runs all that Spindle promises of its speed, with the targets to reach.
-
+shows medians. --suite issue runs all that Spindle promises of its speed, with what is to be reached. Where CPUs are the
+limit, more shards are no faster: --disks shows what they are for.
 `
 
 func compareCommand(ctx context.Context, args []string) error {
@@ -26,14 +28,13 @@ func compareCommand(ctx context.Context, args []string) error {
 	spec.Duration, spec.Warmup = 5*time.Second, time.Second
 	cfg := compare.Config{Rounds: 3, DiskBps: 4 << 20, Progress: os.Stderr}
 	f := flag.NewFlagSet("bench compare", flag.ContinueOnError)
-	f.Usage = func() { fmt.Fprint(f.Output(), compareUsage); f.PrintDefaults() }
 	loadFlags(f, &spec)
 	targets := f.String("targets", "direct,grpc-proxy,spindle-1,spindle-2,spindle-4",
-		"comma separated: direct (one etcd), grpc-proxy, spindle-N (N shards); with +tls behind it: mutual TLS towards clients")
-	suite := f.String("suite", "", "issue: the scenarios with targets to reach, instead of one load")
-	only := f.String("scenarios", "", "comma separated `names` of the suite's scenarios; empty: all")
+		"comma separated: direct (one etcd), grpc-proxy, spindle-N (N shards); with +tls behind it: mutual TLS towards clients; two-etcds is explained in bench/RESULTS.md")
+	suite := f.String("suite", "", "issue: the scenarios with something to reach, instead of one load; they have loads and targets of their own")
+	only := f.String("scenarios", "", "comma separated `names` of scenarios of the suite (default all): "+strings.Join(scenarioNames(compare.Suite(time.Second)), ", "))
 	f.IntVar(&cfg.Rounds, "rounds", cfg.Rounds, "how often each target is measured, in turns")
-	f.StringVar(&cfg.Dir, "dir", "", "`directory` for the servers' data (default /dev/shm, which is memory)")
+	f.StringVar(&cfg.Dir, "dir", "", "`directory` for the servers' data (default /dev/shm, which is memory, if 4 GiB are free there)")
 	disks := f.Bool("disks", false, "every etcd that holds keys has a throttled disk of its own (Linux, root)")
 	f.IntVar(&cfg.DiskBps, "disk-bps", cfg.DiskBps, "`bytes` a second that a throttled disk writes")
 	f.StringVar(&cfg.Spindle, "spindle", "", "Spindle's `binary` (default: built now)")
@@ -44,54 +45,30 @@ func compareCommand(ctx context.Context, args []string) error {
 	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, and CPU profiles of the generator, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
-	if err := f.Parse(args); err != nil {
+	if err := parse(f, compareUsage+workloads(), args); err != nil {
 		return err
 	}
-	if f.NArg() > 0 {
-		return fmt.Errorf("%q is not a flag, see --help", f.Arg(0))
+	if err := out.check(); err != nil {
+		return err
 	}
 	if cfg.Rounds < 1 || cfg.DiskBps < 1<<16 {
 		return fmt.Errorf("--rounds %d must be positive, --disk-bps %d at least 65536", cfg.Rounds, cfg.DiskBps)
 	}
 
-	var scenarios []*compare.Scenario
-	switch *suite {
-	case "":
-		names := strings.Split(*targets, ",")
-		for i, n := range names {
-			if *secure && !strings.HasSuffix(n, compare.TLSSuffix) {
-				names[i] += compare.TLSSuffix
-			}
-			if err := compare.CheckTarget(n); err != nil {
-				return err
-			}
-		}
-		if err := spec.Validate(); err != nil {
-			return err
-		}
-		scenarios = []*compare.Scenario{{
-			Name: spec.Mix.String(), Title: fmt.Sprintf("%d clients on %d connections", spec.Clients, spec.Connections),
-			Targets: names, Load: spec, Disks: *disks,
-		}}
-	case "issue":
-		scenarios = compare.Suite(spec.Duration)
-		if *only != "" {
-			names := strings.Split(*only, ",")
-			var known []string
-			for _, s := range scenarios {
-				known = append(known, s.Name)
-			}
-			for _, n := range names {
-				if !slices.Contains(known, n) {
-					return fmt.Errorf("--scenarios: there is no %q; there are %s", n, strings.Join(known, ", "))
-				}
-			}
-			scenarios = slices.DeleteFunc(scenarios, func(s *compare.Scenario) bool { return !slices.Contains(names, s.Name) })
-		}
-	default:
-		return fmt.Errorf("--suite %q: there is only issue", *suite)
+	if err := spec.Validate(); err != nil {
+		return err
 	}
-
+	var scenarios []*compare.Scenario
+	var err error
+	single := *suite == "" && *only == ""
+	if single {
+		scenarios, err = oneScenario(spec, strings.Split(*targets, ","), *secure, *disks)
+	} else {
+		scenarios, err = suiteScenarios(f, *suite, *only, spec.Duration)
+	}
+	if err != nil {
+		return err
+	}
 	if cfg.Profile != "" {
 		if err := os.MkdirAll(cfg.Profile, 0o755); err != nil {
 			return fmt.Errorf("--profile: %w", err)
@@ -103,24 +80,78 @@ func compareCommand(ctx context.Context, args []string) error {
 	}
 	defer env.Close()
 	doc := &report.Doc{Title: "Comparison"}
-	var stopped error
+	var ended error
 	for _, s := range scenarios {
 		o, err := env.Run(ctx, s)
-		if err != nil {
-			stopped = err // what was measured so far is shown all the same
-			break
-		}
 		doc.Runs = append(doc.Runs, o.Runs...)
 		doc.Checks = append(doc.Checks, o.Checks...)
-		if len(o.Checks) == 0 {
-			for target, err := range o.Failed {
-				stopped = fmt.Errorf("%s: %w", target, err)
-			}
+		for _, target := range slices.Sorted(maps.Keys(o.Failed)) {
+			doc.Failed = append(doc.Failed, report.Failure{Scenario: s.Name, Target: target, Why: o.Failed[target].Error()})
+		}
+		if single {
+			err = errors.Join(err, o.Skipped)
+		}
+		if err != nil {
+			ended = err // what was measured so far is shown all the same
+			break
 		}
 	}
-	report.Summary(os.Stdout, doc.Runs, doc.Checks)
-	if err := out.write(doc); err != nil {
-		return err
+	report.Summary(os.Stdout, doc)
+	if n := len(doc.Failed); n > 0 {
+		ended = errors.Join(ended, fmt.Errorf("%d could not be measured to the end", n))
 	}
-	return stopped
+	return errors.Join(ended, out.write(doc))
+}
+
+// oneScenario is the comparison that the flags describe.
+func oneScenario(spec load.Spec, targets []string, secure, disks bool) ([]*compare.Scenario, error) {
+	for i, n := range targets {
+		if secure && !strings.HasSuffix(n, compare.TLSSuffix) {
+			targets[i] += compare.TLSSuffix
+		}
+		if err := compare.CheckTarget(targets[i]); err != nil {
+			return nil, err
+		}
+		if slices.Contains(targets[:i], targets[i]) {
+			return nil, fmt.Errorf("--targets: %s stands there twice", targets[i])
+		}
+	}
+	return []*compare.Scenario{{
+		Name: spec.Mix.String(), Title: fmt.Sprintf("%d clients on %d connections", spec.Clients, spec.Connections),
+		Targets: targets, Load: spec, Disks: disks,
+	}}, nil
+}
+
+// suiteFlags are what may be said beside --suite: its scenarios have loads and targets of their own.
+var suiteFlags = []string{"suite", "scenarios", "rounds", "duration", "dir", "disk-bps", "spindle", "spindle-arg", "profile", "json", "html"}
+
+// suiteScenarios returns those of the suite that are wanted; only is empty or holds their names.
+func suiteScenarios(f *flag.FlagSet, suite, only string, each time.Duration) (wanted []*compare.Scenario, err error) {
+	if suite != "issue" && suite != "" {
+		return nil, fmt.Errorf("--suite %q: there is only issue", suite)
+	}
+	f.Visit(func(fl *flag.Flag) {
+		if !slices.Contains(suiteFlags, fl.Name) {
+			err = errors.Join(err, fmt.Errorf("--%s: the scenarios of a suite have their own", fl.Name))
+		}
+	})
+	all := compare.Suite(each)
+	if only == "" || err != nil {
+		return all, err
+	}
+	for name := range strings.SplitSeq(only, ",") {
+		i := slices.IndexFunc(all, func(s *compare.Scenario) bool { return s.Name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("--scenarios: there is no %q; there are %s", name, strings.Join(scenarioNames(all), ", "))
+		}
+		wanted = append(wanted, all[i])
+	}
+	return wanted, nil
+}
+
+func scenarioNames(all []*compare.Scenario) (names []string) {
+	for _, s := range all {
+		names = append(names, s.Name)
+	}
+	return names
 }

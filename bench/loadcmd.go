@@ -4,7 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -15,9 +15,25 @@ import (
 	"spindle/bench/report"
 )
 
+const loadUsage = `bench [flags]            drive an etcd endpoint with the requests of Kubernetes
+bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine (bench compare --help)
+
+What a load writes stays there, under --prefix. Ctrl-C ends it; what was measured until then is shown.
+`
+
+// workloads is the part of the help that explains them.
+func workloads() string {
+	var b strings.Builder
+	b.WriteString("\nWorkloads:\n")
+	for _, w := range load.Works {
+		fmt.Fprintf(&b, "  %-10s %s\n", w.Work, w.What)
+	}
+	return b.String()
+}
+
 // loadFlags defines the flags that describe a load; they fill spec.
 func loadFlags(f *flag.FlagSet, spec *load.Spec) {
-	f.Func("workload", "`MIX` of create, update, get, list, page, stream, heartbeat, event, pod, or idle; weights as in get=8,update=3,create=1 (default create)",
+	f.Func("workload", "`MIX` of the workloads above, with weights: get=8,update=3,create=1 (default create)",
 		func(v string) (err error) { spec.Mix, err = load.ParseMix(v); return err })
 	f.IntVar(&spec.Clients, "clients", spec.Clients, "logical clients, each with one request under way")
 	f.IntVar(&spec.Connections, "connections", spec.Connections, "connections that they share")
@@ -27,7 +43,7 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 	f.IntVar(&spec.ValueSize, "value-size", spec.ValueSize, "`bytes` of a value")
 	f.IntVar(&spec.Keys, "keys", spec.Keys, "objects that are made before the load, for what needs some")
 	f.IntVar(&spec.PageSize, "page", spec.PageSize, "keys in a page of a paged list")
-	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys")
+	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys, ends with a slash")
 	f.Uint64Var(&spec.Seed, "seed", spec.Seed, "seed of the random choices")
 	f.BoolVar(&spec.WatchAll, "watch-all", spec.WatchAll, "one watch of everything with prev_kv besides, as an apiserver has")
 	f.IntVar(&spec.Watchers, "watchers", spec.Watchers, "watches of all pods besides, each with a stream of its own")
@@ -36,8 +52,8 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 
 func loadCommand(ctx context.Context, args []string) error {
 	spec := load.Default()
+	spec.Prefix = "/bench/" // a cluster's own /registry/ is no place for what nobody made
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
-	f.Usage = func() { fmt.Fprint(f.Output(), usage, "\n"); f.PrintDefaults() }
 	loadFlags(f, &spec)
 	f.Func("endpoints", "comma separated `URLs` (default http://127.0.0.1:2379)", func(v string) error {
 		spec.Endpoints = strings.Split(v, ",")
@@ -46,31 +62,42 @@ func loadCommand(ctx context.Context, args []string) error {
 	f.Func("pid", "`NAME=PID` of a server on this machine whose CPU and memory are reported; may be given several times", func(v string) error {
 		name, pid, _ := strings.Cut(v, "=")
 		n, err := strconv.Atoi(pid)
+		if err != nil {
+			return errors.New("say NAME=PID")
+		}
 		spec.Processes = append(spec.Processes, load.Process{Name: name, PID: n})
-		return err
+		return nil
 	})
 	cacert := f.String("cacert", "", "`file` with the CA of the servers")
 	cert := f.String("cert", "", "`file` with the client's certificate")
 	key := f.String("key", "", "`file` with its key")
+	f.Func("user", "`NAME:PASSWORD` of etcd's user", func(v string) error {
+		var ok bool
+		if spec.User, spec.Password, ok = strings.Cut(v, ":"); !ok || spec.User == "" {
+			return errors.New("say NAME:PASSWORD")
+		}
+		return nil
+	})
 	out := outputFlags(f)
-	if err := f.Parse(args); err != nil {
+	err := parse(f, loadUsage+workloads(), args)
+	if err != nil {
 		return err
 	}
-	if f.NArg() > 0 {
-		return fmt.Errorf("%q is not a flag, see --help", f.Arg(0))
+	if err := out.check(); err != nil {
+		return err
 	}
-	var err error
 	if spec.TLS, err = clientTLS(*cacert, *cert, *key); err != nil {
 		return err
 	}
-	res, err := load.Run(ctx, spec, os.Stderr)
-	if err != nil {
-		return err
+	res, stopped := load.Run(ctx, spec, os.Stderr)
+	if res == nil {
+		return stopped
 	}
 	if err := report.Table(os.Stdout, res); err != nil {
 		return err
 	}
-	return out.write(&report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Target: spec.Mix.String(), Result: res}}})
+	doc := &report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Scenario: spec.Mix.String(), Target: "servers", Result: res}}}
+	return errors.Join(stopped, out.write(doc))
 }
 
 // clientTLS reads the files; all names may be empty.
@@ -97,39 +124,4 @@ func clientTLS(cacert, cert, key string) (*tls.Config, error) {
 		cfg.Certificates = []tls.Certificate{c}
 	}
 	return cfg, nil
-}
-
-// outputs are the files that a report is written to.
-type outputs struct{ json, html *string }
-
-func outputFlags(f *flag.FlagSet) outputs {
-	return outputs{
-		json: f.String("json", "", "write the results to `FILE`"),
-		html: f.String("html", "", "write a report with charts to `FILE`"),
-	}
-}
-
-func (o outputs) write(doc *report.Doc) error {
-	doc.Machine, doc.Command = report.ThisMachine(), strings.Join(os.Args, " ")
-	if *o.json != "" {
-		b, err := json.MarshalIndent(doc, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(*o.json, append(b, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
-	if *o.html == "" {
-		return nil
-	}
-	file, err := os.Create(*o.html)
-	if err != nil {
-		return err
-	}
-	if err := report.HTML(file, doc); err != nil {
-		_ = file.Close()
-		return err
-	}
-	return file.Close()
 }

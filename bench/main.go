@@ -14,12 +14,6 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdmain"
 )
 
-const usage = `bench [flags]            drive an etcd endpoint
-bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine
-
-Flags of each: bench --help, bench compare --help.
-`
-
 func main() {
 	args := os.Args[1:]
 	if len(args) > 0 && args[0] == "etcd" {

@@ -21,6 +21,8 @@ type ConnConfig struct {
 	FirstStreamID uint32
 	// Secure says that the client's connection is encrypted: its requests have :scheme https.
 	Secure bool
+	// Token is what etcd's Authenticate has answered; a client's requests carry it. "": none.
+	Token string
 	// MaxPartialBytes bounds what messages received in part may take on one connection (0: maxAssemblingMessages
 	// times MaxMessageBytes, but at least ConnWindow).
 	MaxPartialBytes int

@@ -140,7 +140,7 @@ func NewClientConn(cfg ConnConfig, authority string, ev ClientEvents) *Conn {
 	c := newConn(cfg)
 	c.client, c.cli = true, ev
 	c.nextID = c.cfg.FirstStreamID | 1
-	c.req.authority, c.req.secure = authority, cfg.Secure
+	c.req.authority, c.req.secure, c.req.token = authority, cfg.Secure, cfg.Token
 	out := append(c.o(), clientPreface...)
 	out = appendFrameHeader(out, 3*6, frameSettings, 0, 0)
 	out = appendSetting(out, settingEnablePush, 0)

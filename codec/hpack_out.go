@@ -88,6 +88,7 @@ func appendStatusFields(dst []byte, st Status) []byte {
 type requestEncoder struct {
 	authority string
 	secure    bool           // :scheme https
+	token     string         // etcd's, "" for none
 	entries   []indexedField // in order of insertion
 	size      uint32
 	// plain is set when the server's SETTINGS allow less than the default table: nothing is indexed any
@@ -123,6 +124,9 @@ func (e *requestEncoder) append(dst []byte, path string, hasLeader bool, timeout
 	dst = e.field(dst, 0, "te", "trailers")
 	if hasLeader {
 		dst = e.field(dst, 0, "hasleader", "true")
+	}
+	if e.token != "" {
+		dst = e.field(dst, 0, "token", e.token)
 	}
 	if timeout > 0 {
 		var b [12]byte

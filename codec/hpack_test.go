@@ -250,4 +250,13 @@ func TestHeaderEncoders(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
+
+	// A token goes with every request.
+	e = requestEncoder{authority: "h:1", token: "a.b"}
+	reqDec = hpack.NewDecoder(hpackTable, nil)
+	for range 2 {
+		if got := read(reqDec, e.append(nil, "/s/m0", false, 0)); got != want("/s/m0", "token=a.b;") {
+			t.Fatal(got)
+		}
+	}
 }

@@ -34,6 +34,7 @@ type fakeSock struct {
 	gnet.Conn // nil: what is not below is not called
 	in        []byte
 	written   int
+	writes    int
 	largest   int // bytes of one Write
 	waiting   int // what the test says that gnet's buffer holds
 }
@@ -46,6 +47,7 @@ func (f *fakeSock) RemoteAddr() net.Addr       { return &net.UnixAddr{} }
 
 func (f *fakeSock) Write(p []byte) (int, error) {
 	f.written += len(p)
+	f.writes++
 	f.largest = max(f.largest, len(p))
 	return len(p), nil
 }
@@ -176,12 +178,15 @@ func (r *rig) feed(p []byte) {
 }
 
 // request is one turn with one request.
-func (r *rig) request() {
+func (r *rig) request() { r.feed(r.next()) }
+
+// next returns the frames of one more request, until it is called again.
+func (r *rig) next() []byte {
 	for _, at := range r.ids {
 		binary.BigEndian.PutUint32(r.frame[at:], r.id)
 	}
 	r.id += 2
-	r.feed(r.frame)
+	return r.frame
 }
 
 func BenchmarkUnary(b *testing.B) {

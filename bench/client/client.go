@@ -43,20 +43,12 @@ type Conn struct {
 	h2     *codec.Conn
 	err    error
 	closed bool
-	free   []*call
 	greet  chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
 	gone   chan struct{} // closed when nothing is called any more
 }
 
-// call is a request under way, or an open stream.
-type call struct {
-	stream *codec.Stream // nil when it has ended
-	sink   Sink
-	kept   bool // a Stream points here: it is not used again
-}
-
-// Dial connects to address (host:port); with TLS if cfg is not nil.
-func Dial(address string, cfg *tls.Config) (*Conn, error) {
+// Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty.
+func Dial(address string, cfg *tls.Config, token string) (*Conn, error) {
 	nc, err := net.DialTimeout("tcp", address, dialTimeout)
 	if err != nil {
 		return nil, err
@@ -78,7 +70,7 @@ func Dial(address string, cfg *tls.Config) (*Conn, error) {
 	}
 	c := &Conn{nc: nc, greet: make(chan struct{}), gone: make(chan struct{})}
 	c.h2 = codec.NewClientConn(codec.ConnConfig{
-		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage,
+		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage, Secure: cfg != nil, Token: token,
 	}, address, (*events)(c))
 	c.Lock()
 	c.Unlock() // writes the preface
@@ -175,61 +167,27 @@ func (c *Conn) read() {
 // Call starts a request of one message, locked. msg is read before it returns. It returns false, and sink hears nothing, if
 // the connection takes no more streams.
 func (c *Conn) Call(path string, msg []byte, sink Sink) bool {
-	k := c.open(path, msg, sink)
-	if k != nil {
-		c.h2.CloseSend(k.stream)
+	s := c.open(path, msg, sink)
+	if s != nil {
+		c.h2.CloseSend(s)
 	}
-	return k != nil
+	return s != nil
 }
 
-// Stream is an open stream.
-type Stream struct {
-	c *Conn
-	k *call
-}
+// Stream opens a stream that stays open and sends msg, locked. It returns false, and sink hears nothing, if the connection takes no
+// more streams.
+func (c *Conn) Stream(path string, msg []byte, sink Sink) bool { return c.open(path, msg, sink) != nil }
 
-// Stream opens a stream and sends msg, locked. It returns nil if the connection takes no more streams.
-func (c *Conn) Stream(path string, msg []byte, sink Sink) *Stream {
-	k := c.open(path, msg, sink)
-	if k == nil {
-		return nil
-	}
-	k.kept = true
-	return &Stream{c, k}
-}
-
-// Send sends one more message, locked.
-func (s *Stream) Send(msg []byte) {
-	if s.k.stream != nil {
-		s.c.h2.Send(s.k.stream, msg)
-	}
-}
-
-// CloseSend says that no more messages follow, locked.
-func (s *Stream) CloseSend() {
-	if s.k.stream != nil {
-		s.c.h2.CloseSend(s.k.stream)
-	}
-}
-
-func (c *Conn) open(path string, msg []byte, sink Sink) *call {
+func (c *Conn) open(path string, msg []byte, sink Sink) *codec.Stream {
 	if c.closed {
 		return nil
 	}
 	s := c.h2.Open(path, false, 0)
-	if s == nil {
-		return nil
+	if s != nil {
+		s.User = sink
+		c.h2.Send(s, msg)
 	}
-	var k *call
-	if n := len(c.free); n > 0 {
-		k, c.free = c.free[n-1], c.free[:n-1]
-	} else {
-		k = new(call)
-	}
-	*k = call{stream: s, sink: sink}
-	s.User = k
-	c.h2.Send(s, msg)
-	return k
+	return s
 }
 
 // Close ends the connection. Open calls end with Unavailable before it returns. Not locked, and not from within a
@@ -246,18 +204,10 @@ func (c *Conn) Close() {
 type events Conn
 
 // OnMessage implements codec.ClientEvents.
-func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(*call).sink.Message(msg) }
+func (e *events) OnMessage(s *codec.Stream, msg []byte) { s.User.(Sink).Message(msg) }
 
 // OnEnd implements codec.ClientEvents.
-func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) {
-	k := s.User.(*call)
-	sink := k.sink
-	k.stream, k.sink = nil, nil
-	if !k.kept {
-		e.free = append(e.free, k)
-	}
-	sink.End(st)
-}
+func (e *events) OnEnd(s *codec.Stream, st codec.Status, _ bool) { s.User.(Sink).End(st) }
 
 // OnGoAway implements codec.ClientEvents.
 func (e *events) OnGoAway() {}

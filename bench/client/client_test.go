@@ -79,7 +79,7 @@ func await(t *testing.T, o *once) {
 }
 
 func TestCall(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
+	c, err := Dial(serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,31 +109,9 @@ func TestCall(t *testing.T) {
 	}
 }
 
-func TestStream(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	o := &once{over: make(chan struct{}, 1)}
-	c.Lock()
-	s := c.Stream("/x/y", []byte("one"), o)
-	s.Send([]byte("two"))
-	s.CloseSend()
-	c.Unlock()
-	await(t, o)
-	if o.st.Code != codec.OK || string(o.msg) != "two" {
-		t.Error(o.st, string(o.msg))
-	}
-	c.Lock()
-	s.Send([]byte("three")) // of a stream that has ended: nothing happens
-	s.CloseSend()
-	c.Unlock()
-}
-
 // When the connection goes, every call ends, and no further one begins.
 func TestLost(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil)
+	c, err := Dial(serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,7 +131,7 @@ func TestLost(t *testing.T) {
 	c.Close()
 	c.Close()
 
-	if c, err = Dial(serveEcho(t), nil); err != nil {
+	if c, err = Dial(serveEcho(t), nil, ""); err != nil {
 		t.Fatal(err)
 	}
 	c.Lock()
@@ -180,11 +158,11 @@ func TestDialErrors(t *testing.T) {
 			nc.Close()
 		}
 	}()
-	if _, err := Dial(l.Addr().String(), nil); err == nil {
+	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where no HTTP/2 is spoken")
 	}
 	l.Close()
-	if _, err := Dial(l.Addr().String(), nil); err == nil {
+	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where nobody listens")
 	}
 }

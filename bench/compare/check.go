@@ -103,6 +103,10 @@ func (o *Outcome) rounds(target string, m metric) map[int]float64 {
 // check holds the median of values against b.
 func (o *Outcome) check(what string, values []float64, show func(float64) string, b bound, targets ...string) report.Check {
 	c := report.Check{Scenario: o.Scenario.Name, What: what, Want: b.text(show)}
+	if o.Skipped != nil {
+		c.Skipped = o.Skipped.Error()
+		return c
+	}
 	for _, t := range targets {
 		if err := o.Failed[t]; err != nil && len(values) == 0 {
 			c.Skipped = t + ": " + err.Error()

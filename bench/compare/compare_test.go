@@ -89,7 +89,7 @@ func TestTargets(t *testing.T) {
 	}
 }
 
-// A run that is stopped in the middle leaves nothing behind: newEnv looks.
+// A run that is stopped in the middle leaves nothing behind (newEnv looks), and the rounds that it has done count.
 func TestStopped(t *testing.T) {
 	e := newEnv(t, Config{Rounds: 100})
 	ctx, cancel := context.WithCancelCause(t.Context())
@@ -101,7 +101,33 @@ func TestStopped(t *testing.T) {
 	})
 	spec := load.Default()
 	spec.Warmup, spec.Duration = 0, 50*time.Millisecond
-	if _, err := e.Run(ctx, &Scenario{Targets: []string{Direct}, Load: spec}); !errors.Is(err, why) {
+	o, err := e.Run(ctx, &Scenario{Targets: []string{Direct}, Load: spec})
+	if !errors.Is(err, why) || len(o.Runs) != 1 || len(o.Failed) != 0 {
+		t.Errorf("%+v %v", o, err)
+	}
+}
+
+// A target without one of its processes is measured no more, whatever it answers. Its directory may be said from where one stands.
+func TestProcessLost(t *testing.T) {
+	t.Chdir(t.TempDir())
+	e, err := NewEnv(Config{Dir: ".", Progress: io.Discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if !filepath.IsAbs(e.dir) {
+		t.Errorf("servers do not find %s", e.dir)
+	}
+	p, err := startProcess("shard-1", e.dir, e.self, "-test.run=^$")
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-p.done
+	tg := &target{procs: []*process{p}}
+	if err := tg.ended(); err == nil || !strings.Contains(err.Error(), "shard-1 has ended") {
+		t.Error(err)
+	}
+	if err := tg.last(); err == nil || !strings.Contains(err.Error(), "PASS") {
 		t.Error(err)
 	}
 }
@@ -225,6 +251,10 @@ func TestChecks(t *testing.T) {
 		if c.got.Got != c.text || c.got.OK != c.ok || c.got.Skipped != "" {
 			t.Errorf("%+v, want %s %v", c.got, c.text, c.ok)
 		}
+	}
+	o.Skipped = errors.New("no disks here")
+	if c := o.value("", "gone", perSecond, plain, atLeast(0)); c.OK || c.Skipped != "no disks here" {
+		t.Errorf("%+v", c)
 	}
 	if c := o.value("", "silent", perSecond, plain, atMost(1)); c.OK || c.Skipped == "" {
 		t.Errorf("nothing was answered, and that is good: %+v", c)

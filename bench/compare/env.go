@@ -17,7 +17,7 @@ import (
 
 // Config says where and with what.
 type Config struct {
-	Dir string // for the servers' data; "": /dev/shm if there is one, else the system's place for temporary files
+	Dir string // for the servers' data; "": /dev/shm if it has room, else the system's place for temporary files
 	// Spindle is the binary; "": it is built from the module in the current directory.
 	Spindle     string
 	SpindleArgs []string // given to it besides
@@ -48,16 +48,16 @@ func NewEnv(cfg Config) (*Env, error) {
 	if e.self, err = os.Executable(); err != nil {
 		return nil, err
 	}
-	if cfg.Dir == "" {
-		if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
-			cfg.Dir = "/dev/shm"
-		}
+	dir := cfg.Dir
+	if dir == "" {
+		e.sweep(memoryDir) // what is left there may be all that it lacks
+		dir = e.usualDir()
 	}
-	if cfg.Dir == "" {
-		cfg.Dir = os.TempDir()
+	if dir, err = filepath.Abs(dir); err != nil { // servers have another working directory
+		return nil, err
 	}
-	e.sweep(cfg.Dir)
-	if e.dir, err = os.MkdirTemp(cfg.Dir, dirPrefix); err != nil {
+	e.sweep(dir)
+	if e.dir, err = os.MkdirTemp(dir, dirPrefix); err != nil {
 		return nil, fmt.Errorf("--dir: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(e.dir, ownerFile), strconv.AppendInt(nil, int64(os.Getpid()), 10), 0o600); err != nil {

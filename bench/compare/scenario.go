@@ -35,14 +35,24 @@ type Outcome struct {
 	Scenario *Scenario
 	Runs     []report.Run
 	Failed   map[string]error // targets that could not be measured to the end
+	Skipped  error            // why this machine cannot do it at all
 	Checks   []report.Check
 }
 
-// Run measures a scenario. An error is returned only if ctx has ended; a target that cannot be started or measured
-// is in Failed.
+// Run measures a scenario. An error is returned only if ctx has ended, with the rounds that were done until then, and no
+// checks; a target that cannot be started or measured is in Failed.
 func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 	o := &Outcome{Scenario: sc, Failed: map[string]error{}}
 	e.say("\n== %s: %s", sc.Name, sc.Title)
+	if sc.Disks {
+		if o.Skipped = noDisks(); o.Skipped != nil {
+			e.say("not measured: %v", o.Skipped)
+			if sc.Check != nil {
+				o.Checks = sc.Check(o)
+			}
+			return o, nil
+		}
+	}
 	var targets []*target
 	defer func() {
 		for _, t := range targets {
@@ -66,6 +76,7 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 		}
 	}
 	fail := func(name string, err error) {
+		err = e.explain(err)
 		o.Failed[name] = err
 		e.say("%s: %v", name, err)
 	}
@@ -75,7 +86,7 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 			targets = append(targets, t)
 		}
 		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return o, context.Cause(ctx)
 		}
 		if err != nil {
 			fail(name, err)
@@ -105,10 +116,13 @@ func (e *Env) Run(ctx context.Context, sc *Scenario) (*Outcome, error) {
 			}
 			res, err := e.load(ctx, sc, t, round, rates)
 			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
+				return o, context.Cause(ctx)
 			}
-			if err != nil {
-				fail(t.name, errors.Join(err, t.failed()))
+			if ended := t.ended(); err != nil || ended != nil {
+				if ended == nil {
+					ended = t.last()
+				}
+				fail(t.name, errors.Join(err, ended))
 				continue
 			}
 			o.Runs = append(o.Runs, report.Run{Scenario: sc.Name, Target: t.name, Round: round, Result: res})

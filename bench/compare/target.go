@@ -30,7 +30,6 @@ const (
 const (
 	maxShards    = 16
 	readyTimeout = 60 * time.Second
-	answerWait   = 10 * time.Second
 )
 
 // What every etcd is started with; a Spindle's members need it (README, Members), and one etcd loses nothing by it.
@@ -83,8 +82,8 @@ func (t *target) stop() {
 	}
 }
 
-// failed returns why a process of t has ended; if none has, what the one that clients talk to said last, nil if nothing.
-func (t *target) failed() error {
+// ended returns why a process of t has ended, nil if none has.
+func (t *target) ended() error {
 	for _, p := range t.procs {
 		select {
 		case <-p.done:
@@ -92,6 +91,11 @@ func (t *target) failed() error {
 		default:
 		}
 	}
+	return nil
+}
+
+// last is what the process that clients talk to said last, nil if nothing.
+func (t *target) last() error {
 	if front := t.procs[len(t.procs)-1]; len(front.said()) > 0 {
 		return fmt.Errorf("the log of %s ends with\n%s", front.name, front.said())
 	}
@@ -257,35 +261,12 @@ func (t *target) await(ctx context.Context) error { return t.awaitAt(ctx, t.endp
 func (t *target) awaitAt(ctx context.Context, endpoint string) error {
 	addr := endpoint[strings.Index(endpoint, "//")+2:]
 	return await(ctx, t.name, readyTimeout, t.procs, func() error {
-		c, err := client.Dial(addr, t.tls)
+		c, err := client.Dial(addr, t.tls, "")
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		o := make(outcome, 1)
-		c.Lock()
-		ok := c.Call("/etcdserverpb.KV/Range", codec.AppendString(nil, 1, "/bench/ready"), o)
-		c.Unlock()
-		if !ok {
-			return errors.New("the connection takes no request")
-		}
-		select {
-		case st := <-o:
-			if st.Code != codec.OK {
-				return st
-			}
-			return nil
-		case <-time.After(answerWait):
-			return errors.New("no answer")
-		}
+		_, err = c.Do("/etcdserverpb.KV/Range", codec.AppendString(nil, 1, "/bench/ready"))
+		return err
 	})
 }
-
-// outcome hears how one call ends.
-type outcome chan codec.Status
-
-// Message implements client.Sink.
-func (o outcome) Message([]byte) {}
-
-// End implements client.Sink.
-func (o outcome) End(st codec.Status) { o <- st }

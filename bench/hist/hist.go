@@ -42,18 +42,15 @@ func upper(i int) int64 {
 }
 
 // Record counts d. Negative durations count as 0.
-func (h *Hist) Record(d int64) { h.RecordN(d, 1) }
-
-// RecordN counts d n times.
-func (h *Hist) RecordN(d int64, n uint64) {
+func (h *Hist) Record(d int64) {
 	d = min(max(d, 0), 1<<maxBits-1)
 	if h.n == 0 || d < h.min {
 		h.min = d
 	}
 	h.max = max(h.max, d)
-	h.n += n
-	h.sum += d * int64(n)
-	h.counts[index(d)] += n
+	h.n++
+	h.sum += d
+	h.counts[index(d)]++
 }
 
 // Add adds what o has counted.

@@ -19,6 +19,8 @@ type harvest struct {
 	watch []feed // sums, one for each of run.watches
 	cpu   float64
 	procs []float64
+
+	machine, spare float64 // machineCPU at the beginning
 }
 
 func newHarvest(r *run) *harvest {
@@ -46,6 +48,7 @@ func (h *harvest) begin() {
 		h.procs = append(h.procs, cpu)
 	}
 	h.cpu = ownCPU()
+	h.machine, h.spare = machineCPU()
 	h.started, h.last = time.Now(), 0
 }
 
@@ -115,19 +118,21 @@ func (h *harvest) second() {
 // end makes the result.
 func (h *harvest) end() *Result {
 	cpu := ownCPU() - h.cpu
+	used, all := machineCPU()
+	others := used - h.machine - cpu
 	seconds := h.last.Seconds()
 	res := &Result{Spec: h.r.spec, Started: h.started, Seconds: seconds, Series: h.series, Texts: map[string]uint64{}}
-	var all stat
+	var sum stat
 	for k, s := range h.kinds {
 		if s == nil || s.lat.Count() == 0 && s.errors == 0 {
 			continue
 		}
 		res.Ops = append(res.Ops, s.op(kindNames[k], seconds))
-		all.lat.Add(&s.lat)
-		all.errors += s.errors
-		all.conflicts += s.conflicts
+		sum.lat.Add(&s.lat)
+		sum.errors += s.errors
+		sum.conflicts += s.conflicts
 	}
-	res.Total = all.op("all", seconds)
+	res.Total = sum.op("all", seconds)
 	perOp := func(cpu float64) time.Duration {
 		if res.Total.Count == 0 {
 			return 0
@@ -138,10 +143,14 @@ func (h *harvest) end() *Result {
 		u := Usage{Name: p.Name, Before: h.r.before[i]}
 		if now, err := CPUSeconds(p.PID); err == nil {
 			u.CPUSeconds = now - h.procs[i]
+			others -= u.CPUSeconds
 			u.CPUPerOp = perOp(u.CPUSeconds)
 			u.RSS, u.Peak, _ = Memory(p.PID)
 		}
 		res.Processes = append(res.Processes, u)
+	}
+	if len(res.Processes) > 0 && all > h.spare {
+		res.Others = max(0, others) / (all - h.spare)
 	}
 	res.Generator = Usage{Name: "generator", CPUSeconds: cpu, CPUPerOp: perOp(cpu)}
 	for i, fs := range h.r.watches() {

@@ -2,6 +2,7 @@ package load
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -112,7 +113,8 @@ func TestWorks(t *testing.T) {
 	for name, start := range map[string]func(testing.TB) string{"etcd": startEtcd, "spindle": startSpindle} {
 		t.Run(name, func(t *testing.T) {
 			endpoint := start(t)
-			for _, w := range works {
+			for _, kind := range Works {
+				w := kind.Work
 				if w == Idle {
 					continue
 				}
@@ -247,7 +249,35 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// A server that goes away ends the load with an error.
+// A server that wants to know its users is told; one that does not is not asked twice.
+func TestUser(t *testing.T) {
+	endpoint := startEtcd(t)
+	s := small(endpoint, "create=2,get,event")
+	s.WatchAll, s.User, s.Password = true, "root", "secret"
+	check(t, try(t, s)) // as yet it asks nobody
+
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), readyTimeout)
+	defer cancel()
+	_, err1 := c.UserAdd(ctx, s.User, s.Password)
+	_, err2 := c.UserGrantRole(ctx, s.User, "root")
+	_, err3 := c.AuthEnable(ctx)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	s.Prefix = "/again/"
+	check(t, try(t, s))
+	s.Password = "guess"
+	if _, err := Run(t.Context(), s, io.Discard); err == nil || !strings.Contains(err.Error(), "authentication failed") {
+		t.Error(err)
+	}
+}
+
+// A server that goes away ends the load with an error; what was measured until then is not lost.
 func TestServerLost(t *testing.T) {
 	m, err := embedded.Start(embedded.Config{Dir: filepath.Join(t.TempDir(), "etcd"), Shards: 1, NoFsync: true})
 	if err != nil {
@@ -261,10 +291,34 @@ func TestServerLost(t *testing.T) {
 		m.Close()
 	}()
 	begin := time.Now()
-	if _, err := Run(t.Context(), s, lines); err == nil || time.Since(begin) > readyTimeout/2 {
+	res, err := Run(t.Context(), s, lines)
+	if err == nil || time.Since(begin) > readyTimeout/2 {
 		t.Errorf("%v after %v", err, time.Since(begin))
 	}
+	if res == nil || res.Stopped != err.Error() || res.Total.Count == 0 || len(res.Series) == 0 || res.Seconds >= s.Duration.Seconds() {
+		t.Errorf("%+v", res)
+	}
 	m.Close()
+}
+
+// So it is when somebody has seen enough. Before the measurement there is nothing to tell.
+func TestInterrupted(t *testing.T) {
+	s := small(startEtcd(t), "create")
+	s.Duration, s.WatchAll = time.Minute, true
+	lines := &firstLine{seen: make(chan struct{})}
+	why := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		<-lines.seen
+		cancel(why)
+	}()
+	res, err := Run(ctx, s, lines)
+	if !errors.Is(err, why) || res == nil || res.Stopped != "enough" || res.Total.Count == 0 || res.Watches[0].Events == 0 || res.Unfinished != 0 {
+		t.Errorf("%+v %v", res, err)
+	}
+	if res, err := Run(ctx, s, io.Discard); !errors.Is(err, why) || res != nil {
+		t.Errorf("%+v %v", res, err)
+	}
 }
 
 // firstLine closes seen when a second of the load is over.
@@ -321,5 +375,11 @@ func TestParseStat(t *testing.T) {
 	}
 	if _, err := parseStat([]byte("12 (x) S 1")); err == nil {
 		t.Error("no error")
+	}
+	if used, all := parseMachine([]byte("cpu  100 200 300 4000 500 60 70 800 90 0\ncpu0 1 2 3\n")); used != 14 || all != 59 {
+		t.Error(used, all)
+	}
+	if used, all := parseMachine(nil); used != 0 || all != 0 {
+		t.Error(used, all)
 	}
 }

@@ -65,16 +65,30 @@ type Result struct {
 	Spec      Spec
 	Started   time.Time
 	Seconds   float64 // that were measured
+	Stopped   string  `json:",omitempty"` // why the load ended before its time
 	Total     Op      // all kinds together
 	Ops       []Op
 	Watches   []Watch `json:",omitempty"`
 	Generator Usage
 	Processes []Usage `json:",omitempty"`
-	Series    []Second
-	Texts     map[string]uint64 `json:",omitempty"` // errors, and how often
+	// Others is the part (0 to 1) of the machine's CPU time that went to processes which were not measured, or was taken by
+	// its host ("steal"). Only if all servers are on this machine, as Processes: 0 else.
+	Others float64 `json:",omitempty"`
+	Series []Second
+	Texts  map[string]uint64 `json:",omitempty"` // errors, and how often
 	// Unfinished requests had no answer at the end; NeverSent ones were due (open loop), and no client was free.
 	Unfinished int
 	NeverSent  int64
+}
+
+// Of returns what was measured of one kind of request; nothing, if there was none.
+func (r *Result) Of(kind string) Op {
+	for _, o := range r.Ops {
+		if o.Kind == kind {
+			return o
+		}
+	}
+	return Op{Kind: kind}
 }
 
 // ServersPerOp is the CPU time of all measured processes for one request.

@@ -23,24 +23,26 @@ const (
 
 // run is a load under way.
 type run struct {
-	spec     Spec
-	ctx      context.Context
-	cancel   context.CancelCauseFunc
-	progress io.Writer
-	base     time.Time
-	keys     keys
-	podsKey  []byte
-	podsEnd  []byte
-	weights  int
-	groups   []*group
-	feeds    []*feed // of the watchers
-	all      *feed   // of WatchAll, nil if there is none
-	acks     acks
-	before   []int64 // resident memory of the processes
-	prepared latch
-	watching latch
-	stopped  atomic.Bool // no further request
-	ending   atomic.Bool // nobody minds what ends now
+	spec          Spec
+	ctx           context.Context
+	cancel        context.CancelCauseFunc
+	progress      io.Writer
+	base          time.Time
+	keys          keys
+	token         string // of spec.User; one for all connections
+	authenticated bool
+	podsKey       []byte
+	podsEnd       []byte
+	weights       int
+	groups        []*group
+	feeds         []*feed // of the watchers
+	all           *feed   // of WatchAll, nil if there is none
+	acks          acks
+	before        []int64 // resident memory of the processes
+	prepared      latch
+	watching      latch
+	stopped       atomic.Bool // no further request
+	ending        atomic.Bool // nobody minds what ends now
 }
 
 func (r *run) now() int64 { return int64(time.Since(r.base)) }
@@ -53,7 +55,7 @@ func (r *run) abort(format string, args ...any) { r.cancel(fmt.Errorf(format, ar
 func (r *run) why() error { return context.Cause(r.ctx) }
 
 // Run does one load, and says on progress what happens, a line a second. It returns an error if the load could not be
-// done to its end; requests that fail are counted and no error.
+// done to its end, and with it what was measured until then, nil if that is nothing. Requests that fail are counted and no error.
 func Run(ctx context.Context, spec Spec, progress io.Writer) (*Result, error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
@@ -101,14 +103,19 @@ func (r *run) connect(i int) (*client.Conn, error) {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, fmt.Errorf("the endpoint %q must be like http://127.0.0.1:2379", endpoint)
 	}
-	if u.Scheme == "http" {
-		return client.Dial(u.Host, nil)
+	var cfg *tls.Config
+	if u.Scheme == "https" {
+		if cfg = r.spec.TLS; cfg == nil {
+			cfg = &tls.Config{}
+		}
 	}
-	cfg := r.spec.TLS
-	if cfg == nil {
-		cfg = &tls.Config{}
+	if r.spec.User != "" && !r.authenticated {
+		if r.token, err = client.Authenticate(u.Host, cfg, r.spec.User, r.spec.Password); err != nil {
+			return nil, err
+		}
+		r.authenticated = true
 	}
-	return client.Dial(u.Host, cfg)
+	return client.Dial(u.Host, cfg, r.token)
 }
 
 func (r *run) dial() error {
@@ -201,14 +208,17 @@ func (r *run) measure(begin func()) (*Result, error) {
 		return nil, err
 	}
 	h.begin()
-	for n := 1; h.elapsed() < s.Duration; n++ {
-		if err := r.sleep(min(time.Duration(n)*time.Second, s.Duration) - h.elapsed()); err != nil {
-			return nil, err
-		}
+	var stopped error
+	for n := 1; h.elapsed() < s.Duration && stopped == nil; n++ {
+		stopped = r.sleep(min(time.Duration(n)*time.Second, s.Duration) - h.elapsed())
 		h.second()
 	}
 	res := h.end()
 	r.stopped.Store(true)
+	if stopped != nil { // the answers under way are not waited for
+		res.Stopped = stopped.Error()
+		return res, stopped
+	}
 	end := r.now()
 	for _, g := range r.groups {
 		g.conn.Lock()

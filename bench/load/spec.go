@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,21 +19,36 @@ import (
 // Work is a kind of work that a mix is made of.
 type Work string
 
-// The kinds of work.
+// The kinds of work; Works says what each is.
 const (
-	Create    Work = "create"    // new objects
-	Update    Work = "update"    // compare-and-swap of objects that exist
-	Get       Work = "get"       // linearizable read of one object
-	List      Work = "list"      // consistent list of all pods, one Range
-	Page      Work = "page"      // the same, in pages at one revision
-	Stream    Work = "stream"    // the same, one RangeStream
-	Heartbeat Work = "heartbeat" // compare-and-swap of a node's Lease object
-	Event     Work = "event"     // new objects with an etcd lease, a thousand on each
-	Pod       Work = "pod"       // a pod's life: create, four status updates, delete
-	Idle      Work = "idle"      // nothing: watches only
+	Create    Work = "create"
+	Update    Work = "update"
+	Get       Work = "get"
+	List      Work = "list"
+	Page      Work = "page"
+	Stream    Work = "stream"
+	Heartbeat Work = "heartbeat"
+	Event     Work = "event"
+	Pod       Work = "pod"
+	Idle      Work = "idle"
 )
 
-var works = []Work{Create, Update, Get, List, Page, Stream, Heartbeat, Event, Pod, Idle}
+// Works are all kinds of work.
+var Works = []struct {
+	Work Work
+	What string
+}{
+	{Create, "new pods"},
+	{Update, "compare-and-swap of one of the --keys pods that exist"},
+	{Get, "linearizable read of one of them"},
+	{List, "consistent list of all pods, one Range"},
+	{Page, "the same in pages of --page at one revision, all of them together one request"},
+	{Stream, "the same, one RangeStream (etcd 3.7, Spindle)"},
+	{Heartbeat, "compare-and-swap of a node's Lease object"},
+	{Event, "new objects with an etcd lease, a thousand on each"},
+	{Pod, "a pod's life: created, changed four times, deleted"},
+	{Idle, "nothing: watches only"},
+}
 
 // Share is one part of a mix.
 type Share struct {
@@ -56,12 +72,12 @@ func ParseMix(s string) (Mix, error) {
 			}
 			sh.Weight = n
 		}
-		known := false
-		for _, w := range works {
-			known = known || w == sh.Work
+		var names []string
+		for _, w := range Works {
+			names = append(names, string(w.Work))
 		}
-		if !known {
-			return nil, fmt.Errorf("%q: there is no work %q; there is %v", s, name, works)
+		if !slices.Contains(names, name) {
+			return nil, fmt.Errorf("there is no work %q; there is %s", name, strings.Join(names, ", "))
 		}
 		m = append(m, sh)
 	}
@@ -129,6 +145,10 @@ type Spec struct {
 	Processes []Process
 
 	TLS *tls.Config `json:"-"`
+	// User is who the requests are from; "": nobody says so. A token that expires on the way is not asked for again (one
+	// of etcd's default kind lives as long as it is used).
+	User     string `json:",omitempty"`
+	Password string `json:"-"`
 }
 
 // Process is a server whose CPU and memory are reported.

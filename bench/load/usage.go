@@ -37,6 +37,33 @@ func parseStat(b []byte) (float64, error) {
 	return float64(sum) / clockTick, nil
 }
 
+// machineCPU is the CPU time that all processes of this machine have used so far, with what its host has taken from it (steal), and how much
+// there was to use, in seconds; 0 where there is no /proc. What interrupts used is in neither: kernels differ in whom they charge with it.
+func machineCPU() (used, all float64) {
+	b, _ := os.ReadFile("/proc/stat")
+	return parseMachine(b)
+}
+
+// parseMachine reads the first line: user, nice, system, idle, iowait, irq, softirq, steal (proc(5)).
+func parseMachine(b []byte) (used, all float64) {
+	line, _, _ := bytes.Cut(b, []byte("\n"))
+	f := bytes.Fields(line)
+	if len(f) < 9 || string(f[0]) != "cpu" {
+		return 0, 0
+	}
+	for i, v := range f[1:9] {
+		n, _ := strconv.ParseFloat(string(v), 64)
+		switch i {
+		case 0, 1, 2, 7:
+			used += n
+			all += n
+		case 3, 4:
+			all += n
+		}
+	}
+	return used / clockTick, all / clockTick
+}
+
 // Memory returns the resident memory of a process and the most that it has been, in bytes.
 func Memory(pid int) (now, peak int64, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))

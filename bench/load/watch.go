@@ -136,7 +136,7 @@ func (f *feed) open(first, n, sampleEvery int, key, end []byte) {
 	f.conn.Lock()
 	defer f.conn.Unlock()
 	for i := first; i < first+n; i++ {
-		if f.conn.Stream(pathWatch, msg, &watcher{f: f, sampled: i%sampleEvery == 0}) == nil {
+		if !f.conn.Stream(pathWatch, msg, &watcher{f: f, sampled: i%sampleEvery == 0}) {
 			f.run.abort("the server takes no more streams on a connection")
 			return
 		}

@@ -14,8 +14,21 @@ type Doc struct {
 	Title   string
 	Machine Machine
 	Command string
-	Checks  []Check `json:",omitempty"`
+	Checks  []Check   `json:",omitempty"`
+	Failed  []Failure `json:",omitempty"`
 	Runs    []Run
+}
+
+// Failure is a target that could not be measured to the end.
+type Failure struct {
+	Scenario, Target string
+	Why              string // may end with a log
+}
+
+// Short is the beginning of Why.
+func (f Failure) Short() string {
+	lines := strings.SplitN(f.Why, "\n", 3)
+	return strings.Join(lines[:min(2, len(lines))], "; ")
 }
 
 // Run is one load on one target.

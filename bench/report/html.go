@@ -47,7 +47,9 @@ type section struct {
 	Legend  []key
 	Parts   []key // of the bars
 	Charts  []chart
+	Rounds  []string // each as a table
 	groups  []*group
+	end     float64 // seconds of the longest round
 }
 
 type key struct {
@@ -74,13 +76,7 @@ func nanos(v float64) string { return load.Round(time.Duration(v)).String() }
 
 func (s *section) fill(d *Doc) {
 	first := s.groups[0].results[0].Spec
-	s.Load = fmt.Sprintf("%s, %d clients on %d connections, values of %d bytes", first.Mix, first.Clients, first.Connections, first.ValueSize)
-	if first.Watchers > 0 {
-		s.Load += fmt.Sprintf(", %d watchers", first.Watchers)
-	}
-	if first.WatchAll {
-		s.Load += ", a watch of everything"
-	}
+	s.Load = describe(&first)
 	var b bytes.Buffer
 	var runs []Run
 	for _, r := range d.Runs {
@@ -88,24 +84,35 @@ func (s *section) fill(d *Doc) {
 			runs = append(runs, r)
 		}
 	}
-	Summary(&b, runs, nil)
+	Summary(&b, &Doc{Runs: runs})
 	s.Summary = b.String()
 
-	var ops, events, lat []line
+	var ops, events, tail, lat []line
 	var bars []bar
 	var names []string
 	quantiles := []string{"p50", "p90", "p99", "p99.9", "max"}
 	for i, g := range s.groups {
 		s.Legend = append(s.Legend, key{g.target, i % colors})
 		for n, r := range g.results {
-			o, e := line{name: fmt.Sprintf("%s, round %d", g.target, n+1), color: i}, line{color: i}
-			e.name = o.name
+			name := g.target
+			if g.rounds[n] > 0 {
+				name = fmt.Sprintf("%s, round %d", name, g.rounds[n])
+			}
+			o, e, p := line{name: name, color: i}, line{name: name, color: i}, line{name: name, color: i}
 			for _, sec := range r.Series {
 				at := sec.At - 0.5 // the middle of the second
 				o.x, o.y = append(o.x, at), append(o.y, sec.Ops)
 				e.x, e.y = append(e.x, at), append(e.y, sec.Events)
+				if sec.Ops > 0 { // else there is none
+					p.x, p.y = append(p.x, at), append(p.y, float64(sec.P99))
+				}
 			}
-			ops = append(ops, o)
+			s.end = max(s.end, r.Seconds)
+			ops, tail = append(ops, o), append(tail, p)
+			var b bytes.Buffer
+			fmt.Fprintf(&b, "%s: ", name)
+			_ = Table(&b, r) // a Buffer takes all
+			s.Rounds = append(s.Rounds, b.String())
 			if len(r.Watches) > 0 {
 				events = append(events, e)
 			}
@@ -136,12 +143,34 @@ func (s *section) fill(d *Doc) {
 		}
 		bars = append(bars, v)
 	}
-	s.add("Requests per second, over time", lineChart("requests per second", ops, nil, axis{show: perSecond}))
+	s.add("Requests per second, over time", lineChart("requests per second", ops, nil, s.end, axis{show: perSecond}))
+	s.add("p99 of the requests, over time", lineChart("p99", tail, nil, s.end, axis{log: true, show: nanos}))
 	if len(events) > 0 {
-		s.add("Events per second, over time", lineChart("events per second", events, nil, axis{show: perSecond}))
+		s.add("Events per second, over time", lineChart("events per second", events, nil, s.end, axis{show: perSecond}))
 	}
-	s.add("Latency, medians of the rounds", lineChart("latency", lat, quantiles, axis{log: true, show: nanos}))
+	s.add("Latency, medians of the rounds", lineChart("latency", lat, quantiles, 0, axis{log: true, show: nanos}))
 	s.add("CPU time for a request, by process", barChart("CPU time for a request", bars, nanos))
+}
+
+// describe says in words what the load was.
+func describe(s *load.Spec) string {
+	plural := func(n int, what string) string {
+		if n == 1 {
+			return "one " + what
+		}
+		return fmt.Sprintf("%d %ss", n, what)
+	}
+	text := fmt.Sprintf("%s: %s on %s, values of %d bytes", s.Mix, plural(s.Clients, "client"), plural(s.Connections, "connection"), s.ValueSize)
+	if s.Rate > 0 {
+		text += fmt.Sprintf(", %.0f requests/s", s.Rate)
+	}
+	if s.Watchers > 0 {
+		text += ", " + plural(s.Watchers, "watcher")
+	}
+	if s.WatchAll {
+		text += ", a watch of everything"
+	}
+	return text
 }
 
 func (s *section) add(title, svg string) {
@@ -159,7 +188,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.5rem}h3{font-size:.9rem;ma
 .dim{color:var(--dim)}pre{overflow-x:auto;font-size:13px}
 table{border-collapse:collapse}td,th{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--grid);vertical-align:top}
 .good{color:var(--good)}.bad{color:var(--bad);font-weight:600}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:1.5rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:1.5rem}
 svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--dim)}
 .grid{stroke:var(--grid);fill:none}.line{fill:none;stroke-width:2;stroke-linejoin:round}
 .key{display:inline-block;margin-right:1rem}.key i{display:inline-block;width:.8em;height:.8em;margin-right:.35em;border-radius:2px}
@@ -173,11 +202,13 @@ svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--di
 <table><tr><th>scenario<th>what<th>to reach<th>measured<th></tr>
 {{range .Checks}}<tr><td>{{.Scenario}}<td>{{.What}}<td>{{.Want}}<td>{{.Got}}<td class="{{if .Skipped}}dim{{else if .OK}}good{{else}}bad{{end}}">{{.Verdict}}</tr>
 {{end}}</table>{{end}}
-{{range .Sections}}<h2>{{.Name}}</h2>
+{{range .Failed}}<p class="bad">{{.Scenario}} {{.Target}}: FAILED: {{.Short}}</p>
+{{end}}{{range .Sections}}<h2>{{.Name}}</h2>
 <p class="dim">{{.Load}}</p>
 <p>{{range .Legend}}<span class="key"><i class="c{{.Color}}"></i>{{.Name}}</span>{{end}}</p>
 <div class="charts">{{range .Charts}}<div><h3>{{.Title}}</h3>{{.SVG}}</div>{{end}}</div>
 <p class="dim">bars: {{range .Parts}}<span class="key"><i class="c{{.Color}}"></i>{{.Name}}</span>{{end}}</p>
 <pre>{{.Summary}}</pre>
+<details><summary>each round</summary>{{range .Rounds}}<pre>{{.}}</pre>{{end}}</details>
 {{end}}</body></html>
 `))

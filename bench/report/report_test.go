@@ -36,7 +36,7 @@ func result(n int) *load.Result {
 		Generator:  load.Usage{Name: "generator", CPUSeconds: .01, CPUPerOp: 4 * time.Microsecond},
 		Processes:  []load.Usage{{Name: "shard-1", CPUSeconds: .2, CPUPerOp: ms(.02), RSS: 50 << 20, Peak: 60 << 20}, {Name: "shard-2", CPUPerOp: ms(.01)}, {Name: "spindle", CPUPerOp: ms(.007)}},
 		Texts:      map[string]uint64{"etcdserver: too many requests": 2, "etcdserver: <b>no space</b>": 1},
-		Unfinished: 5, NeverSent: 7,
+		Unfinished: 5, NeverSent: 7, Others: .12, Stopped: "a connection is lost",
 	}
 	for i := range 3 {
 		r.Series = append(r.Series, load.Second{At: float64(i + 1), Ops: 400 * float64(n+i), Events: 300 * float64(n+i)})
@@ -52,6 +52,7 @@ func doc() *Doc {
 			{Scenario: "one", What: "CPU", Want: "at most 0.45", Got: "0.50"},
 			{Scenario: "two", What: "disks", Want: "at least 3.80", Skipped: "throttled disks need root\nmore"},
 		},
+		Failed: []Failure{{"two", "spindle-1", "it <broke>\nin the middle\nof its log"}},
 		Runs: []Run{
 			{"one", "direct", 1, result(4)}, {"one", "spindle-1", 1, result(1)}, {"one", "spindle-1", 2, result(3)}, {"one", "direct", 2, result(8)},
 			{"two", "direct", 1, result(2)},
@@ -84,7 +85,7 @@ func TestText(t *testing.T) {
 	golden(t, "table.txt", b.Bytes())
 	b.Reset()
 	d := doc()
-	Summary(&b, d.Runs, d.Checks)
+	Summary(&b, d)
 	golden(t, "summary.txt", b.Bytes())
 	golden(t, "line.txt", []byte(Line("direct", result(1))+"\n"))
 }
@@ -114,12 +115,12 @@ func TestHTML(t *testing.T) {
 		}
 		if name == "full" {
 			golden(t, "page.html", b.Bytes())
-			for _, want := range []string{"spindle-1", "A &lt;title&gt;", "not measured: throttled disks need root", "MISSED", "reached"} {
+			for _, want := range []string{"spindle-1", "spindle-1, round 2: create: 256 clients", "A &lt;title&gt;", "not measured: throttled disks need root", "MISSED", "reached"} {
 				if !strings.Contains(page, want) {
 					t.Errorf("the page does not hold %q", want)
 				}
 			}
-			if n := strings.Count(page, "<svg"); n != 8 {
+			if n := strings.Count(page, "<svg"); n != 10 {
 				t.Errorf("%d charts", n)
 			}
 		}

@@ -37,26 +37,50 @@ func Line(target string, r *load.Result) string {
 		fmt.Fprintf(&b, " %s %v", p.Name, load.Round(p.CPUPerOp))
 	}
 	fmt.Fprintf(&b, " (generator %v)", load.Round(r.Generator.CPUPerOp))
-	if r.Total.Errors > 0 {
-		fmt.Fprintf(&b, "  ERRORS %d %v", r.Total.Errors, r.Texts)
-	}
-	if n := r.NeverSent + int64(r.Unfinished); n > 0 {
-		fmt.Fprintf(&b, "  %d not sent or not answered", n)
-	}
-	for _, w := range r.Watches {
-		if w.Missing > 0 {
-			fmt.Fprintf(&b, "  %d events late", w.Missing)
-		}
-		if w.Backwards > 0 {
-			fmt.Fprintf(&b, "  WRONG: %d events out of order", w.Backwards)
-		}
+	for _, s := range remarks(r) {
+		b.WriteString("  " + s)
 	}
 	return b.String()
+}
+
+// disturbed is the part of the machine's CPU time from which on it is said that others took it. A dozen idle servers of a comparison
+// take 2 to 5 %.
+const disturbed = 0.1
+
+// remarks says what was not as it should be, in one round or in all of them together.
+func remarks(rounds ...*load.Result) (all []string) {
+	var errors, backwards uint64
+	var unanswered, late int64
+	texts, others := map[string]uint64{}, 0.0
+	for _, r := range rounds {
+		errors += r.Total.Errors
+		for text, n := range r.Texts {
+			texts[text] += n
+		}
+		unanswered += r.NeverSent + int64(r.Unfinished)
+		for _, w := range r.Watches {
+			late += w.Missing
+			backwards += w.Backwards
+		}
+		others = max(others, r.Others)
+	}
+	add := func(is bool, format string, args ...any) {
+		if is {
+			all = append(all, fmt.Sprintf(format, args...))
+		}
+	}
+	add(errors > 0, "ERRORS %d %v", errors, texts)
+	add(unanswered > 0, "%d not sent or not answered", unanswered)
+	add(late > 0, "%d events late", late)
+	add(backwards > 0, "WRONG: %d events out of order", backwards)
+	add(others >= disturbed, "DISTURBED: others took %.0f%% of the CPUs", 100*others)
+	return all
 }
 
 // group is all rounds of one target in one scenario.
 type group struct {
 	scenario, target string
+	rounds           []int
 	results          []*load.Result
 }
 
@@ -68,6 +92,7 @@ func groups(runs []Run) (all []*group) {
 			i = len(all)
 			all = append(all, &group{scenario: r.Scenario, target: r.Target})
 		}
+		all[i].rounds = append(all[i].rounds, r.Round)
 		all[i].results = append(all[i].results, r.Result)
 	}
 	return all
@@ -85,6 +110,36 @@ func (g *group) median(f func(*load.Result) float64) (mid, lo, hi float64) {
 func (g *group) time(f func(*load.Result) time.Duration) string {
 	mid, _, _ := g.median(func(r *load.Result) float64 { return float64(f(r)) })
 	return load.Round(time.Duration(mid)).String()
+}
+
+// against is how many requests a second there are for one of other's, the median of the rounds that both have.
+func (g *group) against(other *group) string {
+	var ratios []float64
+	for i, r := range g.results {
+		if j := slices.Index(other.rounds, g.rounds[i]); j >= 0 && other.results[j].Total.PerSecond > 0 {
+			ratios = append(ratios, r.Total.PerSecond/other.results[j].Total.PerSecond)
+		}
+	}
+	if len(ratios) == 0 {
+		return "-"
+	}
+	mid, _, _ := Median(ratios)
+	return fmt.Sprintf("%.2f", mid)
+}
+
+// kinds returns the names of the kinds of requests, if there are several.
+func (g *group) kinds() (names []string) {
+	for _, r := range g.results {
+		for _, o := range r.Ops {
+			if !slices.Contains(names, o.Kind) {
+				names = append(names, o.Kind)
+			}
+		}
+	}
+	if len(names) == 1 {
+		return nil
+	}
+	return names
 }
 
 // processes returns the names of the servers, in the order in which they were started, with all shards as one.
@@ -114,15 +169,16 @@ func cpu(r *load.Result, name string) (sum time.Duration) {
 	return sum
 }
 
-// Summary writes the medians of all rounds, a line for each target, and the checks. The lag is from the acknowledgement of a
+// Summary writes the medians of all rounds, a line for each target (and for each kind of its requests, if there are several), what was not as it should be, and the checks. The lag is from the acknowledgement of a
 // write to the delivery of its event, and from its sending; memory is the most that all servers had together.
-func Summary(w io.Writer, runs []Run, checks []Check) {
+func Summary(w io.Writer, d *Doc) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	last := ""
-	for _, g := range groups(runs) {
-		if g.scenario != last || last == "" {
-			last = g.scenario
-			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tp50\tp99\tevents/s\tlag p99\tafter sending\tmemory\tCPU/request\tof which\n", g.scenario)
+	var first *group // of its scenario
+	all := groups(d.Runs)
+	for _, g := range all {
+		if first == nil || g.scenario != first.scenario {
+			first = g
+			fmt.Fprintf(t, "%s\trequests/s\t(lowest, highest)\tto %s\tp50\tp99\tevents/s\tlag p99\tafter sending\tmemory\tCPU/request\tof which\n", g.scenario, g.target)
 		}
 		mid, lo, hi := g.median(func(r *load.Result) float64 { return r.Total.PerSecond })
 		events, lag, sent := "-", "-", "-"
@@ -142,16 +198,29 @@ func Summary(w io.Writer, runs []Run, checks []Check) {
 		for _, name := range g.processes() {
 			parts = append(parts, name+" "+g.time(func(r *load.Result) time.Duration { return cpu(r, name) }))
 		}
-		fmt.Fprintf(t, "%s\t%s\t(%s, %s)\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, count(mid), count(lo), count(hi),
+		fmt.Fprintf(t, "%s\t%s\t(%s, %s)\t%s\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, count(mid), count(lo), count(hi), g.against(first),
 			g.time(func(r *load.Result) time.Duration { return r.Total.P50 }), g.time(func(r *load.Result) time.Duration { return r.Total.P99 }),
 			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
+		for _, kind := range g.kinds() {
+			mid, lo, hi := g.median(func(r *load.Result) float64 { return r.Of(kind).PerSecond })
+			fmt.Fprintf(t, "  %s\t%s\t(%s, %s)\t\t%s\t%s\t\t\t\t\t\t\n", kind, count(mid), count(lo), count(hi),
+				g.time(func(r *load.Result) time.Duration { return r.Of(kind).P50 }), g.time(func(r *load.Result) time.Duration { return r.Of(kind).P99 }))
+		}
 	}
 	t.Flush()
-	if len(checks) == 0 {
+	for _, g := range all {
+		if s := remarks(g.results...); len(s) > 0 {
+			fmt.Fprintf(w, "%s %s: %s\n", g.scenario, g.target, strings.Join(s, ", "))
+		}
+	}
+	for _, f := range d.Failed {
+		fmt.Fprintf(w, "%s %s: FAILED: %s\n", f.Scenario, f.Target, f.Short())
+	}
+	if len(d.Checks) == 0 {
 		return
 	}
 	fmt.Fprintln(t, "\nscenario\twhat\tto reach\tmeasured\t")
-	for _, c := range checks {
+	for _, c := range d.Checks {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", c.Scenario, c.What, c.Want, c.Got, c.Verdict())
 	}
 	t.Flush()

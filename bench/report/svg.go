@@ -99,9 +99,9 @@ func drawY(b *strings.Builder, a *axis) {
 	}
 }
 
-// lineChart draws series; x is linear from 0, or, with names, one place for each name.
-func lineChart(label string, series []line, names []string, y axis) string {
-	x := axis{show: func(v float64) string { return fmt.Sprintf("%g s", v) }}
+// lineChart draws series; x is linear from 0 to end or further, or, with names, one place for each name.
+func lineChart(label string, series []line, names []string, end float64, y axis) string {
+	x := axis{hi: end, show: func(v float64) string { return fmt.Sprintf("%g s", v) }}
 	lo, hi := math.Inf(1), 0.0
 	for _, s := range series {
 		for i := range s.x {

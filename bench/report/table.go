@@ -43,6 +43,9 @@ func Table(w io.Writer, r *load.Result) error {
 		fmt.Fprintf(t, "%s\t%.2f\t%.2f\t%v\t%s\t%s\t\n", u.Name, u.CPUSeconds, u.CPUSeconds/max(r.Seconds, 1e-9), load.Round(u.CPUPerOp), mib(u.RSS), mib(u.Peak))
 	}
 	t.Flush()
+	if r.Stopped != "" {
+		fmt.Fprintf(w, "STOPPED before its time: %s\n", r.Stopped)
+	}
 	for _, text := range slices.Sorted(maps.Keys(r.Texts)) {
 		fmt.Fprintf(w, "%d times: %s\n", r.Texts[text], text)
 	}
@@ -56,6 +59,9 @@ func Table(w io.Writer, r *load.Result) error {
 	}
 	if r.Unfinished > 0 {
 		fmt.Fprintf(w, "%d requests had no answer seconds after the load\n", r.Unfinished)
+	}
+	if r.Others >= disturbed {
+		fmt.Fprintf(w, "others took %.0f%% of this machine's CPUs: processes that were not measured, or its host\n", 100*r.Others)
 	}
 	if r.NeverSent > 0 {
 		fmt.Fprintf(w, "%d requests were due and not sent: all %d clients were waiting, so the latencies above are too good\n", r.NeverSent, s.Clients)
