@@ -254,8 +254,10 @@ type enrollment struct {
 
 // register begins an enrollment; wait is to be called.
 func (l *Loop) register(nc net.Conn, h shard.LoopConn) (*enrollment, error) {
-	switch nc.(type) {
-	case *net.TCPConn, *net.UnixConn:
+	switch nc := nc.(type) {
+	case *net.TCPConn:
+		unpace(nc)
+	case *net.UnixConn:
 	default:
 		_ = nc.Close()
 		return nil, fmt.Errorf("spindle: cannot enroll a %T in an event loop", nc)

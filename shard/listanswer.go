@@ -141,7 +141,12 @@ func (p *listPart) next() bool {
 	size, n := protowire.ConsumeVarint(p.rest[1:])
 	kv := p.rest[1+n : 1+n+int(size)]
 	p.field, p.rest = p.rest[:1+n+int(size)], p.rest[1+n+int(size):]
-	size, n = protowire.ConsumeVarint(kv[1:])
-	p.key = kv[1+n:][:size]
+	p.key = clientKey(kv)
 	return true
+}
+
+// clientKey returns the key of a KeyValue as appendKVField makes it: its first field.
+func clientKey(kv []byte) []byte {
+	size, n := protowire.ConsumeVarint(kv[1:])
+	return kv[1+n:][:size]
 }

@@ -116,6 +116,7 @@ func unstamp(kv *codec.KV) bool {
 // partIter walks one shard's RangeResponse.
 type partIter struct {
 	it      codec.Fields
+	client  bool // it was rewritten (pages_rewrite.go): of kv there is the key alone, and append gives all of it
 	kv      snapKV
 	have    bool // kv is the next key
 	more    bool
@@ -129,6 +130,11 @@ func (p *partIter) next() bool {
 	for p.it.Next() {
 		switch p.it.Field.Num {
 		case 2:
+			if p.client {
+				p.kv.Key = clientKey(p.it.Field.Bytes)
+				p.have = true
+				return true
+			}
 			stamped, ok := parseStored(p.it.Field.Bytes, &p.kv)
 			if !ok {
 				p.it.Bad = true
@@ -146,6 +152,14 @@ func (p *partIter) next() bool {
 		}
 	}
 	return false
+}
+
+// append appends the key that next has found to an answer to spec.
+func (p *partIter) append(dst []byte, spec *rangeSpec) []byte {
+	if p.client {
+		return codec.AppendBytes(dst, 2, p.it.Field.Bytes)
+	}
+	return spec.appendKV(dst, &p.kv.KV)
 }
 
 // drain reads what stands behind the keys.

@@ -359,7 +359,7 @@ func (r *pagedRead) mergeOn() {
 			}
 		}
 		r.beginChunk()
-		r.out = r.spec.appendKV(r.out, &p.it.kv.KV)
+		r.out = p.it.append(r.out, &r.spec)
 		p.it.have = false
 		p.taken++
 		r.sent++

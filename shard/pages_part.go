@@ -182,9 +182,10 @@ type pageCall struct {
 	asItIs   bool // the reply is not to be rewritten: it could not be
 }
 
-// Rewriter implements codec.Rewriting: pages that are gathered become what clients get.
+// Rewriter implements codec.Rewriting: pages that are gathered, and those of a stream, become what clients get.
 func (q *pageCall) Rewriter() codec.Rewriter {
-	if !q.p.r.gathering || q.txn() || q.asItIs {
+	r := q.p.r
+	if !r.gathering && (r.stream == nil || r.spec.keysOnly || r.spec.countOnly) || q.txn() || q.asItIs {
 		q.rewrite = nil
 		return nil
 	}
@@ -412,7 +413,7 @@ func (p *pagePart) take(resp []byte, sum pageSum) bool {
 		p.ahead = keepPage(p.ahead, resp, len(resp) > codec.KeptReply)
 	}
 	p.was, p.aheadSum = p.was[:0], sum
-	p.aheadSum.end = pageEnd{} // its key lies in the reply
+	p.aheadSum.end.key = nil // it lies in the reply
 	if last.bad || last.more && last.n == 0 {
 		return false
 	}
@@ -484,7 +485,10 @@ func (p *pagePart) advance() bool {
 			codec.Recycle(p.ahead)
 			p.ahead = nil
 		}
-		p.it = partIter{it: codec.Fields{Msg: p.page}}
+		p.it = partIter{it: codec.Fields{Msg: p.page}, client: p.pageSum.client}
+		if p.it.client {
+			p.it.skipped = p.pageSum.end.n - p.pageSum.keys
+		}
 		if p.r.stream != nil || p.r.whole() && p.r.admitted {
 			p.fetch() // the next one comes while this one is merged
 		}
