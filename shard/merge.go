@@ -121,6 +121,9 @@ type partIter struct {
 	more    bool
 	count   int64
 	skipped int64 // keys without a stamp
+
+	client bool   // the keys are in client form; of kv there is the key only
+	field  []byte // then: the KeyValue
 }
 
 // next moves to the next key; false at the end and on bad bytes (it.Bad).
@@ -129,6 +132,11 @@ func (p *partIter) next() bool {
 	for p.it.Next() {
 		switch p.it.Field.Num {
 		case 2:
+			if p.client {
+				p.field = p.it.Field.Bytes
+				p.kv.Key, p.have = clientKey(p.field), true
+				return true
+			}
 			stamped, ok := parseStored(p.it.Field.Bytes, &p.kv)
 			if !ok {
 				p.it.Bad = true
@@ -146,6 +154,12 @@ func (p *partIter) next() bool {
 		}
 	}
 	return false
+}
+
+// clientKey returns the key of a KeyValue in the form that appendKVField gives it: the first field.
+func clientKey(kv []byte) []byte {
+	size, n := protowire.ConsumeVarint(kv[1:])
+	return kv[1+n:][:size]
 }
 
 // drain reads what stands behind the keys.
