@@ -83,6 +83,7 @@ type Core struct {
 	freeAttempts []*attempt
 
 	rangeStreams int // open
+	shapes       listShapes
 	stats        Stats
 }
 

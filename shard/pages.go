@@ -41,14 +41,17 @@ type pagedRead struct {
 	emitted  bool
 	over     bool
 	merging  bool
-	cut      bool     // the limit is reached and there is more: only the count is missing
-	deadline int64    // for the state to be fixed
-	held     int64    // bytes in Memory
-	waiting  bool     // for room in Memory
-	admitted bool     // its answer may be put together: it is small, or has room
-	expected int64    // bytes of the answer, while it waits
-	ends     [][]byte // ascending; places where pages end, see pages_ends.go
-	looking  bool     // a look for more of them is under way
+	cut      bool       // the limit is reached and there is more: only the count is missing
+	deadline int64      // for the state to be fixed
+	held     int64      // bytes in Memory
+	waiting  bool       // for room in Memory
+	admitted bool       // its answer may be put together: it is small, or has room
+	expected int64      // bytes of the answer, while it waits
+	ends     [][]byte   // ascending; places where pages end, see pages_ends.go
+	looking  bool       // a look for more of them is under way
+	shape    *listShape // what the range was like, nil if that is not remembered
+	known    int        // ends that come from it: the first ones
+	draft    shapeDraft // what it is like now
 
 	gathering bool  // all pages are kept, for a List
 	gathered  int64 // bytes of them
@@ -101,7 +104,8 @@ func (r *pagedRead) begin() {
 
 func (r *pagedRead) restart() {
 	r.gen++
-	r.fixed, r.cut, r.ends, r.looking = false, false, nil, false
+	r.fixed, r.cut, r.looking = false, false, false
+	r.recall()
 	r.gathering, r.gathered = false, 0
 	for i := range r.parts {
 		p := &r.parts[i]
@@ -367,6 +371,7 @@ func (r *pagedRead) mergeOn() {
 			return
 		}
 		if r.stream != nil && len(r.out) >= r.c.cfg.ChunkBytes {
+			r.draft.chunk(p.it.kv.Key, len(r.out))
 			r.emit()
 		}
 	}
@@ -395,6 +400,7 @@ func (r *pagedRead) finish(more bool) {
 	r.out = codec.AppendBool(r.out, 3, more)
 	r.out = codec.AppendInt(r.out, 4, count)
 	if r.stream != nil {
+		r.remember()
 		r.emit()
 	} else {
 		r.op.Resp, r.out = r.out, nil
@@ -420,6 +426,7 @@ func (r *pagedRead) end(st codec.Status) {
 func (r *pagedRead) drop() {
 	r.release()
 	r.over, r.op, r.stream, r.out, r.a, r.ends = true, nil, nil, nil, nil, nil
+	r.shape, r.known, r.draft = nil, 0, shapeDraft{}
 	r.spec, r.iv = rangeSpec{}, Interval{}
 	for i := range r.parts {
 		r.parts[i] = pagePart{r: r} // calls under way still complete it

@@ -35,20 +35,27 @@ const (
 // needsEnds says that a look should come before the part's next page.
 func (p *pagePart) needsEnds() bool {
 	long, _ := p.r.segments()
-	return p.r.spec.limit <= 0 && p.counted && !p.endless && p.total-p.fetched > long*p.sparse() && p.nextEnd() == nil
+	return p.r.spec.limit <= 0 && p.counted && !p.endless && !p.jumps() && p.total-p.fetched > long*p.sparse() && p.nextEnd() == nil
 }
 
-// nextEnd returns the first of the ends behind the part's next key, nil if there is none.
+// nextEnd returns an end behind the part's next key, nil if there is none: the first one, or of those of a shape one that is
+// a page away. All that is left is one page if it fits: it is known how many keys that are, but not how many are where.
 func (p *pagePart) nextEnd() []byte {
-	ends := p.r.ends
-	i, equal := slices.BinarySearchFunc(ends, p.from, bytes.Compare)
+	r := p.r
+	i, equal := slices.BinarySearchFunc(r.ends, p.from, bytes.Compare)
 	if equal {
 		i++
 	}
-	if i == len(ends) {
+	if i < r.known {
+		if !p.counted || p.total-p.fetched <= p.limit {
+			return nil
+		}
+		i = min(i+p.stride(), r.known) - 1
+	}
+	if i == len(r.ends) {
 		return nil
 	}
-	return ends[i]
+	return r.ends[i]
 }
 
 // sparse is the size of pages that ends are made for: first pages are small, but there are few of them. (Where a

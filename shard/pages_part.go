@@ -22,10 +22,10 @@ const (
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
 	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
 	// a little less than a power of two, which is what the codec's buffers have.
-	maxPageKeys  = 2048
-	maxPageBytes = 15 << 17
+	maxPageKeys  = 16 << 10
+	maxPageBytes = 15 << 18
 	minPageBytes = 32 << 10
-	pageBudget   = 16 << 20
+	pageBudget   = 32 << 20
 	// wholeFactor times more keys than a stream's first page has that of a unary list without a limit, so
 	// that ordinary lists take one page; its further ones aim at wholePageBytes, and have at most wholePageKeys.
 	wholeFactor    = 32
@@ -102,7 +102,10 @@ func (p *pagePart) pageLimit() int64 {
 	}
 	if p.limit > 0 {
 		growth := int64(pageGrowth)
-		if r.gathering && len(p.pages) > 1 {
+		switch {
+		case p.jumps():
+			growth = shapeGrowth
+		case r.gathering && len(p.pages) > 1:
 			growth = gatherGrowth
 		}
 		want = min(p.fullPage(), p.limit*growth)
@@ -126,7 +129,7 @@ func (p *pagePart) fullPage() int64 {
 			aim = gatherPageBytes
 		}
 	}
-	return min(aim/max(p.perKey, 1), most)
+	return min(aim/p.bytesPerKey(), most)
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
@@ -182,10 +185,10 @@ type pageCall struct {
 	asItIs   bool // the reply is not to be rewritten: it could not be
 }
 
-// Rewriter implements codec.Rewriting: pages that are gathered, and those of a stream, become what clients get.
+// Rewriter implements codec.Rewriting: pages of whole lists become what clients get.
 func (q *pageCall) Rewriter() codec.Rewriter {
 	r := q.p.r
-	if !r.gathering && (r.stream == nil || r.spec.keysOnly || r.spec.countOnly) || q.txn() || q.asItIs {
+	if !r.gathering && (r.stream == nil || r.spec.limit > 0 || r.spec.keysOnly || r.spec.countOnly) || q.txn() || q.asItIs {
 		q.rewrite = nil
 		return nil
 	}
