@@ -117,6 +117,7 @@ func (s *shardState) untick() {
 func (s *shardState) takeBack(b *batch) {
 	if s.next == b {
 		s.next = nil
+		s.cur.lastOne = true // the former does not know any more what it may write
 	}
 	ws := slices.DeleteFunc(b.writes, func(w *write) bool { return w == nil })
 	b.writes = nil

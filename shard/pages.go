@@ -371,7 +371,9 @@ func (r *pagedRead) mergeOn() {
 			return
 		}
 		if r.stream != nil && len(r.out) >= r.c.cfg.ChunkBytes {
-			r.draft.chunk(p.it.kv.Key, len(r.out))
+			if r.shaped() {
+				r.draft.chunk(p.it.kv.Key, len(r.out))
+			}
 			r.emit()
 		}
 	}

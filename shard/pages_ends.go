@@ -42,12 +42,15 @@ func (p *pagePart) needsEnds() bool {
 // a page away. All that is left is one page if it fits: it is known how many keys that are, but not how many are where.
 func (p *pagePart) nextEnd() []byte {
 	r := p.r
+	if !p.counted {
+		return nil // its first page counts all
+	}
 	i, equal := slices.BinarySearchFunc(r.ends, p.from, bytes.Compare)
 	if equal {
 		i++
 	}
 	if i < r.known {
-		if !p.counted || p.total-p.fetched <= p.limit {
+		if p.total-p.fetched <= p.limit && r.known-i <= 2*p.stride() { // the shape knows of no large values among them
 			return nil
 		}
 		i = min(i+p.stride(), r.known) - 1

@@ -22,7 +22,7 @@ const (
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
 	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
 	// a little less than a power of two, which is what the codec's buffers have.
-	maxPageKeys  = 16 << 10
+	maxPageKeys  = 4 << 10
 	maxPageBytes = 15 << 18
 	minPageBytes = 32 << 10
 	pageBudget   = 32 << 20

@@ -21,11 +21,12 @@ const (
 	// shapeOverhead is what a shape takes beside its keys, and a key beside its bytes.
 	shapeOverhead = 64
 	// maxShapeEnds is how many ends a shape has at most; if there would be more, every second one is dropped. Keys longer than
-	// maxShapeKey are none, and of ranges that are longer nothing is remembered.
+	// maxShapeEnd are none, and of ranges whose names are longer than maxShapeKey nothing is remembered.
 	maxShapeEnds = 128
+	maxShapeEnd  = 256
 	maxShapeKey  = 1 << 10
 	// shapeGrowth is pageGrowth for the page behind the first, where the size of values is remembered.
-	shapeGrowth = 128
+	shapeGrowth = 32
 )
 
 // listShape is what is remembered of one range. It is never changed.
@@ -97,7 +98,7 @@ type shapeDraft struct {
 func (d *shapeDraft) chunk(key []byte, size int) {
 	d.size += int64(size)
 	d.skip = max(d.skip, 1)
-	if d.n++; d.n%d.skip != 0 || len(key) > maxShapeKey {
+	if d.n++; d.n%d.skip != 0 || len(key) > maxShapeEnd {
 		return
 	}
 	if len(d.ends) == maxShapeEnds {
@@ -126,10 +127,13 @@ func (r *pagedRead) recall() {
 	}
 }
 
+// shaped says that r shows what its range is like.
+func (r *pagedRead) shaped() bool { return r.stream != nil && r.spec.limit <= 0 && !r.spec.keysOnly }
+
 // remember keeps the shape of a stream that has come to its end. Of those that are no longer than a page of each shard nothing is worth it.
 func (r *pagedRead) remember() {
 	d := &r.draft
-	if r.stream == nil || r.spec.limit > 0 || r.spec.keysOnly || r.sent == 0 || len(d.ends) < len(r.parts) {
+	if !r.shaped() || r.sent == 0 || len(d.ends) < len(r.parts) {
 		return
 	}
 	r.c.shapes.put(r.iv, &listShape{ends: slices.Clip(d.ends), span: d.size/int64(len(d.ends)) + 1, perKey: d.size/r.sent + 1})
@@ -147,7 +151,9 @@ func (p *pagePart) stride() int {
 
 // jumps says that the part's next page is the one behind the first, of whose size the shape tells more than that. From then on
 // what has come tells: values may be others by now.
-func (p *pagePart) jumps() bool { return p.r.shape != nil && p.fetched <= firstPageKeys }
+func (p *pagePart) jumps() bool {
+	return p.r.shape != nil && p.fetched <= firstPageKeys && p.r.c.cfg.PageKeys >= firstPageKeys // but where a test has small pages
+}
 
 // bytesPerKey is what a key is taken to have.
 func (p *pagePart) bytesPerKey() int64 {

@@ -248,7 +248,7 @@ func (s *shardState) expire() {
 		late = append(late, b.writes...)
 		b.writes, b.fence = nil, true
 	}
-	if b := s.cur; b != nil && now >= b.deadline && b.state != batchRecovering {
+	if b := s.cur; b != nil && now >= b.deadline {
 		late = append(late, b.writes...)
 		b.writes = nil
 		if b.state == batchTicking {

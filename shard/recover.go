@@ -56,21 +56,14 @@ func (s *shardState) recover(b *batch) {
 	s.c.stats.Settled++
 	b.state = batchRecovering
 	s.settledTo = b.last
-	var ws []*write
-	for _, w := range b.writes {
-		if w != nil {
-			ws = append(ws, w)
-		}
-	}
-	b.pending = len(ws)
-	if b.pending == 0 {
-		s.rejections = 0
-		s.dropBatch(b)
-		return
-	}
+	s.rejections = 0
+	ws := b.writes
 	b.writes = nil // each has one owner: its recovery
+	s.dropBatch(b) // what is next need not wait for reads of history
 	for _, w := range ws {
-		(&recovery{b: b, w: w, deadline: s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)}).send()
+		if w != nil {
+			(&recovery{b: b, w: w, deadline: s.c.cfg.Now() + int64(s.c.cfg.ShardTimeout)}).send()
+		}
 	}
 }
 
@@ -92,7 +85,7 @@ func (r *recovery) Complete(resp []byte, st codec.Status, sent bool) {
 	b := r.b
 	s := b.s
 	c := s.c
-	if s.cur != b { // the Core stops
+	if c.state == stateFailed || c.state == stateClosed {
 		s.answer(r.w, codec.ErrStopped)
 		return
 	}
@@ -104,12 +97,6 @@ func (r *recovery) Complete(resp []byte, st codec.Status, sent bool) {
 		s.answer(r.w, codec.ErrTimeout)
 	default:
 		c.after(c.jitter(retryDelay), r.send)
-		return
-	}
-	b.pending--
-	if b.pending == 0 {
-		s.rejections = 0
-		s.dropBatch(b)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 )
 
 // This file reads a shard's watch stream: the whole keyspace, once per proxy, with prev_kv. All events
@@ -502,10 +503,16 @@ func (s *shardState) localAt(rev int64) (base point, next point, ok bool) {
 func (s *shardState) watchOpenRanges() {
 	c := s.c
 	open := c.clock.Log().Open(s.idx)
-	if len(open) == 0 || s.wantFence || s.next != nil { // which comes behind all of them, or is the last of them
+	if len(open) == 0 || s.wantFence {
 		return
 	}
 	oldest := &open[0]
+	if s.next != nil { // it comes behind all of them, or is the last of them
+		if b := s.cur; b.seenAt > 0 && b.state == batchSent && s.windowOver(oldest) {
+			s.recover(b) // its record was seen, its reply keeps the next one
+		}
+		return
+	}
 	if b := s.cur; b != nil {
 		// A batch of ours is on its way: it settles everything before it.
 		if b.state == batchTicking || b.first >= oldest.First {
@@ -520,17 +527,24 @@ func (s *shardState) watchOpenRanges() {
 		s.touch()
 		return
 	}
-	due := oldest.Seen + s.window
-	now := c.cfg.Now()
-	if now >= due {
+	if s.windowOver(oldest) {
 		s.wantFence = true
 		s.touch()
-		return
+	}
+}
+
+// windowOver says that a range has been open for as long as the reorder window, and has the ranges looked at again when it will have been.
+func (s *shardState) windowOver(r *revclock.Range) bool {
+	c := s.c
+	due, now := r.Seen+s.window, c.cfg.Now()
+	if now >= due {
+		return true
 	}
 	if s.openTimer <= now {
 		s.openTimer = due
 		c.at(due, func() { c.stale = true })
 	}
+	return false
 }
 
 // compactedUnder handles that the member compacted what the stream was to read: somebody else did, or

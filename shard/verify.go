@@ -360,8 +360,14 @@ func (s *shardState) failRefused() bool {
 	st := codec.Status{Code: codec.Unavailable, Msg: "etcdserver: " + why}
 	queue, reads := s.queue, s.reads
 	s.queue, s.reads = nil, nil
+	if b := s.next; b != nil { // no byte of it was sent; its range is passed by an empty batch
+		queue = append(b.writes, queue...)
+		b.writes, b.fence = nil, true
+	}
 	for _, w := range queue {
-		s.answer(w, st)
+		if w != nil {
+			s.answer(w, st)
+		}
 	}
 	for i := range reads {
 		reads[i].fail(s, st)

@@ -74,7 +74,6 @@ type batch struct {
 	deadline int64
 	sentAt   int64 // the first copy, 0 before
 	slotAt   int64 // a timer is set for this moment to look again whether b may be sent
-	pending  int   // history reads under way while recovering
 }
 
 // dropBatch ends b without a further look at its writes.
@@ -137,6 +136,7 @@ func (s *shardState) make(b *batch) {
 	b.flat = s.flat.next() && flatten(b.writes, s.c.cfg.MemberMaxTxnOps)
 	b.body = s.appendBatch(s.body[:0], b)
 	s.body = nil
+	b.lastOne = b.lastOne || len(canceled) > 0 // the former's claims lie in their requests, which go back to their owners
 	s.sentBytes(len(b.body))
 	for _, w := range canceled {
 		s.answer(w, statusCanceled)
