@@ -71,13 +71,7 @@ func loadCommand(ctx context.Context, args []string) error {
 	cacert := f.String("cacert", "", "`file` with the CA of the servers")
 	cert := f.String("cert", "", "`file` with the client's certificate")
 	key := f.String("key", "", "`file` with its key")
-	f.Func("user", "`NAME:PASSWORD` of etcd's user", func(v string) error {
-		var ok bool
-		if spec.User, spec.Password, ok = strings.Cut(v, ":"); !ok || spec.User == "" {
-			return errors.New("say NAME:PASSWORD")
-		}
-		return nil
-	})
+	user := f.String("user", "", "`NAME:PASSWORD` of etcd's user")
 	out := outputFlags(f)
 	err := parse(f, loadUsage+workloads(), args)
 	if err != nil {
@@ -85,6 +79,10 @@ func loadCommand(ctx context.Context, args []string) error {
 	}
 	if err := out.check(); err != nil {
 		return err
+	}
+	var named bool
+	if spec.User, spec.Password, named = strings.Cut(*user, ":"); *user != "" && (!named || spec.User == "") {
+		return errors.New("--user: say NAME:PASSWORD") // without what was said, which may be a password
 	}
 	if spec.TLS, err = clientTLS(*cacert, *cert, *key); err != nil {
 		return err

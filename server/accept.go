@@ -89,6 +89,7 @@ func (e *Engine) accept(d *door) {
 		case !e.admits():
 			_ = nc.Close()
 		default:
+			repace(nc)
 			c := newClientConn(e.idlest())
 			if d.ln.tls {
 				c.secure()

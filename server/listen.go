@@ -143,7 +143,7 @@ func (ln *listen) open() (net.Listener, error) {
 			return nil, err
 		}
 	}
-	cfg := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive / keepAliveProbes, Count: keepAliveProbes}}
+	cfg := net.ListenConfig{Control: unpaceListener, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive / keepAliveProbes, Count: keepAliveProbes}}
 	l, err := cfg.Listen(context.Background(), network, ln.address)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		return nil, fmt.Errorf("spindle: cannot listen on %s: the address is in use by another process", ln.url)

@@ -97,3 +97,37 @@ func TestSameMachine(t *testing.T) {
 		}
 	}
 }
+
+// TestListenerIsUnpaced: what is accepted from this machine never had BBR; what comes from elsewhere gets it back.
+func TestListenerIsUnpaced(t *testing.T) {
+	if !pacing(congestionDefault()) {
+		t.Skip("this machine does not use BBR")
+	}
+	l, err := (&listen{network: "tcp", address: "127.0.0.1:0"}).open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	nc, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	in, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	repace(in)
+	if cc, _ := congestion(t, in, ""); cc != unpaced {
+		t.Errorf("%s accepted from this machine", cc)
+	}
+	rc, err := in.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	setCongestion(rc, func(cc string) bool { return cc == unpaced }, congestionDefault())
+	if cc, _ := congestion(t, in, ""); cc != congestionDefault() {
+		t.Errorf("%s given back, want %s", cc, congestionDefault())
+	}
+}

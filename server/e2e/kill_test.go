@@ -31,7 +31,6 @@ type killWriter struct {
 // A proxy that is killed (-9) in the middle of load has lost nothing that it acknowledged, and after its
 // restart no revision runs backwards.
 func TestKillLosesNothing(t *testing.T) {
-	builtWithoutRace(t)
 	t.Parallel()
 	members := startMembers(t, 3)
 	url := freeURL(t)

@@ -219,7 +219,6 @@ func TestEndpointOfAnOlderCopy(t *testing.T) {
 // A proxy that runs while another one accepts what a member has lost refuses the member until it sees that. Then it starts again within
 // its process, on its port, and serves all.
 func TestAcceptedLossSeenByRunningProxy(t *testing.T) {
-	builtWithoutRace(t)
 	w := newRestoredWorld(t)
 	url := freeURL(t)
 	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "5s"}
