@@ -297,3 +297,74 @@ func TestStopEndsWhatIsClosedAhead(t *testing.T) {
 		}
 	}
 }
+
+// A batch that came back from behind another takes the former's claims with it: nothing is closed behind that one any more.
+func TestNothingAheadAfterTakeBack(t *testing.T) {
+	r := newAhead(t)
+	r.create("c", "d")
+	r.c.Flush()
+	if r.s.next == nil {
+		t.Fatal("nothing is closed ahead")
+	}
+	r.c.clock.Stop()
+	r.s.untick() // a new epoch; the first one is still away
+	r.create("a")
+	r.c.Flush()
+	if r.s.next != nil {
+		t.Errorf("closed behind {a b}: %q", r.s.next.writes[0].plan.Writes)
+	}
+}
+
+// The claims of a batch lie in its requests' bytes, and those of a canceled one are its owner's again.
+func TestNothingAheadOfCanceled(t *testing.T) {
+	r := &aheadRig{roadTransport: newRoads(t), ended: map[string]codec.Status{}}
+	r.s = r.c.shards[0]
+	a := &Op{Kind: OpTxn, Msg: mustMarshal(t, swapIf("a", 0)), Done: func(*Op) {}}
+	r.c.Submit(a)
+	r.create("b")
+	r.c.Flush()
+	r.first = r.s.cur
+	r.c.Cancel(a)
+	r.grant(r.first, 2)
+	r.create("x", "y")
+	r.c.Flush()
+	if r.s.next != nil {
+		t.Error("the next batch was closed by claims that lie in a buffer of somebody else's")
+	}
+}
+
+// A batch whose record was seen, and whose reply does not come, holds back the next one, and with it all watches, for one reorder window and no longer.
+func TestSeenBatchLetsTheNextGo(t *testing.T) {
+	r := newAhead(t)
+	r.s.window = int64(250 * time.Millisecond)
+	self := r.c.cfg.Proxy
+	l := r.c.clock.Log()
+	own := func(n int) {
+		r.ticks++
+		tick := revclock.AppendTick(nil, &revclock.Tick{Proxy: self, Nonce: uint64(r.ticks), Items: []revclock.TickItem{{Shard: 0, Count: n, Filter: []byte{1, 2, 3, 4, 5, 6, 7, 8}}}})
+		if _, err := l.Fold(tick, r.ticks, r.now, uint64(r.ticks)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	own(2)
+	r.create("c", "d")
+	r.c.Flush()
+	next := r.s.next
+	own(2)
+	r.c.clock.Stop()
+	r.s.granted(next.token, revclock.Range{First: 4, Last: 5})
+	l.Committed(0, 2, 3, self)
+	r.s.sawOwnRecord(r.first.id, 20)
+	r.s.streaming = true
+	for _, step := range []struct {
+		after time.Duration
+		sent  bool
+	}{{time.Duration(r.s.window) / 2, false}, {time.Duration(r.s.window), true}} {
+		r.now += int64(step.after)
+		r.c.stale = true
+		r.c.Flush()
+		if sent := r.s.cur == next && next.state == batchSent; sent != step.sent {
+			t.Errorf("%s later: sent %v, want %v (state %d)", step.after, sent, step.sent, next.state)
+		}
+	}
+}
