@@ -46,8 +46,7 @@ func (p *pagePart) nextEnd() []byte {
 		return nil // its first page counts all
 	}
 	i, equal := slices.BinarySearchFunc(r.ends, p.from, bytes.Compare)
-	if equal {
-		i++
+	for ; equal && i < len(r.ends) && bytes.Equal(r.ends[i], p.from); i++ { // a page that ended where it begins would never come to an end
 	}
 	if i < r.known {
 		if p.total-p.fetched <= p.limit && r.known-i <= 2*p.stride() { // the shape knows of no large values among them

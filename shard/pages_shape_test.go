@@ -328,3 +328,21 @@ func TestShapeDraft(t *testing.T) {
 		t.Errorf("a long key is an end")
 	}
 }
+
+// Large values behind many small ones: all that is left fits a page by the keys, and not by their bytes, which the shape knows.
+func TestLargeValuesBehindSmallOnes(t *testing.T) {
+	seed := rand.Uint64()
+	m, c := newShapeMember(t, seed, 2)
+	m.fill("a", 30_000, 200)
+	m.fill("b", 1_500, 32<<10)
+	iv := Interval{[]byte("a"), []byte("c")}
+	want := m.want(iv)
+	for turn, most := range []int{64 << 20, 3 * maxPageBytes} {
+		if !bytes.Equal(m.stream(c, iv), want) {
+			t.Fatalf("seed %d: stream %d is not what the members have", seed, turn)
+		}
+		if m.most > most {
+			t.Errorf("seed %d: stream %d has a page of %d bytes, at most %d", seed, turn, m.most, most)
+		}
+	}
+}
