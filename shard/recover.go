@@ -52,6 +52,7 @@ func (s *shardState) sawOwnRecord(id uint64, local int64) {
 
 // recover answers the requests of a batch that committed while its reply was lost: every compare saw
 // the state just before it, so the answers are computed again from there.
+// The batch itself is settled by its record: a copy that is still on its way can only be rejected, and nobody waits for it.
 func (s *shardState) recover(b *batch) {
 	s.c.stats.Settled++
 	b.state = batchRecovering
