@@ -63,7 +63,7 @@ func TestAcceptIsBounded(t *testing.T) {
 
 // Clients that are on their way when the engine stops count as clients: it waits for them, and they are told to go.
 func TestStopWaitsForClientsOnTheirWay(t *testing.T) {
-	s := startServer(t, Config{Loops: 1, DrainTimeout: 20 * time.Second})
+	s := startServer(t, Config{Loops: 1, DrainTimeout: 10 * guard})
 	release := busy(t, s.Loops()[0])
 	c := s.dialTCP(t)
 	eventually(t, "it is accepted", func() bool { return s.conns.Load() == 1 })

@@ -34,7 +34,7 @@ func (h *endless) Drain() { h.rpc.Finish(codec.ErrStopped) }
 // A request that was on its way when the server said GOAWAY is answered, and the connection is closed only after it.
 func TestStopAnswersRequestsUnderWay(t *testing.T) {
 	forLoops(t, func(t *testing.T, loops int) {
-		s := startServer(t, Config{Loops: loops, DrainTimeout: 10 * time.Second})
+		s := startServer(t, Config{Loops: loops, DrainTimeout: 10 * guard})
 		p := newPeer(t, s.dialTCP(t))
 		p.ping()
 		p.goAwayOK, p.holdPings = true, true
@@ -129,7 +129,7 @@ func TestEndLosesNoAnswer(t *testing.T) {
 	const size = 100 << 10
 	for name, violate := range map[string]bool{"drain": false, "violation": true} {
 		t.Run(name, func(t *testing.T) {
-			s := startServer(t, Config{Loops: 1, DrainTimeout: time.Minute})
+			s := startServer(t, Config{Loops: 1, DrainTimeout: 10 * guard})
 			nc := s.dialTCP(t)
 			if err := nc.(*net.TCPConn).SetReadBuffer(4 << 10); err != nil {
 				t.Fatal(err)
@@ -256,7 +256,7 @@ func TestLastWordsReachAllLoops(t *testing.T) {
 
 // A client that was accepted just before Stop, and whose loop takes it only after its GOAWAYs, is told to go, too.
 func TestStopTellsLateClients(t *testing.T) {
-	s := startServer(t, Config{Loops: 1, DrainTimeout: 20 * time.Second})
+	s := startServer(t, Config{Loops: 1, DrainTimeout: 10 * guard})
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

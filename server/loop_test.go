@@ -97,7 +97,7 @@ func TestEnroll(t *testing.T) {
 			t.Fatal(err)
 		}
 		buf := make([]byte, 5)
-		_ = far.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_ = far.SetReadDeadline(time.Now().Add(guard))
 		if _, err := io.ReadFull(far, buf); err != nil || string(buf) != "hello" {
 			t.Fatalf("echo: %q, %v", buf, err)
 		}

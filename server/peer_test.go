@@ -35,7 +35,7 @@ func newPeer(t testing.TB, c net.Conn) *peer {
 	t.Helper()
 	p := &peer{t: t, c: c, w: bufio.NewWriter(c), status: map[uint32][2]string{}}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(guard))
 	p.fr = http2.NewFramer(p.w, bufio.NewReader(c))
 	p.fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
 	p.enc = hpack.NewEncoder(&p.hdr)

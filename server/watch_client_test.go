@@ -81,8 +81,8 @@ func (f *watchFeed) next(ch clientv3.WatchChan) clientv3.WatchResponse {
 			f.t.Fatal("the watch has ended")
 		}
 		return w
-	case <-time.After(20 * time.Second):
-		f.t.Fatal("nothing for 20 s")
+	case <-time.After(guard):
+		f.t.Fatal("nothing comes")
 	}
 	panic("not reached")
 }

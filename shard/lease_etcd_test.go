@@ -390,8 +390,8 @@ func testLeaseTxn(t *testing.T, a, b *coreRig) {
 }
 
 func testLeaseExpiry(t *testing.T, a, b *coreRig) {
-	id := a.grant(0, 1)
-	kept := b.grant(0, 2)
+	id := a.grant(0, 4) // they are to live until all keys are put
+	kept := b.grant(0, 3)
 	for i := range 9 {
 		if st := a.put(fmt.Sprintf("expiry/%d", i), id); st.Code != codec.OK {
 			t.Fatal(st)

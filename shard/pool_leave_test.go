@@ -58,7 +58,7 @@ func TestPoolUnaryNoLeader(t *testing.T) {
 func TestPoolSilentConnection(t *testing.T) {
 	// Long enough for a busy machine: the node that is well answers within the span of a call, and all calls end before the
 	// other one is given up.
-	const span, pingTimeout = 250 * time.Millisecond, 2 * time.Second
+	const span, pingTimeout = 750 * time.Millisecond, 4 * time.Second
 	a, b := newFakeMember(t, echo), newFakeMember(t, echo)
 	r := newRelay(t, "127.0.0.1:0", a.addr())
 	e := newPoolEnv(t, []string{r.url(), b.url()}, func(c *PoolConfig) {
@@ -114,7 +114,7 @@ func TestPoolMuteNode(t *testing.T) {
 	e := newPoolEnv(t, []string{r.url(), b.url()}, func(c *PoolConfig) { c.PingInterval, c.PingTimeout = time.Hour, time.Hour })
 	e.until("both", func() bool { return len(e.pool.clusters[0].ready) == 2 })
 	r.freeze(true)
-	const span = 500 * time.Millisecond
+	const span = time.Second
 	// They go to one and the other by turns, so the first that is not answered waits while one is.
 	var calls []chanDone
 	for range 3 {

@@ -30,7 +30,7 @@ type testLoop struct {
 }
 
 // testGuard is how long a test waits for what must happen.
-const testGuard = 20 * time.Second
+const testGuard = time.Minute
 
 // sharedLoop is started once: gnet takes half a second to stop, so the tests leave it to the end of the process.
 var sharedLoop = sync.OnceValues(func() (*testLoop, error) {

@@ -46,7 +46,7 @@ func TestPoolOnServerLoop(t *testing.T) {
 	got := make(outcomes, n+1)
 	start := func() {
 		for range n {
-			p.Call(codec.Coordinator, codec.MethodTxn, []byte("x"), 10*time.Second, got)
+			p.Call(codec.Coordinator, codec.MethodTxn, []byte("x"), time.Minute, got)
 		}
 	}
 	loop.Post(func() {
@@ -56,7 +56,7 @@ func TestPoolOnServerLoop(t *testing.T) {
 			p.OnConnected(func(codec.ClusterID) { start() })
 		}
 	})
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	for range n {
 		select {
 		case st := <-got:

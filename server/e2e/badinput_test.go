@@ -60,7 +60,7 @@ func repeatOp(n int, f func(i int) *pb.RequestOp) (ops []*pb.RequestOp) {
 func TestBadInput(t *testing.T) {
 	etcd := dial(t, startEtcd(t))
 	spindle := dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])
-	ctx := callContext(t)
+	ctx := testContext(t)
 
 	// Both get a few revisions, and a compaction.
 	var revs [2][]int64

@@ -60,7 +60,8 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := startProcess(t, t.TempDir(), "--config", config, "--coordinator", members.Coordinator, "--listen-client-urls", url,
-		"--listen-metrics-urls", metrics, "--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400")
+		"--listen-metrics-urls", metrics, "--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400",
+		"--shard-timeout", "10s") // a shard that is away is waited for a quarter of it
 	p.awaitReady(t)
 	pid := p.cmd.Process.Pid
 	var all unix.Rlimit
@@ -88,11 +89,11 @@ func TestOutOfDescriptors(t *testing.T) {
 	if !strings.Contains(p.log(), tells) {
 		t.Errorf("clients have taken all descriptors, and nothing was said:\n%s", p.log())
 	}
-	l.progress("clients have taken all descriptors", 20)
+	l.progress("clients have taken all descriptors", 8)
 
 	// None is left for anything.
 	before, begun := cpuOf(t, p), time.Now()
-	l.progress("before", 40)
+	l.progress("before", 16)
 	busy := (cpuOf(t, p) - before) / time.Since(begun).Seconds()
 	limitFiles(t, pid, 3)
 	late := make(chan error, 1)
@@ -116,7 +117,7 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Error("there was a descriptor for an operator")
 	}
 	before, begun = cpuOf(t, p), time.Now()
-	l.progress("there are no descriptors", 40, one)
+	l.progress("there are no descriptors", 16, one)
 	l.pause(time.Second)
 	if now := (cpuOf(t, p) - before) / time.Since(begun).Seconds(); now > busy+0.5 {
 		t.Errorf("the proxy takes %.2f cores without descriptors, %.2f before", now, busy)
@@ -137,7 +138,7 @@ func TestOutOfDescriptors(t *testing.T) {
 		return err == nil
 	})
 	back := time.Since(begun)
-	l.progress("descriptors are there again", 20)
+	l.progress("descriptors are there again", 8)
 	waitUntil(t, "the operator is served", callTimeout, func() bool {
 		code, _ := httpGet(t, metrics+"/readyz")
 		return code == http.StatusOK

@@ -25,8 +25,9 @@ import (
 
 // How long things may take before a test calls them broken. Generous: the machines are busy.
 const (
-	readyTimeout = 60 * time.Second
-	callTimeout  = 30 * time.Second
+	readyTimeout = 2 * time.Minute
+	callTimeout  = time.Minute
+	testTimeout  = 5 * time.Minute // of all that a test asks for with one context
 	maxRecvBytes = 256 << 20
 )
 
@@ -184,11 +185,11 @@ type rpc struct {
 	l    pb.LeaseClient
 }
 
-func dial(t testing.TB, url string) *rpc {
+func dial(t testing.TB, url string, more ...grpc.DialOption) *rpc {
 	t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+strings.TrimPrefix(url, "http://"),
+	conn, err := grpc.NewClient("passthrough:///"+strings.TrimPrefix(url, "http://"), append(more,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxRecvBytes), grpc.MaxCallSendMsgSize(maxRecvBytes), grpc.WaitForReady(true)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxRecvBytes), grpc.MaxCallSendMsgSize(maxRecvBytes), grpc.WaitForReady(true)))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,8 +208,13 @@ func client(t testing.TB, urls ...string) *clientv3.Client {
 	return c
 }
 
-func callContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
+func callContext(t testing.TB) context.Context { return contextFor(t, callTimeout) }
+
+// testContext is for all calls of a test.
+func testContext(t testing.TB) context.Context { return contextFor(t, testTimeout) }
+
+func contextFor(t testing.TB, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
 	t.Cleanup(cancel)
 	return ctx
 }

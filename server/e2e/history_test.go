@@ -15,6 +15,7 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 
 	"spindle/server/node"
 )
@@ -288,7 +289,8 @@ type slowWatch struct{ stream pb.Watch_WatchClient }
 
 func openSlow(t testing.TB, url string, start int64) *slowWatch {
 	t.Helper()
-	s := dial(t, url)
+	const window = 64 << 10 // grpc-go would enlarge it by itself, up to 16 MiB, whether anybody reads or not
+	s := dial(t, url, grpc.WithInitialWindowSize(window), grpc.WithInitialConnWindowSize(window))
 	ctx, cancel := context.WithTimeout(context.Background(), 4*readyTimeout)
 	t.Cleanup(cancel)
 	stream, err := s.w.Watch(ctx)
@@ -394,6 +396,7 @@ func TestSlowWatcherLosesNothing(t *testing.T) {
 
 // A slow watcher reads a history that is far larger than what may be held in memory for it.
 func TestHistoryMemory(t *testing.T) {
+	t.Parallel() // whatever goes on beside it, its memory is that of a process of its own
 	const value, bound, writers = 20 << 10, 192 << 20, 16
 	total := 300 << 20
 	if mb, err := strconv.Atoi(os.Getenv("SPINDLE_HISTORY_MB")); err == nil {
@@ -404,11 +407,7 @@ func TestHistoryMemory(t *testing.T) {
 	}
 	members := startMembers(t, 3)
 	url := freeURL(t)
-	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", members.Coordinator,
-		"--ring-size", strconv.Itoa(smallRing), "--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
-	for i, u := range members.Shards {
-		args = append(args, "--shard", members.Names[i]+"="+u)
-	}
+	args := append(proxyArgs(members, url, ""), "--ring-size", strconv.Itoa(smallRing))
 	p := startProcess(t, t.TempDir(), args...)
 	p.awaitReady(t)
 	s := dial(t, url)

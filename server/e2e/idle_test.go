@@ -123,12 +123,7 @@ func TestIdleConnections(t *testing.T) {
 	}
 	members := startMembers(t, 1)
 	url, metrics := freeURL(t), freeURL(t)
-	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", metrics, "--coordinator", members.Coordinator,
-		"--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
-	for i, u := range members.Shards {
-		args = append(args, "--shard", members.Names[i]+"="+u)
-	}
-	p := startProcess(t, t.TempDir(), args...)
+	p := startProcess(t, t.TempDir(), proxyArgs(members, url, metrics)...)
 	p.awaitReady(t)
 	addr := strings.TrimPrefix(url, "http://")
 

@@ -17,7 +17,7 @@ import (
 const (
 	killWriters = 32
 	killRounds  = 4
-	killLoad    = 1500 * time.Millisecond // of load before each kill
+	killLoad    = time.Second // of load before each kill, at least
 )
 
 // killWriter puts 1, 2, 3, ... to a key of its own, whatever happens to the proxy.
@@ -34,11 +34,7 @@ func TestKillLosesNothing(t *testing.T) {
 	t.Parallel()
 	members := startMembers(t, 3)
 	url := freeURL(t)
-	args := []string{"--listen-client-urls", url, "--listen-metrics-urls=", "--coordinator", members.Coordinator,
-		"--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
-	for i, u := range members.Shards {
-		args = append(args, "--shard", members.Names[i]+"="+u)
-	}
+	args := proxyArgs(members, url, "")
 	// A second proxy over the same members lives through it all and watches.
 	witness := startNode(t, nodeConfig(t, members))
 	witnessConn := dial(t, witness.ClientURLs()[0])
@@ -61,10 +57,10 @@ func TestKillLosesNothing(t *testing.T) {
 		var killed atomic.Bool
 		errs := make(chan error, 1)
 		var wg sync.WaitGroup
-		var count, lost atomic.Int64
+		var count, lost, begun atomic.Int64
 		for _, w := range writers {
 			wg.Go(func() {
-				for {
+				for first := true; ; first = false {
 					before := newest.Load()
 					resp, err := conn.kv.Put(ctx, &pb.PutRequest{Key: []byte(w.key), Value: []byte(strconv.Itoa(w.next))})
 					if err != nil {
@@ -83,10 +79,14 @@ func TestKillLosesNothing(t *testing.T) {
 					w.acked, w.rev = w.next, resp.Header.Revision
 					w.next++
 					count.Add(1)
+					if first {
+						begun.Add(1)
+					}
 				}
 			})
 		}
 		<-time.After(killLoad) // how long the load lasts, not a synchronisation
+		waitUntil(t, "every writer has written", readyTimeout, func() bool { return begun.Load() == killWriters || len(errs) > 0 })
 		killed.Store(true)
 		p.signal(t, syscall.SIGKILL)
 		// Calls wait for a connection that will not come back here: close it.

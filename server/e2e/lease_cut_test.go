@@ -57,7 +57,8 @@ func TestLeaseEndWithoutRecord(t *testing.T) {
 		t.Helper()
 		prefix := name + "/"
 		s := dial(t, urls[1])
-		lease := grantLease(t, s, 4)
+		// It must not end before the coordinator is out of reach.
+		lease := grantLease(t, s, 6)
 		rev := putLeased(t, s, prefix, keys, lease)
 		early := openWatch(t, s, prefix, rev+1)
 		coordinator.Mute()
@@ -207,7 +208,7 @@ func TestLeaseHomeAway(t *testing.T) {
 
 	away.SetTarget("")
 	k.awaitRound(t, "the member is gone", here)
-	put(keys[1], grantLease(t, s, 3))
+	put(keys[1], grantLease(t, s, 6))
 	waitUntil(t, "the member is gone: a lease ends", readyTimeout, func() bool {
 		r, err := s.kv.Range(callContext(t), &pb.RangeRequest{Key: []byte(keys[1])})
 		return err == nil && len(r.Kvs) == 0

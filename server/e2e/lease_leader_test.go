@@ -211,7 +211,7 @@ func TestLeaseLeaderChanges(t *testing.T) {
 		return n
 	}
 	waitUntil(t, "the first lease ends", readyTimeout, func() bool { return deletes() > 0 })
-	if d := time.Since(kept); d < (leaderLeaseTTL-1)*time.Second {
+	if d := time.Since(kept); d < (leaderLeaseTTL-2)*time.Second { // the answer was some time on its way
 		t.Errorf("a lease of %d s ended %v after it was kept alive", leaderLeaseTTL, d)
 	}
 	waitUntil(t, "all have ended", readyTimeout, func() bool { return deletes() >= keys })

@@ -169,7 +169,7 @@ func TestLeaseExpiresWithoutProxies(t *testing.T) {
 	n := startNode(t, nodeConfig(t, m))
 	s := dial(t, n.ClientURLs()[0])
 	const keys = 20
-	lease := grantLease(t, s, 5)
+	lease := grantLease(t, s, 8) // the proxy is to end before it
 	putLeased(t, s, "d/", keys, lease)
 	r, err := s.kv.Put(callContext(t), &pb.PutRequest{Key: []byte("d/stays"), Value: []byte("v")})
 	if err != nil {

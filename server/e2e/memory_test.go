@@ -18,7 +18,7 @@ import (
 
 const (
 	// memoryKeys is how many keys the lists of TestListMemory have; SPINDLE_MEMORY_KEYS overrides it.
-	memoryKeys   = 200_000
+	memoryKeys   = 120_000
 	memoryValue  = 1 << 10
 	memoryWriter = 256
 	// maxStreamMemory is by how much a RangeStream of any length may raise a proxy's resident memory, in MiB. What it
@@ -49,12 +49,7 @@ func TestListMemory(t *testing.T) {
 	t.Logf("%d keys written in %v", keys, time.Since(start).Round(time.Second))
 
 	url := freeURL(t)
-	args := []string{"--listen-client-urls", url, "--listen-metrics-urls=", "--coordinator", members.Coordinator,
-		"--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400"}
-	for i, u := range members.Shards {
-		args = append(args, "--shard", members.Names[i]+"="+u)
-	}
-	p := startProcess(t, t.TempDir(), args...)
+	p := startProcess(t, t.TempDir(), proxyArgs(members, url, "")...)
 	p.awaitReady(t)
 	s := dial(t, url)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)

@@ -197,6 +197,7 @@ func (l *faultLoad) count(a *loadArea, key string, sole bool) {
 func (l *faultLoad) create(a *loadArea) {
 	for n := 0; l.ctx.Err() == nil; n++ {
 		key := fmt.Sprintf("%snew-%06d", a.prefix, n)
+		l.pause(5 * loadPause) // every list has all of them
 		before := l.newest.Load()
 		_ = l.do(a, true, func(ctx context.Context) error {
 			r, err := l.conn.kv.Txn(ctx, &pb.TxnRequest{

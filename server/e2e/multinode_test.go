@@ -86,18 +86,18 @@ func TestNodesFail(t *testing.T) {
 			continue // shard's own tests of the pool have every failure of a node under the race detector
 		}
 		l.mark()
-		l.progress("before "+f.name, 20)
+		l.progress("before "+f.name, 8)
 		quiet := one.longest()
 		l.mark()
 		mend := f.run()
-		l.progress(f.name, 20)
+		l.progress(f.name, 8)
 		// How long it stays so: the proxy meets the node again and again.
 		l.pause(map[bool]time.Duration{false: 500 * time.Millisecond, true: 8 * time.Second}[long])
-		l.progress(f.name, 20)
+		l.progress(f.name, 8)
 		l.report(f.name)
 		// A busy machine makes everybody wait; what counts is how much longer it was than elsewhere, and before.
 		other := one.longest()
-		if other > 5*time.Second+quiet {
+		if other > 10*time.Second+2*quiet {
 			t.Errorf("%s: a request for the other shard took %v, %v before", f.name, other, quiet)
 		}
 		// A node keeps what it cannot finish for 6 s; a mute connection would be noticed after 9 s of silence. A read may wait
@@ -107,14 +107,14 @@ func TestNodesFail(t *testing.T) {
 		if strings.HasSuffix(f.name, "mute") {
 			limit = 8 * time.Second
 		}
-		if took := affected.longest(); took > limit+other {
+		if took := affected.longest(); took > limit+2*other {
 			t.Errorf("%s: a request took %v", f.name, took)
 		}
 		l.mark()
 		if mend != nil {
 			mend()
 			three.AwaitHealthy()
-			l.progress(f.name+", mended", 20)
+			l.progress(f.name+", mended", 8)
 			l.report(f.name + ", mended")
 		}
 	}

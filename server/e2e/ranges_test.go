@@ -37,7 +37,7 @@ func TestRangesAskOneShard(t *testing.T) {
 	cfg.Partition = rangesOf([]string{"", "g", "p"})
 	cfg.ShardTimeout = 5 * time.Second // one list waits for it
 	spindle := dial(t, startNode(t, cfg).ClientURLs()[0])
-	ctx := callContext(t)
+	ctx := testContext(t)
 	put := func(k string) int64 {
 		t.Helper()
 		r, err := spindle.kv.Put(ctx, &pb.PutRequest{Key: []byte(k), Value: []byte("v")})

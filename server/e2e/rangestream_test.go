@@ -69,7 +69,7 @@ func TestRangeStreamUnderWrites(t *testing.T) {
 	const keys, writers = 3000, 32
 	seed := seed(t)
 	s := dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])
-	ctx, cancel := context.WithCancel(callContext(t))
+	ctx, cancel := context.WithCancel(testContext(t))
 	var newest atomic.Int64
 	var stop atomic.Bool
 	var wg sync.WaitGroup

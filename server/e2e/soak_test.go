@@ -89,7 +89,7 @@ func TestSoak(t *testing.T) {
 	duration := soakDuration(t)
 	sd := seed(t)
 	members := startMembers(t, soakShards)
-	ctx, cancel := context.WithTimeout(context.Background(), duration+readyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), duration+testTimeout)
 	defer cancel()
 
 	dir := t.TempDir()
@@ -99,13 +99,9 @@ func TestSoak(t *testing.T) {
 	}
 	for i := range 2 {
 		url := freeURL(t)
-		args := []string{"--listen-client-urls", url, "--listen-metrics-urls=", "--coordinator", members.Coordinator,
-			"--shard-max-txn-ops", "1024", "--shard-max-request-bytes", "1638400", "--watch-progress-notify-interval", "1s"}
+		args := append(proxyArgs(members, url, ""), "--watch-progress-notify-interval", "1s")
 		if i == 0 {
 			args = append(args, "--ring-size", strconv.Itoa(soakSmallRing))
-		}
-		for j, u := range members.Shards {
-			args = append(args, "--shard", members.Names[j]+"="+u)
 		}
 		p := startProcess(t, dir, args...)
 		p.awaitReady(t)

@@ -110,7 +110,7 @@ func TestWatchAPI(t *testing.T) {
 	t.Parallel()
 	sides := []*rpc{dial(t, startEtcd(t)), dial(t, startSpindle(t, 3, 1, nil)[0].ClientURLs()[0])}
 	revs := newRevMap()
-	ctx := callContext(t)
+	ctx := testContext(t)
 	write := func(req any) {
 		t.Helper()
 		var got [2]int64
@@ -301,7 +301,7 @@ func TestProxiesStartAtOnce(t *testing.T) {
 		conns[i] = dial(t, n.ClientURLs()[0])
 		logs[i] = openWatch(t, conns[i], "k", 1)
 	}
-	ctx := callContext(t)
+	ctx := testContext(t)
 	var last int64
 	for i := range writes {
 		k := fmt.Sprintf("k%d", i%7)

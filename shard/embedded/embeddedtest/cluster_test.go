@@ -25,13 +25,18 @@ func client(t *testing.T, urls ...string) *clientv3.Client {
 // One of three nodes may fail in every way, and comes back with what was written meanwhile.
 func TestThreeNodes(t *testing.T) {
 	c := Start(t, 3, nil)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*patience)
 	defer cancel()
 	put := func(v string, nodes ...int) {
 		t.Helper()
 		for _, i := range nodes {
-			if _, err := client(t, c.URL(i)).Put(ctx, "k", v); err != nil {
-				t.Fatalf("through node %d: %v", i, err)
+			var last error
+			c.wait("a put", func() bool { // the leader may change once more
+				_, last = client(t, c.URL(i)).Put(ctx, "k", v)
+				return last == nil || ctx.Err() != nil
+			})
+			if last != nil {
+				t.Fatalf("through node %d: %v", i, last)
 			}
 		}
 	}
