@@ -79,6 +79,7 @@ func (c *lossyCoordinator) wipe() {
 // A coordinator that loses its data under load is rebuilt: nothing that was acknowledged is lost, no revision runs
 // backwards, watches have no gap, and writes go on soon after it is back.
 func TestCoordinatorLosesItsData(t *testing.T) {
+	t.Parallel()
 	for _, proxies := range []int{1, 2} {
 		t.Run(fmt.Sprintf("%d proxies", proxies), func(t *testing.T) { coordinatorLoses(t, proxies, max(2, scale(5))) })
 	}

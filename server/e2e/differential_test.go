@@ -24,7 +24,7 @@ import (
 const (
 	sequentialRequests = 8_000
 	parallelWorkers    = 48
-	parallelRequests   = 96_000
+	parallelRequests   = 72_000
 	keysPerWorker      = 14
 )
 

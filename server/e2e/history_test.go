@@ -20,10 +20,10 @@ import (
 	"spindle/server/node"
 )
 
-// This file watches from before the ring's tail: a ring of a thousand revisions, and twenty times as many.
+// This file watches from before the ring's tail: a ring of a thousand revisions, and twelve times as many.
 
 const (
-	historyWrites  = 20000
+	historyWrites  = 12000
 	historyWriters = 50
 )
 
@@ -398,12 +398,12 @@ func TestSlowWatcherLosesNothing(t *testing.T) {
 func TestHistoryMemory(t *testing.T) {
 	t.Parallel() // whatever goes on beside it, its memory is that of a process of its own
 	const value, bound, writers = 20 << 10, 192 << 20, 16
-	total := 300 << 20
+	total := 240 << 20
 	if mb, err := strconv.Atoi(os.Getenv("SPINDLE_HISTORY_MB")); err == nil {
 		total = mb << 20
 	}
 	if testing.Short() || raceEnabled {
-		t.Skip("writes 300 MB")
+		t.Skip("writes 240 MB")
 	}
 	members := startMembers(t, 3)
 	url := freeURL(t)

@@ -61,10 +61,10 @@ func builtWithoutRace(t *testing.T) {
 // sideBySide is how many tests run at once that say t.Parallel: those that mostly wait, or compare answers however long
 // they take. They come after the others, which measure time, memory or CPU and have the machine to themselves.
 // More would make the deadlines of leases and shards in these tests tight on two cores.
-// Under the race detector, which multiplies the memory of the embedded etcds, too, it is one less, and Go's heap has a soft limit: the whole took
+// Under the race detector, which multiplies the memory of the embedded etcds, too, it is half of that, and Go's heap has a soft limit: the whole took
 // 5.2 GB once.
 const (
-	sideBySide     = 3
+	sideBySide     = 4
 	sideBySideRace = 2
 	heapRace       = 1 << 30 // bytes; what the race detector itself keeps comes on top
 )

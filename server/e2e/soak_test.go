@@ -86,6 +86,7 @@ func soakDuration(t *testing.T) time.Duration {
 // as the members themselves tell it.
 func TestSoak(t *testing.T) {
 	builtWithoutRace(t)
+	t.Parallel()
 	duration := soakDuration(t)
 	sd := seed(t)
 	members := startMembers(t, soakShards)

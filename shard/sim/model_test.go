@@ -206,7 +206,7 @@ func TestModelAgainstEtcd(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	real := startEtcd(t)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	e := NewEtcd(1)
 	e.MaxTxnOps, e.MaxRequestBytes = 128, 1536*1024
