@@ -287,7 +287,7 @@ func TestTLSHandshakeFlood(t *testing.T) {
 	}
 	a50, a99 := measure(500)
 
-	hello := clientHello(t, cfg)
+	hello, opened := clientHello(t, cfg), time.Now()
 	var slow []net.Conn
 	defer func() {
 		for _, c := range slow {
@@ -326,8 +326,9 @@ func TestTLSHandshakeFlood(t *testing.T) {
 	c50, c99 := measure(2000)
 	t.Logf("good client's p50/p99: alone %v/%v; beside 500 half handshakes %v/%v; beside %d whole ones in %v %v/%v",
 		a50, a99, b50, b99, metricTLSHandshakes.Get()-shaken, time.Since(begun), c50, c99)
-	if s.gate.Pending() < 500 {
-		t.Errorf("only %d half handshakes were left", s.gate.Pending())
+	// On a busy machine all this takes so long that they are ended.
+	if n, took := s.gate.Pending(), time.Since(opened); n < 500 && took < tlsconn.HandshakeTimeout {
+		t.Errorf("only %d half handshakes were left after %v", n, took)
 	}
 }
 

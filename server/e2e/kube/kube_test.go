@@ -28,7 +28,7 @@ import (
 	"spindle/server/e2e/kube/testserver"
 )
 
-const eventTimeout = 30 * time.Second
+const eventTimeout = time.Minute
 
 // newStore returns the storage of pods over a new server, and etcd's own client of that server.
 func newStore(t *testing.T) (storage.Interface, *clientv3.Client) {
@@ -140,7 +140,7 @@ func TestWatchBelowCompaction(t *testing.T) {
 func TestTTL(t *testing.T) {
 	ctx := context.Background()
 	s, client := newStore(t)
-	const events, ttl = 40, 3
+	const events, ttl = 40, 5 // in which all of them are created
 	created := map[string]string{}
 	for i := range events {
 		name, out := fmt.Sprintf("event-%02d", i), &example.Pod{}
