@@ -18,7 +18,7 @@ import (
 // same events, the same answers, output and memory within their bounds, and nothing left after Close.
 
 // fuzzHang is how long one input may take. The fuzzer itself does not look for hangs.
-const fuzzHang = 20 * time.Second
+const fuzzHang = time.Minute
 
 // watchdog ends the process when an input takes too long; to be deferred: defer watchdog()().
 func watchdog() func() bool {

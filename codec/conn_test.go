@@ -77,12 +77,12 @@ func TestReentrancy(t *testing.T) {
 func TestIdleConnIsSmall(t *testing.T) {
 	const n = 500
 	conns := make([]*rawServer, n)
-	measure := func() uint64 {
+	measure := func() int64 {
 		runtime.GC()
 		runtime.GC()
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
-		return m.HeapAlloc
+		return int64(m.HeapAlloc)
 	}
 	before := measure()
 	for i := range conns {

@@ -45,7 +45,7 @@ func dialEcho(t testing.TB, cfg ConnConfig, opts ...grpc.DialOption) *grpc.Clien
 }
 
 func testContext(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -175,7 +175,7 @@ func TestServerSeesTimeoutLeaderAndCancel(t *testing.T) {
 	ctx = appendMetadata(ctx, "hasleader", "true")
 	done := make(chan error, 1)
 	go func() { _, err := unary(ctx, cc, "/t/Hang", nil); done <- err }()
-	if s := <-got; !s.leader || s.timeout > 7*time.Second || s.timeout < 6*time.Second {
+	if s := <-got; !s.leader || s.timeout > 7*time.Second || s.timeout < time.Second {
 		t.Errorf("%+v", s)
 	}
 	cancel()

@@ -23,7 +23,7 @@ import (
 // exactly once, and answers that are protobuf of the right kind.
 
 // fuzzHang is how long one input may take; the fuzzer itself does not look for hangs.
-const fuzzHang = 20 * time.Second
+const fuzzHang = time.Minute
 
 // watchdog ends the process when an input takes too long; to be deferred: defer watchdog()().
 func watchdog() func() bool {

@@ -12,7 +12,7 @@ import (
 	"spindle/codec/tlsconn/tlstest"
 )
 
-const guard = 20 * time.Second
+const guard = time.Minute
 
 // end is one side: an Owner whose loop is the test's goroutine.
 type end struct {

@@ -140,7 +140,7 @@ func TestCompactManyProxies(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := nodeConfig(t, m)
-	cfg.ShardTimeout = 3 * time.Second // within twice that time a record that is missing somewhere is completed
+	cfg.ShardTimeout = 5 * time.Second // within twice that time a record that is missing somewhere is completed
 	p := dial(t, startNode(t, cfg).ClientURLs()[0])
 	_, err = rangeAt(p, t, low-1)
 	wantOutOfRange(t, "below the compaction after a restart", err, textCompacted)

@@ -30,7 +30,7 @@ func newRestoredWorld(t *testing.T) *restoredWorld {
 	w := &restoredWorld{t: t, victim: startLossyCoordinator(t)}
 	w.cfg = nodeConfig(t, startMembers(t, 2))
 	w.cfg.Shards = append(w.cfg.Shards, node.Shard{Name: "victim", URLs: []string{w.victim.client}})
-	w.cfg.ShardTimeout = 5 * time.Second
+	w.cfg.ShardTimeout = 10 * time.Second
 	w.cfg.ShardMaxTxnOps, w.cfg.ShardMaxRequestBytes = 128, 1536<<10
 	w.start()
 	return w
@@ -221,7 +221,7 @@ func TestEndpointOfAnOlderCopy(t *testing.T) {
 func TestAcceptedLossSeenByRunningProxy(t *testing.T) {
 	w := newRestoredWorld(t)
 	url := freeURL(t)
-	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "5s"}
+	args := []string{"--listen-client-urls", url, "--listen-metrics-urls", freeURL(t), "--coordinator", strings.Join(w.cfg.Coordinator, ","), "--shard-timeout", "10s"}
 	for _, s := range w.cfg.Shards {
 		args = append(args, "--shard", s.Name+"="+strings.Join(s.URLs, ","))
 	}

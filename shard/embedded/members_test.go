@@ -24,7 +24,7 @@ func start(t *testing.T, cfg Config) *Members {
 
 func client(t *testing.T, url string) *clientv3.Client {
 	t.Helper()
-	c, err := clientv3.New(clientv3.Config{Endpoints: []string{url}, DialTimeout: 20 * time.Second})
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{url}, DialTimeout: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,7 +33,7 @@ func client(t *testing.T, url string) *clientv3.Client {
 
 func TestKeepsDataOverRestart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 
 	m := start(t, Config{Dir: dir, Shards: 2})
