@@ -209,7 +209,7 @@ func TestTLSRefusals(t *testing.T) {
 
 // TestTLSCloseNotify: both sides say goodbye.
 func TestTLSCloseNotify(t *testing.T) {
-	s := startTLS(t, Config{Loops: 1})
+	s := startTLS(t, Config{Loops: 1, DrainTimeout: 200 * time.Millisecond}) // the second client stays
 	cfg := s.ca.Client(s.ca.Issue("client"))
 	c := s.dialTLS(t, cfg)
 	newPeer(t, c).ping()

@@ -49,6 +49,9 @@ func alarms(t *testing.T, url string) []*pb.AlarmMember {
 // A member near its quota: puts and leases are refused with etcd's error before the member raises its alarm, other
 // shards and watches go on, deletes pass, and compaction makes room again without anybody's restart.
 func TestQuotaRefusesBeforeTheMember(t *testing.T) {
+	if raceEnabled {
+		t.Skip("long; TestNoSpaceAlarm goes the same ways")
+	}
 	m, spindle := quotaRig(t, 64<<20)
 	w := openWatchRange(t, spindle, "a", "z", 1)
 	value := make([]byte, 512<<10)
