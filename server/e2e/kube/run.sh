@@ -60,21 +60,9 @@ wait $pids
 failed=0
 for status in "$run"/*.status; do
 	[ "$(cat "$status")" = 0 ] && continue
-	list=${status%.status}
-	# What failed, without the tests that passed.
-	grep -v -e '^=== ' -e '--- PASS' "$list.out" | tail -n 300
-	# Their bounds of time are not ours, and these processes fill the machine: what has failed, and not ended its process, gets one more
-	# chance by itself. The output tells.
-	names=$(sed -n 's/^--- FAIL: \([^ ]*\).*/\1/p' "$list.out" | paste -s -d '|' -)
-	if [ -n "$names" ] && grep -q '^FAIL$' "$list.out"; then
-		pkg=$(basename "${list%-*}")
-		if (cd "$copy/pkg/storage/$pkg" && "$work/$pkg.test" -test.v -test.timeout 15m -test.run "^($names)\$" >"$list.again" 2>&1); then
-			echo "again, alone: $names passed"
-			continue
-		fi
-		grep -v -e '^=== ' -e '--- PASS' "$list.again" | tail -n 300
-	fi
 	failed=1
+	# What failed, without the tests that passed.
+	grep -v -e '^=== ' -e '--- PASS' "${status%.status}.out" | tail -n 300
 done
 count() { cat "$run"/*.out | grep -c -e "--- $1:" || true; }
 echo "k8s.io/apiserver's storage tests over $backend: $(count PASS) passed, $(count FAIL) failed, $(count SKIP) skipped by themselves"
