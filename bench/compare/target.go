@@ -261,7 +261,7 @@ func (t *target) await(ctx context.Context) error { return t.awaitAt(ctx, t.endp
 func (t *target) awaitAt(ctx context.Context, endpoint string) error {
 	addr := endpoint[strings.Index(endpoint, "//")+2:]
 	return await(ctx, t.name, readyTimeout, t.procs, func() error {
-		c, err := client.Dial(addr, t.tls, "")
+		c, err := client.Dial(ctx, addr, t.tls, "")
 		if err != nil {
 			return err
 		}

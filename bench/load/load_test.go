@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
+	"spindle/codec"
 	"spindle/server/node"
 	"spindle/shard/embedded"
 )
@@ -318,6 +320,38 @@ func TestInterrupted(t *testing.T) {
 	}
 	if res, err := Run(ctx, s, io.Discard); !errors.Is(err, why) || res != nil {
 		t.Errorf("%+v %v", res, err)
+	}
+}
+
+// Ctrl-C ends a load on a server that has stopped to read, while it writes and holds the connection.
+func TestInterruptedDeaf(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	why := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	over, canceled := make(chan struct{}), make(chan time.Time, 1)
+	defer close(over)
+	go func() {
+		nc, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer nc.Close()
+		c := codec.NewServerConn(codec.ConnConfig{StreamWindow: 1 << 30, ConnWindow: 1 << 30, MaxConcurrentStreams: 1000}, nil)
+		_, _ = nc.Write(c.Output())
+		_, _ = io.ReadFull(nc, make([]byte, 1<<20)) // far more will come than fits into the sockets
+		canceled <- time.Now()
+		cancel(why)
+		<-over
+	}()
+	s := Default()
+	s.Endpoints, s.Clients, s.Connections, s.ValueSize, s.Warmup = []string{"http://" + l.Addr().String()}, 64, 1, maxValueSize, 0
+	_, err = Run(ctx, s, io.Discard)
+	if took := time.Since(<-canceled); !errors.Is(err, why) || took > 9*time.Second { // the client itself would give up after 10
+		t.Errorf("%v after %v", err, took)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/url"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +20,9 @@ const (
 	// drainTimeout bounds the wait for answers and events when the load is over.
 	drainTimeout = 5 * time.Second
 	drainPoll    = 5 * time.Millisecond
+	// stopTimeout is how long a load that is stopped waits for connections in the middle of a write before it severs all: it has to
+	// have their locks for what they counted.
+	stopTimeout = time.Second
 )
 
 // run is a load under way.
@@ -41,8 +45,11 @@ type run struct {
 	before        []int64 // resident memory of the processes
 	prepared      latch
 	watching      latch
-	stopped       atomic.Bool // no further request
-	ending        atomic.Bool // nobody minds what ends now
+	connMu        sync.Mutex
+	conns         []*client.Conn // all that were dialed, for sever
+	stopped       atomic.Bool    // no further request
+	ending        atomic.Bool    // nobody minds what ends now
+	over          chan struct{}  // closed by close
 }
 
 func (r *run) now() int64 { return int64(time.Since(r.base)) }
@@ -81,6 +88,8 @@ func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
 	now := time.Now()
 	r := &run{spec: spec, progress: progress, base: now, acks: make(acks, ackSlots)}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	r.over = make(chan struct{})
+	context.AfterFunc(r.ctx, r.sever)
 	r.keys = keys{prefix: spec.Prefix, spread: spec.NameSpread, tag: strconv.FormatInt(now.UnixMilli(), 36)}
 	r.podsKey, r.podsEnd = r.keys.pods()
 	for _, s := range spec.Mix {
@@ -110,12 +119,42 @@ func (r *run) connect(i int) (*client.Conn, error) {
 		}
 	}
 	if r.spec.User != "" && !r.authenticated {
-		if r.token, err = client.Authenticate(u.Host, cfg, r.spec.User, r.spec.Password); err != nil {
-			return nil, err
+		if r.token, err = client.Authenticate(r.ctx, u.Host, cfg, r.spec.User, r.spec.Password); err != nil {
+			return nil, r.unlessStopped(err)
 		}
 		r.authenticated = true
 	}
-	return client.Dial(u.Host, cfg, r.token)
+	c, err := client.Dial(r.ctx, u.Host, cfg, r.token)
+	if err != nil {
+		return nil, r.unlessStopped(err)
+	}
+	r.connMu.Lock()
+	r.conns = append(r.conns, c)
+	r.connMu.Unlock()
+	return c, nil
+}
+
+// unlessStopped returns err, or why the load was stopped: then that is what err is from.
+func (r *run) unlessStopped(err error) error {
+	if r.ctx.Err() != nil {
+		return r.why()
+	}
+	return err
+}
+
+// sever is called when the load has been stopped. A server that does not read holds a write, that the connection's lock, and the lock
+// everybody who asks what was counted.
+func (r *run) sever() {
+	select {
+	case <-r.over:
+		return
+	case <-time.After(stopTimeout):
+	}
+	r.connMu.Lock()
+	defer r.connMu.Unlock()
+	for _, c := range r.conns {
+		c.Sever()
+	}
 }
 
 func (r *run) dial() error {
@@ -296,6 +335,7 @@ type feeds struct {
 }
 
 func (r *run) close() {
+	close(r.over)
 	r.stopped.Store(true)
 	r.ending.Store(true)
 	for _, g := range r.groups {
