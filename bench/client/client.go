@@ -40,6 +40,8 @@ const (
 	tickInterval  = time.Second
 )
 
+var errMute = fmt.Errorf("no answer in %v", dialTimeout)
+
 // Conn is one HTTP/2 connection. Its methods may be called on any goroutine; those that say "locked" only from
 // within a Sink, or between Lock and Unlock.
 type Conn struct {
@@ -73,7 +75,10 @@ func Dial(ctx context.Context, address string, cfg *tls.Config, token string) (*
 		t := tls.Client(nc, cfg)
 		if err := t.HandshakeContext(ctx); err != nil {
 			_ = nc.Close()
-			return nil, fmt.Errorf("TLS handshake with %s: %w", address, err)
+			if ctx.Err() != nil {
+				err = errMute
+			}
+			return nil, fmt.Errorf("TLS handshake: %w", err)
 		}
 		nc = t
 	}
@@ -88,11 +93,11 @@ func Dial(ctx context.Context, address string, cfg *tls.Config, token string) (*
 	<-c.greet // before it the server's limit of streams is not known
 	err = c.Err()
 	if !inTime() {
-		err = errors.New("it does not answer")
+		err = errMute
 	}
 	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("no HTTP/2 from %s: %w", address, err)
+		return nil, fmt.Errorf("no HTTP/2: %w", err)
 	}
 	return c, nil
 }

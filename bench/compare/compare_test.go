@@ -198,7 +198,7 @@ func TestSuite(t *testing.T) {
 		}
 		seen[s.Name] = true
 		spec := s.Load
-		spec.Endpoints = []string{"http://x"}
+		spec.Endpoints = []string{"http://x:1"}
 		if err := spec.Validate(); err != nil {
 			t.Errorf("%s: %v", s.Name, err)
 		}

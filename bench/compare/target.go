@@ -46,7 +46,7 @@ func CheckTarget(name string) error {
 		return nil
 	}
 	if _, err := shardsOf(base); err != nil {
-		return fmt.Errorf("there is no target %q: take %s, %s or %sN, each with or without %s", name, Direct, Proxied, SpindlePrefix, TLSSuffix)
+		return fmt.Errorf("there is no target %q: take %s, %s or %sN (N from 1 to %d), each with or without %s", name, Direct, Proxied, SpindlePrefix, maxShards, TLSSuffix)
 	}
 	return nil
 }

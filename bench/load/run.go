@@ -5,8 +5,8 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net/url"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -104,29 +104,16 @@ func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
 
 // connect dials the i-th connection.
 func (r *run) connect(i int) (*client.Conn, error) {
-	if err := r.ctx.Err(); err != nil {
+	at := r.spec.Endpoints[i%len(r.spec.Endpoints)]
+	c, err := r.dialOne(at)
+	switch {
+	case r.ctx.Err() != nil: // then that is what err is from
+		if c != nil {
+			c.Close()
+		}
 		return nil, r.why()
-	}
-	endpoint := r.spec.Endpoints[i%len(r.spec.Endpoints)]
-	u, err := url.Parse(endpoint)
-	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, fmt.Errorf("the endpoint %q must be like http://127.0.0.1:2379", endpoint)
-	}
-	var cfg *tls.Config
-	if u.Scheme == "https" {
-		if cfg = r.spec.TLS; cfg == nil {
-			cfg = &tls.Config{}
-		}
-	}
-	if r.spec.User != "" && !r.authenticated {
-		if r.token, err = client.Authenticate(r.ctx, u.Host, cfg, r.spec.User, r.spec.Password); err != nil {
-			return nil, r.unlessStopped(err)
-		}
-		r.authenticated = true
-	}
-	c, err := client.Dial(r.ctx, u.Host, cfg, r.token)
-	if err != nil {
-		return nil, r.unlessStopped(err)
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w%s", at, err, adviceFor(err, strings.HasPrefix(at, "https:")))
 	}
 	r.connMu.Lock()
 	r.conns = append(r.conns, c)
@@ -134,12 +121,24 @@ func (r *run) connect(i int) (*client.Conn, error) {
 	return c, nil
 }
 
-// unlessStopped returns err, or why the load was stopped: then that is what err is from.
-func (r *run) unlessStopped(err error) error {
-	if r.ctx.Err() != nil {
-		return r.why()
+func (r *run) dialOne(at string) (*client.Conn, error) {
+	address, secure, err := endpoint(at)
+	if err != nil {
+		return nil, err
 	}
-	return err
+	var cfg *tls.Config
+	if secure {
+		if cfg = r.spec.TLS; cfg == nil {
+			cfg = &tls.Config{}
+		}
+	}
+	if r.spec.User != "" && !r.authenticated {
+		if r.token, err = client.Authenticate(r.ctx, address, cfg, r.spec.User, r.spec.Password); err != nil {
+			return nil, err
+		}
+		r.authenticated = true
+	}
+	return client.Dial(r.ctx, address, cfg, r.token)
 }
 
 // sever is called when the load has been stopped. A server that does not read holds a write, that the connection's lock, and the lock
@@ -255,6 +254,9 @@ func (r *run) measure(begin func()) (*Result, error) {
 	res := h.end()
 	r.stopped.Store(true)
 	if stopped != nil { // the answers under way are not waited for
+		if res.Silent() && res.Total.Errors == 0 {
+			return nil, stopped
+		}
 		res.Stopped = stopped.Error()
 		return res, stopped
 	}

@@ -51,9 +51,11 @@ const disturbed = 0.1
 func remarks(rounds ...*load.Result) (all []string) {
 	var errors, backwards uint64
 	var unanswered, late int64
+	silent := false
 	texts, others := map[string]uint64{}, 0.0
 	for _, r := range rounds {
 		errors += r.Total.Errors
+		silent = silent || r.Silent()
 		for text, n := range r.Texts {
 			texts[text] += n
 		}
@@ -69,6 +71,7 @@ func remarks(rounds ...*load.Result) (all []string) {
 			all = append(all, fmt.Sprintf(format, args...))
 		}
 	}
+	add(silent, "NOTHING was answered in a round")
 	add(errors > 0, "ERRORS %d %v", errors, texts)
 	add(unanswered > 0, "%d not sent or not answered", unanswered)
 	add(late > 0, "%d events late", late)
