@@ -20,7 +20,11 @@ const compareUsage = `bench compare [flags]    compare etcd, etcd grpc-proxy and
 
 Starts every target with its etcds as processes of their own, puts the same load on each in turns, several rounds, and
 shows medians. --suite issue runs all that Spindle promises of its speed, with what is to be reached. Where CPUs are the
-limit, more shards are no faster: --disks shows what they are for.
+limit, more shards are no faster: --disks shows what they are for. In a checkout of Spindle:
+
+  make bench                                   one load, creates, on all targets
+  make bench ARGS='--suite issue'              the suite; --scenarios creates,gets some of it
+  go run ./bench compare --targets direct,spindle-1 --workload get --html report.html
 `
 
 func compareCommand(ctx context.Context, args []string) error {
@@ -32,7 +36,7 @@ func compareCommand(ctx context.Context, args []string) error {
 	targets := f.String("targets", "direct,grpc-proxy,spindle-1,spindle-2,spindle-4",
 		"comma separated: direct (one etcd), grpc-proxy, spindle-N (N shards); with +tls behind it: mutual TLS towards clients; two-etcds is explained in bench/RESULTS.md")
 	suite := f.String("suite", "", "issue: the scenarios with something to reach, instead of one load; they have loads and targets of their own")
-	only := f.String("scenarios", "", "comma separated `names` of scenarios of the suite (default all): "+strings.Join(scenarioNames(compare.Suite(time.Second)), ", "))
+	only := f.String("scenarios", "", "comma separated `names` of scenarios of the suite (default all)")
 	f.IntVar(&cfg.Rounds, "rounds", cfg.Rounds, "how often each target is measured, in turns")
 	f.StringVar(&cfg.Dir, "dir", "", "`directory` for the servers' data (default /dev/shm, which is memory, if 4 GiB are free there)")
 	disks := f.Bool("disks", false, "every etcd that holds keys has a throttled disk of its own (Linux, root)")
@@ -45,7 +49,7 @@ func compareCommand(ctx context.Context, args []string) error {
 	f.StringVar(&cfg.Profile, "profile", "", "`directory` for CPU and allocation profiles of Spindle and the etcds, and CPU profiles of the generator, of every round (costs them some percent)")
 	secure := f.Bool("tls", false, "mutual TLS towards clients for all targets")
 	out := outputFlags(f)
-	if err := parse(f, compareUsage+workloads(), args); err != nil {
+	if err := parse(f, compareUsage+workloads()+scenarioTitles(), args); err != nil {
 		return err
 	}
 	if err := out.check(); err != nil {
@@ -112,6 +116,9 @@ func oneScenario(spec load.Spec, targets []string, secure, disks bool) ([]*compa
 		if err := compare.CheckTarget(targets[i]); err != nil {
 			return nil, err
 		}
+		if targets[i] == compare.TwoStep && spec.Mix.String() != string(load.Create) {
+			return nil, fmt.Errorf("--targets: %s only creates (it is explained in bench/RESULTS.md)", compare.TwoStep)
+		}
 		if slices.Contains(targets[:i], targets[i]) {
 			return nil, fmt.Errorf("--targets: %s stands there twice", targets[i])
 		}
@@ -147,6 +154,16 @@ func suiteScenarios(f *flag.FlagSet, suite, only string, each time.Duration) (wa
 		wanted = append(wanted, all[i])
 	}
 	return wanted, nil
+}
+
+// scenarioTitles is the part of the help that explains them.
+func scenarioTitles() string {
+	var b strings.Builder
+	b.WriteString("\nScenarios of the suite:\n")
+	for _, s := range compare.Suite(time.Second) {
+		fmt.Fprintf(&b, "  %-12s %s\n", s.Name, s.Title)
+	}
+	return b.String()
 }
 
 func scenarioNames(all []*compare.Scenario) (names []string) {

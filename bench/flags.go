@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"spindle/bench/report"
 )
@@ -29,10 +30,26 @@ func parse(f *flag.FlagSet, usage string, args []string) error {
 	case err != nil:
 		return fmt.Errorf("%w (%s --help lists the flags)", err, f.Name())
 	case f.NArg() > 0:
-		return fmt.Errorf("%q is not a flag (%s --help lists them)", f.Arg(0), f.Name())
+		return fmt.Errorf("%q is not a flag, nor a command (%s --help lists them)", f.Arg(0), f.Name())
 	}
 	return nil
 }
+
+// duration is a flag for one; the standard one does not say how it is written.
+type duration time.Duration
+
+// Set implements flag.Value.
+func (d *duration) Set(s string) error {
+	v, err := time.ParseDuration(s)
+	if err != nil {
+		return errors.New("say 30s, or 2m")
+	}
+	*d = duration(v)
+	return nil
+}
+
+// String implements flag.Value.
+func (d *duration) String() string { return time.Duration(*d).String() }
 
 // outputs are the files that a report is written to; "" is none.
 type outputs struct{ json, html string }

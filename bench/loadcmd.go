@@ -18,6 +18,10 @@ import (
 const loadUsage = `bench [flags]            drive an etcd endpoint with the requests of Kubernetes
 bench compare [flags]    compare etcd, etcd grpc-proxy and Spindle on this machine (bench compare --help)
 
+  bench --endpoints http://10.0.3.1:2379 --workload get=8,update=3,create=1 --duration 30s
+  bench --endpoints https://10.0.3.1:2379 --cacert ca.pem --cert client.pem --key client-key.pem --html report.html
+  bench compare --targets direct,spindle-2 --watch-all --clients 64
+
 What a load writes stays there, under --prefix. Ctrl-C ends it; what was measured until then is shown.
 `
 
@@ -36,18 +40,18 @@ func loadFlags(f *flag.FlagSet, spec *load.Spec) {
 	f.Func("workload", "`MIX` of the workloads above, with weights: get=8,update=3,create=1 (default create)",
 		func(v string) (err error) { spec.Mix, err = load.ParseMix(v); return err })
 	f.IntVar(&spec.Clients, "clients", spec.Clients, "logical clients, each with one request under way")
-	f.IntVar(&spec.Connections, "connections", spec.Connections, "connections that they share")
+	f.IntVar(&spec.Connections, "connections", spec.Connections, "connections that the clients share")
 	f.Float64Var(&spec.Rate, "rate", spec.Rate, "open loop: requests per second; latency counts from when each was due. 0: closed loop")
-	f.DurationVar(&spec.Duration, "duration", spec.Duration, "how long is measured")
-	f.DurationVar(&spec.Warmup, "warmup", spec.Warmup, "how long before that")
+	f.Var((*duration)(&spec.Duration), "duration", "how long is measured, a `time` like 30s or 2m")
+	f.Var((*duration)(&spec.Warmup), "warmup", "`time` that the load runs before it is measured")
 	f.IntVar(&spec.ValueSize, "value-size", spec.ValueSize, "`bytes` of a value")
 	f.IntVar(&spec.Keys, "keys", spec.Keys, "objects that are made before the load, for what needs some")
-	f.IntVar(&spec.PageSize, "page", spec.PageSize, "keys in a page of a paged list")
+	f.IntVar(&spec.PageSize, "page", spec.PageSize, "keys in a page of the workload page")
 	f.StringVar(&spec.Prefix, "prefix", spec.Prefix, "prefix of all keys, ends with a slash")
 	f.Uint64Var(&spec.Seed, "seed", spec.Seed, "seed of the random choices")
 	f.BoolVar(&spec.WatchAll, "watch-all", spec.WatchAll, "one watch of everything with prev_kv besides, as an apiserver has")
 	f.IntVar(&spec.Watchers, "watchers", spec.Watchers, "watches of all pods besides, each with a stream of its own")
-	f.IntVar(&spec.WatchConnections, "watch-connections", spec.WatchConnections, "connections that these share")
+	f.IntVar(&spec.WatchConnections, "watch-connections", spec.WatchConnections, "connections that the --watchers share")
 }
 
 func loadCommand(ctx context.Context, args []string) error {
@@ -56,21 +60,27 @@ func loadCommand(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	loadFlags(f, &spec)
 	f.Func("endpoints", "comma separated `URLs` (default http://127.0.0.1:2379)", func(v string) error {
-		spec.Endpoints = strings.Split(v, ",")
+		spec.Endpoints = nil
+		for e := range strings.SplitSeq(v, ",") {
+			spec.Endpoints = append(spec.Endpoints, strings.TrimSpace(e))
+		}
 		return nil
 	})
 	f.Func("pid", "`NAME=PID` of a server on this machine whose CPU and memory are reported; may be given several times", func(v string) error {
 		name, pid, _ := strings.Cut(v, "=")
 		n, err := strconv.Atoi(pid)
-		if err != nil {
+		if err != nil || name == "" {
 			return errors.New("say NAME=PID")
+		}
+		if _, err := load.CPUSeconds(n); err != nil {
+			return fmt.Errorf("there is no such process here: %w", err)
 		}
 		spec.Processes = append(spec.Processes, load.Process{Name: name, PID: n})
 		return nil
 	})
 	cacert := f.String("cacert", "", "`file` with the CA of the servers")
 	cert := f.String("cert", "", "`file` with the client's certificate")
-	key := f.String("key", "", "`file` with its key")
+	key := f.String("key", "", "`file` with the key of --cert")
 	user := f.String("user", "", "`NAME:PASSWORD` of etcd's user")
 	out := outputFlags(f)
 	err := parse(f, loadUsage+workloads(), args)
@@ -95,6 +105,9 @@ func loadCommand(ctx context.Context, args []string) error {
 		return err
 	}
 	doc := &report.Doc{Title: "Load on " + strings.Join(spec.Endpoints, ", "), Runs: []report.Run{{Scenario: spec.Mix.String(), Target: "servers", Result: res}}}
+	if stopped == nil && res.Silent() {
+		stopped = errors.New("nothing was answered: give a longer --duration, or look at the errors above")
+	}
 	return errors.Join(stopped, out.write(doc))
 }
 

@@ -3,9 +3,12 @@
 package client
 
 import (
+	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -24,6 +27,8 @@ type Sink interface {
 const (
 	// dialTimeout bounds connecting, the TLS handshake and the wait for the server's SETTINGS.
 	dialTimeout = 10 * time.Second
+	// writeTimeout is how long one write may wait for a server that does not read. Then the connection is lost.
+	writeTimeout = 10 * time.Second
 	// The windows are large enough that the server never waits for them.
 	streamWindow = 8 << 20
 	connWindow   = 64 << 20
@@ -35,24 +40,32 @@ const (
 	tickInterval  = time.Second
 )
 
+var errMute = fmt.Errorf("no answer in %v", dialTimeout)
+
 // Conn is one HTTP/2 connection. Its methods may be called on any goroutine; those that say "locked" only from
 // within a Sink, or between Lock and Unlock.
 type Conn struct {
-	mu     sync.Mutex
-	nc     net.Conn
-	h2     *codec.Conn
-	err    error
-	closed bool
-	greet  chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
-	gone   chan struct{} // closed when nothing is called any more
+	mu       sync.Mutex
+	nc       net.Conn
+	socket   net.Conn // what nc writes to; nc itself without TLS
+	h2       *codec.Conn
+	err      error
+	closed   bool
+	patience time.Duration // writeTimeout
+	greet    chan struct{} // closed when the server's SETTINGS are here, or the connection is gone
+	gone     chan struct{} // closed when nothing is called any more
 }
 
-// Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty.
-func Dial(address string, cfg *tls.Config, token string) (*Conn, error) {
-	nc, err := net.DialTimeout("tcp", address, dialTimeout)
+// Dial connects to address (host:port); with TLS if cfg is not nil. Its requests carry token, unless that is empty. The end of ctx
+// ends the wait for the server, and means nothing to the connection afterwards.
+func Dial(ctx context.Context, address string, cfg *tls.Config, token string) (*Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	socket, err := new(net.Dialer).DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
 	}
+	nc := socket
 	if cfg != nil {
 		cfg = cfg.Clone()
 		cfg.NextProtos = []string{"h2"}
@@ -60,27 +73,31 @@ func Dial(address string, cfg *tls.Config, token string) (*Conn, error) {
 			cfg.ServerName, _, _ = net.SplitHostPort(address)
 		}
 		t := tls.Client(nc, cfg)
-		_ = t.SetDeadline(time.Now().Add(dialTimeout))
-		if err := t.Handshake(); err != nil {
+		if err := t.HandshakeContext(ctx); err != nil {
 			_ = nc.Close()
-			return nil, fmt.Errorf("TLS handshake with %s: %w", address, err)
+			if ctx.Err() != nil {
+				err = errMute
+			}
+			return nil, fmt.Errorf("TLS handshake: %w", err)
 		}
-		_ = t.SetDeadline(time.Time{})
 		nc = t
 	}
-	c := &Conn{nc: nc, greet: make(chan struct{}), gone: make(chan struct{})}
+	c := &Conn{nc: nc, socket: socket, patience: writeTimeout, greet: make(chan struct{}), gone: make(chan struct{})}
 	c.h2 = codec.NewClientConn(codec.ConnConfig{
 		StreamWindow: streamWindow, ConnWindow: connWindow, MaxMessageBytes: maxMessage, Secure: cfg != nil, Token: token,
 	}, address, (*events)(c))
 	c.Lock()
 	c.Unlock() // writes the preface
 	go c.read()
-	timeout := time.AfterFunc(dialTimeout, func() { _ = nc.Close() })
+	inTime := context.AfterFunc(ctx, c.Sever)
 	<-c.greet // before it the server's limit of streams is not known
-	timeout.Stop()
-	if err := c.Err(); err != nil {
+	err = c.Err()
+	if !inTime() {
+		err = errMute
+	}
+	if err != nil {
 		c.Close()
-		return nil, fmt.Errorf("no HTTP/2 from %s: %w", address, err)
+		return nil, fmt.Errorf("no HTTP/2: %w", err)
 	}
 	return c, nil
 }
@@ -110,7 +127,11 @@ func (c *Conn) flush() {
 		if len(out) == 0 {
 			return
 		}
+		_ = c.nc.SetWriteDeadline(time.Now().Add(c.patience))
 		if _, err := c.nc.Write(out); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				err = fmt.Errorf("the server does not read: %w", err)
+			}
 			c.fail(err)
 			return
 		}
@@ -190,10 +211,13 @@ func (c *Conn) open(path string, msg []byte, sink Sink) *codec.Stream {
 	return s
 }
 
+// Sever closes the socket. It never waits, not even for a write that does and holds the lock meanwhile; Close is still to be called.
+func (c *Conn) Sever() { _ = c.socket.Close() }
+
 // Close ends the connection. Open calls end with Unavailable before it returns. Not locked, and not from within a
 // Sink.
 func (c *Conn) Close() {
-	_ = c.nc.Close() // a write that blocks holds the lock
+	_ = c.nc.Close() // a write that waits holds the lock
 	c.mu.Lock()
 	c.fail(net.ErrClosed)
 	c.mu.Unlock()

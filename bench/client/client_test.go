@@ -1,7 +1,10 @@
 package client
 
 import (
+	"context"
+	"crypto/tls"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -79,7 +82,7 @@ func await(t *testing.T, o *once) {
 }
 
 func TestCall(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil, "")
+	c, err := Dial(t.Context(), serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +114,7 @@ func TestCall(t *testing.T) {
 
 // When the connection goes, every call ends, and no further one begins.
 func TestLost(t *testing.T) {
-	c, err := Dial(serveEcho(t), nil, "")
+	c, err := Dial(t.Context(), serveEcho(t), nil, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +134,7 @@ func TestLost(t *testing.T) {
 	c.Close()
 	c.Close()
 
-	if c, err = Dial(serveEcho(t), nil, ""); err != nil {
+	if c, err = Dial(t.Context(), serveEcho(t), nil, ""); err != nil {
 		t.Fatal(err)
 	}
 	c.Lock()
@@ -142,6 +145,88 @@ func TestLost(t *testing.T) {
 	case <-o.over:
 	default:
 		t.Error("Close returned before the end of a call")
+	}
+}
+
+// deaf accepts one connection, grants it all windows that there are, and reads nothing more. Tests end it.
+func deaf(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		nc, err := l.Accept()
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { nc.Close() })
+		c := codec.NewServerConn(codec.ConnConfig{StreamWindow: 1 << 30, ConnWindow: 1 << 30}, new(echo))
+		_, _ = nc.Write(c.Output())
+	}()
+	return l.Addr().String()
+}
+
+// fill starts calls that no socket has room for, and says when the connection is free again.
+func fill(c *Conn, patience time.Duration) (free chan struct{}) {
+	free = make(chan struct{})
+	c.Lock()
+	c.patience = patience
+	go func() {
+		defer close(free)
+		defer c.Unlock()
+		for range 64 {
+			c.Call("/x/y", make([]byte, 1<<20), &once{over: make(chan struct{}, 1)})
+		}
+	}()
+	return free
+}
+
+// A server that does not read loses the connection after a while; who cannot wait so long severs it.
+func TestDeaf(t *testing.T) {
+	for name, sever := range map[string]bool{"patience": false, "sever": true} {
+		t.Run(name, func(t *testing.T) {
+			c, err := Dial(t.Context(), deaf(t), nil, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			patience := 50 * time.Millisecond
+			if sever {
+				patience = time.Hour
+			}
+			free := fill(c, patience)
+			if sever {
+				c.Sever()
+			}
+			select {
+			case <-free:
+			case <-time.After(30 * time.Second):
+				c.Sever()
+				t.Fatal("the write waits for ever")
+			}
+			if err := c.Err(); err == nil || strings.Contains(err.Error(), "does not read") == sever {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// The end of its context ends the wait for a server that accepts and says nothing.
+func TestDialCanceled(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, cfg := range []*tls.Config{nil, {}} {
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		begin := time.Now()
+		if _, err := Dial(ctx, l.Addr().String(), cfg, ""); err == nil || time.Since(begin) > dialTimeout/2 {
+			t.Errorf("%v after %v", err, time.Since(begin))
+		}
 	}
 }
 
@@ -158,11 +243,11 @@ func TestDialErrors(t *testing.T) {
 			nc.Close()
 		}
 	}()
-	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
+	if _, err := Dial(t.Context(), l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where no HTTP/2 is spoken")
 	}
 	l.Close()
-	if _, err := Dial(l.Addr().String(), nil, ""); err == nil {
+	if _, err := Dial(t.Context(), l.Addr().String(), nil, ""); err == nil {
 		t.Error("no error where nobody listens")
 	}
 }

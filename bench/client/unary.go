@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -51,8 +52,8 @@ const authNotEnabled = "etcdserver: authentication is not enabled"
 
 // Authenticate asks the server at address for a user's token. As with etcd's own client, one that does not authenticate its users
 // gives none, and that is no error.
-func Authenticate(address string, cfg *tls.Config, name, password string) (token string, err error) {
-	c, err := Dial(address, cfg, "")
+func Authenticate(ctx context.Context, address string, cfg *tls.Config, name, password string) (token string, err error) {
+	c, err := Dial(ctx, address, cfg, "")
 	if err != nil {
 		return "", err
 	}

@@ -2,13 +2,15 @@ package compare
 
 import (
 	"fmt"
+	"math"
+	"strings"
 	"time"
 
 	"spindle/bench/load"
 	"spindle/bench/report"
 )
 
-// metric is one number of a result.
+// metric is one number of a result; NaN if the result does not tell it.
 type metric func(*load.Result) float64
 
 func perSecond(r *load.Result) float64  { return r.Total.PerSecond }
@@ -18,12 +20,17 @@ func events(r *load.Result) float64 {
 	return watched(r, func(w *load.Watch) float64 { return w.PerSecond })
 }
 func lagFromAck(r *load.Result) float64 {
-	return watched(r, func(w *load.Watch) float64 { return float64(w.FromAck.P99) })
+	return watched(r, func(w *load.Watch) float64 {
+		if w.FromAck.Count == 0 { // a watch that brings nothing is not fast
+			return math.NaN()
+		}
+		return float64(w.FromAck.P99)
+	})
 }
 
 func watched(r *load.Result, f func(*load.Watch) float64) float64 {
 	if len(r.Watches) == 0 {
-		return 0
+		return math.NaN()
 	}
 	return f(&r.Watches[len(r.Watches)-1])
 }
@@ -94,7 +101,9 @@ func (o *Outcome) rounds(target string, m metric) map[int]float64 {
 	all := map[int]float64{}
 	for _, r := range o.Runs {
 		if r.Target == target && (r.Result.Total.Count > 0 || r.Result.Spec.Mix.String() == string(load.Idle)) {
-			all[r.Round] = m(r.Result)
+			if v := m(r.Result); !math.IsNaN(v) {
+				all[r.Round] = v
+			}
 		}
 	}
 	return all
@@ -107,12 +116,19 @@ func (o *Outcome) check(what string, values []float64, show func(float64) string
 		c.Skipped = o.Skipped.Error()
 		return c
 	}
+	var broken []string
 	for _, t := range targets {
-		if err := o.Failed[t]; err != nil && len(values) == 0 {
+		err := o.Failed[t]
+		if err == nil {
+			continue
+		}
+		if len(values) == 0 {
 			c.Skipped = t + ": " + err.Error()
 			return c
 		}
+		broken = append(broken, t+" FAILED")
 	}
+	c.Until = strings.Join(broken, ", ")
 	if len(values) == 0 {
 		c.Skipped = "nothing was measured"
 		return c

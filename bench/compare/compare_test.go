@@ -210,7 +210,7 @@ func TestSuite(t *testing.T) {
 		}
 		seen[s.Name] = true
 		spec := s.Load
-		spec.Endpoints = []string{"http://x"}
+		spec.Endpoints = []string{"http://x:1"}
 		if err := spec.Validate(); err != nil {
 			t.Errorf("%s: %v", s.Name, err)
 		}
@@ -263,6 +263,30 @@ func TestChecks(t *testing.T) {
 		if c.got.Got != c.text || c.got.OK != c.ok || c.got.Skipped != "" {
 			t.Errorf("%+v, want %s %v", c.got, c.text, c.ok)
 		}
+	}
+	// A row that stands on fewer rounds than there should be says so; others do not.
+	if c := o.ratio("", "a", "broken", perSecond, atLeast(2)); c.Until != "broken FAILED" || c.Verdict() != "reached until broken FAILED" {
+		t.Errorf("%+v: %s", c, c.Verdict())
+	}
+	if c := o.ratio("", "broken", "b", perSecond, atLeast(2)); c.Verdict() != "MISSED until broken FAILED" {
+		t.Errorf("%+v: %s", c, c.Verdict())
+	}
+	if c := o.ratio("", "a", "b", perSecond, atLeast(2)); c.Verdict() != "reached" {
+		t.Errorf("%+v: %s", c, c.Verdict())
+	}
+	// Nor is a watch fast that brings nothing.
+	add("deaf", 5, 5)
+	for i, n := range []uint64{0, 7} {
+		r := o.Runs[len(o.Runs)-2+i].Result
+		if r.Watches = make([]load.Watch, 1); n > 0 {
+			r.Watches[0].FromAck = load.Latency{Count: n, P99: 20}
+		}
+	}
+	if c := o.value("", "deaf", lagFromAck, duration, atMost(10)); c.OK || c.Got != "20ns" {
+		t.Errorf("%+v", c)
+	}
+	if c := o.value("", "a", lagFromAck, duration, atMost(10)); c.OK || c.Skipped == "" {
+		t.Errorf("%+v", c)
 	}
 	o.Skipped = errors.New("no disks here")
 	if c := o.value("", "gone", perSecond, plain, atLeast(0)); c.OK || c.Skipped != "no disks here" {

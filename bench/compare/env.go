@@ -45,6 +45,14 @@ type Env struct {
 func NewEnv(cfg Config) (*Env, error) {
 	e := &Env{cfg: cfg}
 	var err error
+	if cfg.Spindle != "" {
+		if e.cfg.Spindle, err = filepath.Abs(cfg.Spindle); err == nil { // servers have another working directory
+			_, err = exec.LookPath(e.cfg.Spindle)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("--spindle: %w", err)
+		}
+	}
 	if e.self, err = os.Executable(); err != nil {
 		return nil, err
 	}
@@ -53,7 +61,7 @@ func NewEnv(cfg Config) (*Env, error) {
 		e.sweep(memoryDir) // what is left there may be all that it lacks
 		dir = e.usualDir()
 	}
-	if dir, err = filepath.Abs(dir); err != nil { // servers have another working directory
+	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, err
 	}
 	e.sweep(dir)
@@ -117,7 +125,7 @@ func (e *Env) Close() {
 // spindle returns the binary, and builds it at the first call.
 func (e *Env) spindle() (string, error) {
 	if e.cfg.Spindle != "" {
-		return filepath.Abs(e.cfg.Spindle)
+		return e.cfg.Spindle, nil
 	}
 	e.build.Do(func() {
 		e.bin = filepath.Join(e.dir, "spindle")

@@ -46,7 +46,7 @@ func CheckTarget(name string) error {
 		return nil
 	}
 	if _, err := shardsOf(base); err != nil {
-		return fmt.Errorf("there is no target %q: take %s, %s or %sN, each with or without %s", name, Direct, Proxied, SpindlePrefix, TLSSuffix)
+		return fmt.Errorf("there is no target %q: take %s, %s or %sN (N from 1 to %d), each with or without %s", name, Direct, Proxied, SpindlePrefix, maxShards, TLSSuffix)
 	}
 	return nil
 }
@@ -261,7 +261,7 @@ func (t *target) await(ctx context.Context) error { return t.awaitAt(ctx, t.endp
 func (t *target) awaitAt(ctx context.Context, endpoint string) error {
 	addr := endpoint[strings.Index(endpoint, "//")+2:]
 	return await(ctx, t.name, readyTimeout, t.procs, func() error {
-		c, err := client.Dial(addr, t.tls, "")
+		c, err := client.Dial(ctx, addr, t.tls, "")
 		if err != nil {
 			return err
 		}

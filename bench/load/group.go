@@ -55,6 +55,9 @@ func (g *group) stat(k Kind) *stat {
 }
 
 func (g *group) failed(s *stat, st codec.Status) {
+	if g.run.refused(st) {
+		return
+	}
 	s.errors++
 	if _, ok := g.texts[st.Msg]; ok || len(g.texts) < maxTexts {
 		g.texts[st.Msg]++

@@ -2,10 +2,15 @@ package load
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
+	"net"
+	"net/http/httptest"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +20,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
+	"spindle/codec"
 	"spindle/server/node"
 	"spindle/shard/embedded"
 )
@@ -258,11 +264,63 @@ func TestErrors(t *testing.T) {
 	for i, change := range []func(*Spec){
 		func(s *Spec) { s.Clients = 0 }, func(s *Spec) { s.ValueSize = 3 }, func(s *Spec) { s.Duration = 0 },
 		func(s *Spec) { s.Prefix = "x" }, func(s *Spec) { s.Rate = -1 }, func(s *Spec) { s.Watchers = -1 },
+		func(s *Spec) { s.Mix = Mix{{Idle, 1}} }, func(s *Spec) { s.Endpoints = append(s.Endpoints, "") },
 	} {
-		s := small("http://x", "create")
+		s := small("http://x:1", "create")
 		change(&s)
 		if s.Validate() == nil {
 			t.Errorf("spec %d passes", i)
+		}
+	}
+}
+
+func TestEndpoint(t *testing.T) {
+	for s, want := range map[string]string{
+		"http://127.0.0.1:2379": "127.0.0.1:2379", "https://etcd-0.etcd:2379": "etcd-0.etcd:2379", "http://[::1]:2379/": "[::1]:2379",
+		"": "", "127.0.0.1:2379": "", "localhost:2379": "", "http://127.0.0.1": "", "unix:///x": "", "http://:2379": "", "http://a:0": "", "http://a:65536": "",
+		"http://user@a:1": "", "http://a:1/x": "", "http://a:1?x": "", "ftp://a:1": "", "http://a:1,http://b:1": "", " http://a:1": "",
+	} {
+		address, secure, err := endpoint(s)
+		if address != want || (err == nil) != (want != "") || secure != strings.HasPrefix(s, "https:") && err == nil {
+			t.Errorf("%q: %q %v %v", s, address, secure, err)
+		}
+	}
+}
+
+// Who cannot connect is told what to do.
+func TestAdvice(t *testing.T) {
+	plain, secure, picky := httptest.NewServer(nil), httptest.NewUnstartedServer(nil), httptest.NewUnstartedServer(nil)
+	secure.EnableHTTP2, picky.EnableHTTP2 = true, true
+	secure.StartTLS()
+	picky.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	picky.StartTLS()
+	for _, s := range []*httptest.Server{plain, secure, picky} {
+		s.Config.ErrorLog = log.New(io.Discard, "", 0)
+		defer s.Close()
+	}
+	trust := x509.NewCertPool()
+	trust.AddCert(picky.Certificate())
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	other := func(url, scheme string) string { return scheme + url[strings.Index(url, "://"):] }
+	for _, c := range []struct {
+		endpoint, want string
+		roots          *x509.CertPool
+	}{
+		{"http://" + closed.Addr().String(), "--endpoints", nil},
+		{other(secure.URL, "http"), "begins with https://", nil},
+		{other(plain.URL, "https"), "begins with http://", nil},
+		{secure.URL, "--cacert", nil},
+		{picky.URL, "--cert and --key", trust},
+		{plain.URL, "is it an etcd?", nil},
+	} {
+		s := small(c.endpoint, "create")
+		s.TLS = &tls.Config{RootCAs: c.roots}
+		if _, err := Run(t.Context(), s, io.Discard); err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), c.endpoint) {
+			t.Errorf("%s: %v, want %q", c.endpoint, err, c.want)
 		}
 	}
 }
@@ -289,6 +347,13 @@ func TestUser(t *testing.T) {
 	}
 	s.Prefix = "/again/"
 	check(t, try(t, s))
+	for _, mix := range []string{"create", "get"} { // they would be refused one after the other
+		nobody := small(endpoint, mix)
+		nobody.Duration = time.Hour
+		if res, err := Run(t.Context(), nobody, io.Discard); res != nil || err == nil || !strings.Contains(err.Error(), "--user") {
+			t.Errorf("%+v %v", res, err)
+		}
+	}
 	s.Password = "guess"
 	if _, err := Run(t.Context(), s, io.Discard); err == nil || !strings.Contains(err.Error(), "authentication failed") {
 		t.Error(err)
@@ -336,6 +401,38 @@ func TestInterrupted(t *testing.T) {
 	}
 	if res, err := Run(ctx, s, io.Discard); !errors.Is(err, why) || res != nil {
 		t.Errorf("%+v %v", res, err)
+	}
+}
+
+// Ctrl-C ends a load on a server that has stopped to read, while it writes and holds the connection.
+func TestInterruptedDeaf(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	why := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	over, canceled := make(chan struct{}), make(chan time.Time, 1)
+	defer close(over)
+	go func() {
+		nc, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer nc.Close()
+		c := codec.NewServerConn(codec.ConnConfig{StreamWindow: 1 << 30, ConnWindow: 1 << 30, MaxConcurrentStreams: 1000}, nil)
+		_, _ = nc.Write(c.Output())
+		_, _ = io.ReadFull(nc, make([]byte, 1<<20)) // far more will come than fits into the sockets
+		canceled <- time.Now()
+		cancel(why)
+		<-over
+	}()
+	s := Default()
+	s.Endpoints, s.Clients, s.Connections, s.ValueSize, s.Warmup = []string{"http://" + l.Addr().String()}, 64, 1, maxValueSize, 0
+	_, err = Run(ctx, s, io.Discard)
+	if took := time.Since(<-canceled); !errors.Is(err, why) || took > 9*time.Second { // the client itself would give up after 10
+		t.Errorf("%v after %v", err, took)
 	}
 }
 

@@ -43,6 +43,9 @@ func (w *worker) prep(now int64) {
 
 func (w *worker) prepped(st codec.Status, now int64) {
 	if st.Code != codec.OK {
+		if w.g.run.refused(st) {
+			return
+		}
 		if w.retries++; w.retries > maxPrepRetries {
 			w.g.run.abort("cannot make the objects that the load needs: %s", st.Msg)
 			return

@@ -91,6 +91,9 @@ func (r *Result) Of(kind string) Op {
 	return Op{Kind: kind}
 }
 
+// Silent says that requests were sent and none was answered without an error in the measured time.
+func (r *Result) Silent() bool { return r.Total.Count == 0 && !r.Spec.Mix.has(Idle) }
+
 // ServersPerOp is the CPU time of all measured processes for one request.
 func (r *Result) ServersPerOp() (sum time.Duration) {
 	for _, p := range r.Processes {

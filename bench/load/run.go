@@ -5,8 +5,9 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
-	"net/url"
 	"strconv"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +20,9 @@ const (
 	// drainTimeout bounds the wait for answers and events when the load is over.
 	drainTimeout = 5 * time.Second
 	drainPoll    = 5 * time.Millisecond
+	// stopTimeout is how long a load that is stopped waits for connections in the middle of a write before it severs all: it has to
+	// have their locks for what they counted.
+	stopTimeout = time.Second
 )
 
 // run is a load under way.
@@ -41,8 +45,11 @@ type run struct {
 	before        []int64 // resident memory of the processes
 	prepared      latch
 	watching      latch
-	stopped       atomic.Bool // no further request
-	ending        atomic.Bool // nobody minds what ends now
+	connMu        sync.Mutex
+	conns         []*client.Conn // all that were dialed, for sever
+	stopped       atomic.Bool    // no further request
+	ending        atomic.Bool    // nobody minds what ends now
+	over          chan struct{}  // closed by close
 }
 
 func (r *run) now() int64 { return int64(time.Since(r.base)) }
@@ -81,6 +88,8 @@ func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
 	now := time.Now()
 	r := &run{spec: spec, progress: progress, base: now, acks: make(acks, ackSlots)}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
+	r.over = make(chan struct{})
+	context.AfterFunc(r.ctx, r.sever)
 	r.keys = keys{prefix: spec.Prefix, spread: spec.NameSpread, tag: strconv.FormatInt(now.UnixMilli(), 36)}
 	r.podsKey, r.podsEnd = r.keys.pods()
 	for _, s := range spec.Mix {
@@ -95,27 +104,56 @@ func newRun(ctx context.Context, spec Spec, progress io.Writer) *run {
 
 // connect dials the i-th connection.
 func (r *run) connect(i int) (*client.Conn, error) {
-	if err := r.ctx.Err(); err != nil {
+	at := r.spec.Endpoints[i%len(r.spec.Endpoints)]
+	c, err := r.dialOne(at)
+	switch {
+	case r.ctx.Err() != nil: // then that is what err is from
+		if c != nil {
+			c.Close()
+		}
 		return nil, r.why()
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w%s", at, err, adviceFor(err, strings.HasPrefix(at, "https:")))
 	}
-	endpoint := r.spec.Endpoints[i%len(r.spec.Endpoints)]
-	u, err := url.Parse(endpoint)
-	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		return nil, fmt.Errorf("the endpoint %q must be like http://127.0.0.1:2379", endpoint)
+	r.connMu.Lock()
+	r.conns = append(r.conns, c)
+	r.connMu.Unlock()
+	return c, nil
+}
+
+func (r *run) dialOne(at string) (*client.Conn, error) {
+	address, secure, err := endpoint(at)
+	if err != nil {
+		return nil, err
 	}
 	var cfg *tls.Config
-	if u.Scheme == "https" {
+	if secure {
 		if cfg = r.spec.TLS; cfg == nil {
 			cfg = &tls.Config{}
 		}
 	}
 	if r.spec.User != "" && !r.authenticated {
-		if r.token, err = client.Authenticate(u.Host, cfg, r.spec.User, r.spec.Password); err != nil {
+		if r.token, err = client.Authenticate(r.ctx, address, cfg, r.spec.User, r.spec.Password); err != nil {
 			return nil, err
 		}
 		r.authenticated = true
 	}
-	return client.Dial(u.Host, cfg, r.token)
+	return client.Dial(r.ctx, address, cfg, r.token)
+}
+
+// sever is called when the load has been stopped. A server that does not read holds a write, that the connection's lock, and the lock
+// everybody who asks what was counted.
+func (r *run) sever() {
+	select {
+	case <-r.over:
+		return
+	case <-time.After(stopTimeout):
+	}
+	r.connMu.Lock()
+	defer r.connMu.Unlock()
+	for _, c := range r.conns {
+		c.Sever()
+	}
 }
 
 func (r *run) dial() error {
@@ -216,6 +254,9 @@ func (r *run) measure(begin func()) (*Result, error) {
 	res := h.end()
 	r.stopped.Store(true)
 	if stopped != nil { // the answers under way are not waited for
+		if res.Silent() && res.Total.Errors == 0 {
+			return nil, stopped
+		}
 		res.Stopped = stopped.Error()
 		return res, stopped
 	}
@@ -296,6 +337,7 @@ type feeds struct {
 }
 
 func (r *run) close() {
+	close(r.over)
 	r.stopped.Store(true)
 	r.ending.Store(true)
 	for _, g := range r.groups {

@@ -10,6 +10,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -182,12 +184,30 @@ func between(name string, v, lo, hi int) error {
 	return nil
 }
 
+// endpoint takes the URL of a server apart: http://10.0.3.1:2379 or https://[::1]:2379.
+func endpoint(s string) (address string, secure bool, err error) {
+	u, err := url.Parse(s)
+	if err == nil {
+		_, port, _ := net.SplitHostPort(u.Host)
+		n, _ := strconv.Atoi(port)
+		if (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" && 0 < n && n < 1<<16 && strings.TrimSuffix(s, "/") == u.Scheme+"://"+u.Host {
+			return u.Host, u.Scheme == "https", nil
+		}
+	}
+	return "", false, fmt.Errorf("--endpoints %q: must be like http://127.0.0.1:2379, or https://127.0.0.1:2379 with TLS", s)
+}
+
 // Validate says what is wrong with s, and fills what follows from the rest.
 func (s *Spec) Validate() error {
 	if len(s.Endpoints) == 0 || len(s.Mix) == 0 {
 		return errors.New("a load needs an endpoint and a workload")
 	}
-	s.Connections = min(s.Connections, s.Clients)
+	for _, e := range s.Endpoints {
+		if _, _, err := endpoint(e); err != nil {
+			return err
+		}
+	}
+	s.Connections = min(s.Connections, max(s.Clients, 1))
 	s.WatchConnections = min(s.WatchConnections, max(s.Watchers, 1))
 	if s.Mix.has(Update, Heartbeat) {
 		s.Keys = max(s.Keys, s.Clients)
@@ -203,6 +223,9 @@ func (s *Spec) Validate() error {
 		between("--watch-connections", s.WatchConnections, 1, maxConnections))
 	if err != nil {
 		return err
+	}
+	if s.Mix.has(Idle) && s.Watchers == 0 && !s.WatchAll {
+		return errors.New("--workload idle: there is nothing to measure without --watchers or --watch-all")
 	}
 	if s.KeysExist && s.Mix.has(Update, Heartbeat) {
 		return errors.New("updates must know the revisions of the objects: they cannot take them for granted")

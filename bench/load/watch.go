@@ -60,7 +60,7 @@ func (w *watcher) Message(m []byte) {
 	f := w.f
 	f.messages++
 	f.bytes += uint64(len(m))
-	now := int64(0)
+	now, canceled, why := int64(0), false, []byte(nil)
 	it := codec.Fields{Msg: m}
 	for it.Next() {
 		switch it.Field.Num {
@@ -70,7 +70,9 @@ func (w *watcher) Message(m []byte) {
 				f.run.watching.done()
 			}
 		case 4: // canceled
-			f.run.abort("the server canceled a watch")
+			canceled = it.Field.Val != 0
+		case 6:
+			why = it.Field.Bytes
 		case 11:
 			f.events++
 			f.all++
@@ -81,6 +83,9 @@ func (w *watcher) Message(m []byte) {
 				w.event(it.Field.Bytes, now)
 			}
 		}
+	}
+	if canceled {
+		f.run.abort("the server canceled a watch: %s", why)
 	}
 	if it.Bad {
 		f.run.abort("a watch response is not protobuf")

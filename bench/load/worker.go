@@ -192,6 +192,9 @@ func (w *worker) End(st codec.Status) {
 		w.prepped(st, now)
 		return
 	}
+	if st.Code != codec.OK && g.run.ctx.Err() != nil {
+		return // cut off by the end of the load
+	}
 	again, conflict := false, false
 	if st.Code == codec.OK {
 		again, conflict, st = w.answered(now)

@@ -46,6 +46,8 @@ type Check struct {
 	Want     string // "at least 2.00", say
 	Got      string // the median of the rounds, and their spread
 	OK       bool
+	// Until names the targets of which not all rounds were measured, because they FAILED; "": none.
+	Until string `json:",omitempty"`
 	// Skipped says why it was not measured.
 	Skipped string `json:",omitempty"`
 }

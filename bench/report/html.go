@@ -99,8 +99,10 @@ func (s *section) fill(d *Doc) {
 				name = fmt.Sprintf("%s, round %d", name, g.rounds[n])
 			}
 			o, e, p := line{name: name, color: i}, line{name: name, color: i}, line{name: name, color: i}
+			begin := 0.0
 			for _, sec := range r.Series {
-				at := sec.At - 0.5 // the middle of the second
+				at := (begin + sec.At) / 2 // the middle of the second; the last one may be shorter
+				begin = sec.At
 				o.x, o.y = append(o.x, at), append(o.y, sec.Ops)
 				e.x, e.y = append(e.x, at), append(e.y, sec.Events)
 				if sec.Ops > 0 { // else there is none
@@ -118,13 +120,15 @@ func (s *section) fill(d *Doc) {
 			}
 		}
 		l := line{name: g.target, color: i}
-		for q, f := range []func(*load.Result) time.Duration{
-			func(r *load.Result) time.Duration { return r.Total.P50 }, func(r *load.Result) time.Duration { return r.Total.P90 },
-			func(r *load.Result) time.Duration { return r.Total.P99 }, func(r *load.Result) time.Duration { return r.Total.P999 },
-			func(r *load.Result) time.Duration { return r.Total.Max },
+		for q, f := range []func(*load.Latency) time.Duration{
+			func(l *load.Latency) time.Duration { return l.P50 }, func(l *load.Latency) time.Duration { return l.P90 },
+			func(l *load.Latency) time.Duration { return l.P99 }, func(l *load.Latency) time.Duration { return l.P999 },
+			func(l *load.Latency) time.Duration { return l.Max },
 		} {
-			mid, _, _ := g.median(func(r *load.Result) float64 { return float64(f(r)) })
-			l.x, l.y = append(l.x, float64(q)), append(l.y, mid)
+			mid, ok := g.medianTime(func(r *load.Result) (uint64, time.Duration) { return r.Total.Count, f(&r.Total.Latency) })
+			if ok {
+				l.x, l.y = append(l.x, float64(q)), append(l.y, mid)
+			}
 		}
 		lat = append(lat, l)
 		v := bar{name: g.target}
@@ -133,11 +137,11 @@ func (s *section) fill(d *Doc) {
 				names = append(names, name)
 				s.Parts = append(s.Parts, key{name, (len(names) - 1) % colors})
 			}
-			mid, _, _ := g.median(func(r *load.Result) float64 {
+			mid, _ := g.medianTime(func(r *load.Result) (uint64, time.Duration) {
 				if name == "generator" {
-					return float64(r.Generator.CPUPerOp)
+					return r.Total.Count, r.Generator.CPUPerOp
 				}
-				return float64(cpu(r, name))
+				return r.Total.Count, cpu(r, name)
 			})
 			v.parts = append(v.parts, part{name, slices.Index(names, name), mid})
 		}
@@ -200,7 +204,7 @@ svg{width:100%;height:auto;font:11px system-ui,sans-serif}svg text{fill:var(--di
 <p class="dim">{{with .Machine}}{{.CPUs}} CPUs{{with .CPU}} ({{.}}){{end}}, {{printf "%.0f" .MemoryGiB}} GiB, {{.OS}}/{{.Arch}} {{.Kernel}}, {{.Go}}{{with .Load}}; load average {{.}}{{end}}{{end}}<br><code>{{.Command}}</code></p>
 {{if .Checks}}<h2>What was to be reached</h2>
 <table><tr><th>scenario<th>what<th>to reach<th>measured<th></tr>
-{{range .Checks}}<tr><td>{{.Scenario}}<td>{{.What}}<td>{{.Want}}<td>{{.Got}}<td class="{{if .Skipped}}dim{{else if .OK}}good{{else}}bad{{end}}">{{.Verdict}}</tr>
+{{range .Checks}}<tr><td>{{.Scenario}}<td>{{.What}}<td>{{.Want}}<td>{{.Got}}<td class="{{if or .Skipped (and .OK .Until)}}dim{{else if .OK}}good{{else}}bad{{end}}">{{.Verdict}}</tr>
 {{end}}</table>{{end}}
 {{range .Failed}}<p class="bad">{{.Scenario}} {{.Target}}: FAILED: {{.Short}}</p>
 {{end}}{{range .Sections}}<h2>{{.Name}}</h2>

@@ -5,6 +5,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"math"
 	"os"
@@ -123,6 +124,66 @@ func TestHTML(t *testing.T) {
 			if n := strings.Count(page, "<svg"); n != 10 {
 				t.Errorf("%d charts", n)
 			}
+		}
+	}
+}
+
+// A slice of a chart is where its time was: the last one may be shorter than a second, and the only one too.
+func TestSlices(t *testing.T) {
+	for name, c := range map[string]struct{ ends, want []float64 }{
+		"the last is short": {[]float64{1, 2, 2.5}, []float64{.5, 1.5, 2.25}},
+		"the only one":      {[]float64{.3}, []float64{.15}},
+		"late":              {[]float64{1, 3.5}, []float64{.5, 2.25}},
+	} {
+		r := result(1)
+		r.Series, r.Seconds = nil, c.ends[len(c.ends)-1]
+		for _, at := range c.ends {
+			r.Series = append(r.Series, load.Second{At: at, Ops: 100})
+		}
+		s := section{groups: groups([]Run{{Target: "x", Result: r}})}
+		s.fill(&Doc{})
+		for i, m := range regexp.MustCompile(`<circle class="c0" cx="([0-9.]+)"`).FindAllStringSubmatch(string(s.Charts[0].SVG), -1) {
+			if want := fmt.Sprintf("%.1f", padLeft+plotWidth*c.want[i]/r.Seconds); m[1] != want {
+				t.Errorf("%s: slice %d at %s, want %s", name, i, m[1], want)
+			}
+		}
+		if n := strings.Count(string(s.Charts[0].SVG), "<circle"); n != len(c.want) {
+			t.Errorf("%s: %d slices", name, n)
+		}
+	}
+}
+
+// A round in which nothing of a kind was answered counts for requests/s, and has no time: else the others would seem faster than they were.
+func TestRoundsWithoutAnswers(t *testing.T) {
+	silent := &load.Result{Watches: []load.Watch{{}}, Processes: []load.Usage{{Name: "spindle"}}}
+	half := result(1)
+	half.Ops = half.Ops[:1] // no gets
+	for name, c := range map[string]struct {
+		rounds []*load.Result
+		want   []string // beginnings of lines, blanks folded
+	}{
+		"one silent":  {[]*load.Result{result(1), result(1), silent, silent}, []string{"x 250 (0, 500) 1.00 1ms 12.3ms 225 12.3ms 12.3ms", "create 250 (0, 500) 1ms 12.3ms", "get 250 (0, 500) 1ms 12.3ms"}},
+		"one half":    {[]*load.Result{result(1), half, half}, []string{"x 500 (500, 500) 1.00 1ms 12.3ms", "create 500 (500, 500) 1ms 12.3ms", "get 0 (0, 500) 1ms 12.3ms"}},
+		"all silent":  {[]*load.Result{silent, silent}, []string{"x 0 (0, 0) - - - 0 - - - MiB - spindle -"}},
+		"all are one": {[]*load.Result{half, silent}, []string{"x 250 (0, 500) 1.00 1ms 12.3ms"}},
+	} {
+		d := new(Doc)
+		for i, r := range c.rounds {
+			d.Runs = append(d.Runs, Run{Target: "x", Round: i + 1, Result: r})
+		}
+		var b, page bytes.Buffer
+		Summary(&b, d)
+		var lines []string
+		for line := range strings.Lines(b.String()) {
+			lines = append(lines, strings.Join(strings.Fields(line), " "))
+		}
+		for i, want := range c.want {
+			if !strings.HasPrefix(lines[1+i], want) {
+				t.Errorf("%s: %q, want %q", name, lines[1+i], want)
+			}
+		}
+		if err := HTML(&page, d); err != nil || strings.Contains(page.String(), "NaN") {
+			t.Errorf("%s: %v, or NaN", name, err)
 		}
 	}
 }

@@ -51,9 +51,11 @@ const disturbed = 0.1
 func remarks(rounds ...*load.Result) (all []string) {
 	var errors, backwards uint64
 	var unanswered, late int64
+	silent := false
 	texts, others := map[string]uint64{}, 0.0
 	for _, r := range rounds {
 		errors += r.Total.Errors
+		silent = silent || r.Silent()
 		for text, n := range r.Texts {
 			texts[text] += n
 		}
@@ -69,6 +71,7 @@ func remarks(rounds ...*load.Result) (all []string) {
 			all = append(all, fmt.Sprintf(format, args...))
 		}
 	}
+	add(silent, "NOTHING was answered in a round")
 	add(errors > 0, "ERRORS %d %v", errors, texts)
 	add(unanswered > 0, "%d not sent or not answered", unanswered)
 	add(late > 0, "%d events late", late)
@@ -107,8 +110,29 @@ func (g *group) median(f func(*load.Result) float64) (mid, lo, hi float64) {
 	return Median(values)
 }
 
-func (g *group) time(f func(*load.Result) time.Duration) string {
-	mid, _, _ := g.median(func(r *load.Result) float64 { return float64(f(r)) })
+// timing is a time of a result, and of how many requests or events it is.
+type timing func(*load.Result) (n uint64, d time.Duration)
+
+// medianTime is the median of the rounds in which there was anything to time; not ok: there was none.
+func (g *group) medianTime(f timing) (mid float64, ok bool) {
+	var values []float64
+	for _, r := range g.results {
+		if n, d := f(r); n > 0 {
+			values = append(values, float64(d))
+		}
+	}
+	if len(values) == 0 {
+		return 0, false
+	}
+	mid, _, _ = Median(values)
+	return mid, true
+}
+
+func (g *group) time(f timing) string {
+	mid, ok := g.medianTime(f)
+	if !ok {
+		return "-"
+	}
 	return load.Round(time.Duration(mid)).String()
 }
 
@@ -140,6 +164,22 @@ func (g *group) kinds() (names []string) {
 		return nil
 	}
 	return names
+}
+
+// of returns what was measured of one kind of request, of all if it is "".
+func of(r *load.Result, kind string) load.Op {
+	if kind == "" {
+		return r.Total
+	}
+	return r.Of(kind)
+}
+
+func p50(kind string) timing {
+	return func(r *load.Result) (uint64, time.Duration) { o := of(r, kind); return o.Count, o.P50 }
+}
+
+func p99(kind string) timing {
+	return func(r *load.Result) (uint64, time.Duration) { o := of(r, kind); return o.Count, o.P99 }
 }
 
 // processes returns the names of the servers, in the order in which they were started, with all shards as one.
@@ -185,8 +225,8 @@ func Summary(w io.Writer, d *Doc) {
 		if n := len(g.results[0].Watches); n > 0 {
 			v, _, _ := g.median(func(r *load.Result) float64 { return r.Watches[n-1].PerSecond })
 			events = fmt.Sprintf("%.0f", v)
-			lag = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromAck.P99 })
-			sent = g.time(func(r *load.Result) time.Duration { return r.Watches[n-1].FromSend.P99 })
+			lag = g.time(func(r *load.Result) (uint64, time.Duration) { w := &r.Watches[n-1].FromAck; return w.Count, w.P99 })
+			sent = g.time(func(r *load.Result) (uint64, time.Duration) { w := &r.Watches[n-1].FromSend; return w.Count, w.P99 })
 		}
 		memory, _, _ := g.median(func(r *load.Result) (sum float64) {
 			for _, p := range r.Processes {
@@ -196,15 +236,15 @@ func Summary(w io.Writer, d *Doc) {
 		})
 		var parts []string
 		for _, name := range g.processes() {
-			parts = append(parts, name+" "+g.time(func(r *load.Result) time.Duration { return cpu(r, name) }))
+			parts = append(parts, name+" "+g.time(func(r *load.Result) (uint64, time.Duration) { return r.Total.Count, cpu(r, name) }))
 		}
 		fmt.Fprintf(t, "%s\t%s\t(%s, %s)\t%s\t%s\t%s\t%s\t%s\t%s\t%s MiB\t%s\t%s\n", g.target, count(mid), count(lo), count(hi), g.against(first),
-			g.time(func(r *load.Result) time.Duration { return r.Total.P50 }), g.time(func(r *load.Result) time.Duration { return r.Total.P99 }),
-			events, lag, sent, mib(int64(memory)), g.time(func(r *load.Result) time.Duration { return r.ServersPerOp() }), strings.Join(parts, ", "))
+			g.time(p50("")), g.time(p99("")), events, lag, sent, mib(int64(memory)),
+			g.time(func(r *load.Result) (uint64, time.Duration) { return r.Total.Count, r.ServersPerOp() }), strings.Join(parts, ", "))
 		for _, kind := range g.kinds() {
 			mid, lo, hi := g.median(func(r *load.Result) float64 { return r.Of(kind).PerSecond })
 			fmt.Fprintf(t, "  %s\t%s\t(%s, %s)\t\t%s\t%s\t\t\t\t\t\t\n", kind, count(mid), count(lo), count(hi),
-				g.time(func(r *load.Result) time.Duration { return r.Of(kind).P50 }), g.time(func(r *load.Result) time.Duration { return r.Of(kind).P99 }))
+				g.time(p50(kind)), g.time(p99(kind)))
 		}
 	}
 	t.Flush()
@@ -240,8 +280,12 @@ func (c *Check) Verdict() string {
 	case c.Skipped != "":
 		first, _, _ := strings.Cut(c.Skipped, "\n")
 		return "not measured: " + first
+	case c.OK && c.Until != "":
+		return "reached until " + c.Until
 	case c.OK:
 		return "reached"
+	case c.Until != "":
+		return "MISSED until " + c.Until
 	}
 	return "MISSED"
 }

@@ -43,6 +43,9 @@ func Table(w io.Writer, r *load.Result) error {
 		fmt.Fprintf(t, "%s\t%.2f\t%.2f\t%v\t%s\t%s\t\n", u.Name, u.CPUSeconds, u.CPUSeconds/max(r.Seconds, 1e-9), load.Round(u.CPUPerOp), mib(u.RSS), mib(u.Peak))
 	}
 	t.Flush()
+	if r.Silent() {
+		fmt.Fprintln(w, "nothing was answered in the measured time")
+	}
 	if r.Stopped != "" {
 		fmt.Fprintf(w, "STOPPED before its time: %s\n", r.Stopped)
 	}
