@@ -240,6 +240,48 @@ func TestBadInput(t *testing.T) {
 	})
 }
 
+// A key may stand in what a member gets more often than in what the client sent. What then is too large for etcd, or even
+// for its gRPC, is refused at once with etcd's error, and holds nobody back.
+func TestLargeKeys(t *testing.T) {
+	t.Parallel()
+	spindle := dial(t, startSpindle(t, 1, 1, nil)[0].ClientURLs()[0])
+	refused := 0
+	for _, kib := range []int{400, 600, 750, 1100, 1500} {
+		key := bytes.Repeat([]byte("k"), kib<<10)
+		for _, req := range []proto.Message{
+			&pb.PutRequest{Key: key},
+			&pb.PutRequest{Key: key, PrevKv: true},
+			&pb.DeleteRangeRequest{Key: key},
+			&pb.TxnRequest{Success: []*pb.RequestOp{rangeOp(string(key), "")}},
+		} {
+			_, err := call(callContext(t), spindle, req)
+			switch {
+			case err == nil:
+			case kib > 400 && errText(err) == "InvalidArgument: etcdserver: request is too large":
+				refused++
+			default:
+				t.Errorf("%d KiB, %T: %v", kib, req, err)
+			}
+		}
+	}
+	if refused == 0 {
+		t.Error("nothing was refused: the test is out of date")
+	}
+	errs := make(chan error, 100)
+	for i := range cap(errs) { // so many that not all of them fit in one batch
+		go func() {
+			key := append(bytes.Repeat([]byte("k"), 24<<10), byte(i))
+			_, err := spindle.kv.DeleteRange(callContext(t), &pb.DeleteRangeRequest{Key: key})
+			errs <- err
+		}()
+	}
+	for range cap(errs) {
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Bytes that are no message, and methods that do not exist.
 func TestBadCalls(t *testing.T) {
 	etcd := dial(t, startEtcd(t))
