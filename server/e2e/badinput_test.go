@@ -13,7 +13,10 @@ import (
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
 )
 
 // rawCodec sends bytes as they are.
@@ -282,6 +285,16 @@ func TestLargeKeys(t *testing.T) {
 	}
 }
 
+// withoutHeader returns a response without its field 1.
+func withoutHeader(msg []byte) (rest []byte) {
+	for it := (codec.Fields{Msg: msg}); it.Next(); {
+		if it.Field.Num != 1 {
+			rest = append(rest, it.Field.Raw...)
+		}
+	}
+	return rest
+}
+
 // Bytes that are no message, and methods that do not exist.
 func TestBadCalls(t *testing.T) {
 	etcd := dial(t, startEtcd(t))
@@ -290,14 +303,25 @@ func TestBadCalls(t *testing.T) {
 		{0xff}, {0x0a}, {0x0a, 0x7f}, {0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f}, {0x0b}, {0x0f, 1, 2, 3, 4},
 		bytes.Repeat([]byte{0x80}, 11), {0x1a, 0x03, 0x0a, 0x05, 'k'},
 	}
-	for _, method := range []string{"Range", "Put", "DeleteRange", "Txn", "Compact"} {
+	for _, method := range []string{"KV/Range", "KV/Put", "KV/DeleteRange", "KV/Txn", "KV/Compact", "Lease/LeaseGrant", "Lease/LeaseRevoke",
+		"Lease/LeaseTimeToLive", "Lease/LeaseLeases", "Maintenance/Status", "Maintenance/Alarm", "Cluster/MemberList"} {
 		for _, body := range garbage {
-			method := "/etcdserverpb.KV/" + method
+			method := "/etcdserverpb." + method
 			_, want := etcd.invoke(callContext(t), method, body)
 			_, got := spindle.invoke(callContext(t), method, body)
 			if status.Code(want) != status.Code(got) {
 				t.Errorf("%s %x:\netcd:    %v\nspindle: %v", method, body, want, got)
 			}
+		}
+	}
+	// A field of a wrong wire type is an unknown field: the revision, the ID and the action are 0.
+	wrong := protowire.AppendFixed64(protowire.AppendTag(nil, 1, protowire.Fixed64Type), 1)
+	for _, method := range []string{"KV/Range", "KV/Compact", "Lease/LeaseRevoke", "Lease/LeaseTimeToLive", "Lease/LeaseKeepAlive", "Maintenance/Alarm"} {
+		method := "/etcdserverpb." + method
+		a, want := etcd.invoke(callContext(t), method, wrong)
+		b, got := spindle.invoke(callContext(t), method, wrong)
+		if errText(want) != errText(got) || !bytes.Equal(withoutHeader(a), withoutHeader(b)) {
+			t.Errorf("%s with a field 1 of the wrong type:\netcd:    %v %x\nspindle: %v %x", method, want, a, got, b)
 		}
 	}
 	for _, method := range []string{
