@@ -12,7 +12,7 @@ import (
 	"spindle/codec"
 )
 
-// This file answers what is asked about the whole: Maintenance.Status and Alarm, Cluster.MemberList.
+// This file answers what is asked about the whole: Maintenance.Status and Alarm, Cluster.MemberList, Auth.AuthStatus.
 
 // statusTimeout is how long a member may take to tell its status. kube-apiserver waits one second.
 const statusTimeout = 800 * time.Millisecond
@@ -209,6 +209,18 @@ func (c *Core) submitMemberList(op *Op) {
 		b = codec.AppendString(b, 4, u)
 	}
 	op.Resp = codec.EndMessage(b, m)
+	c.finish(op, codec.Status{})
+}
+
+// submitAuthStatus says that there is no authentication, at revision 1 as an etcd that never had one.
+func (c *Core) submitAuthStatus(op *Op) {
+	if !isMessage(op.Msg) {
+		c.finish(op, errUnmarshal)
+		return
+	}
+	hdr := c.hdr
+	hdr.Revision = c.clock.Log().N()
+	op.Resp = codec.AppendInt(codec.AppendHeaderField(op.Resp[:0], &hdr), 3, 1)
 	c.finish(op, codec.Status{})
 }
 
