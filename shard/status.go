@@ -127,7 +127,8 @@ func (c *Core) submitStatus(op *Op) {
 		b = codec.AppendInt(b, 9, sum.dbInUse)
 		b = codec.AppendString(b, 11, sum.storageVersion)
 		b = codec.AppendInt(b, 12, sum.quota)
-		op.Resp = b
+		b, m := codec.BeginMessage(b, 13) // DowngradeInfo: none under way; etcd always has it
+		op.Resp = codec.EndMessage(b, m)
 		c.finish(op, codec.Status{})
 	})
 }

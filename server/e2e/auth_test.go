@@ -37,3 +37,13 @@ func TestClientWithPassword(t *testing.T) {
 		t.Errorf("AuthStatus\netcd:    %x %v\nspindle: %x %v", x, want, y, got)
 	}
 }
+
+// As etcd, Status always has a DowngradeInfo: clients need not look whether it is there.
+func TestStatusHasDowngradeInfo(t *testing.T) {
+	t.Parallel()
+	spindle := dial(t, startSpindle(t, 1, 1, nil)[0].ClientURLs()[0])
+	r, err := spindle.m.Status(callContext(t), &pb.StatusRequest{})
+	if err != nil || r.DowngradeInfo == nil || r.DowngradeInfo.Enabled {
+		t.Errorf("%v %v", r, err)
+	}
+}
