@@ -21,10 +21,18 @@ func appendPrefix(dst []byte, n int) []byte {
 	return binary.BigEndian.AppendUint32(dst, uint32(n))
 }
 
+// ReceivedLargerThanMax is how grpc-go's text begins when a server refuses a request by its size, which it does before
+// anybody looks at it. What a client of this package says of an answer that is too large for it begins otherwise.
+const ReceivedLargerThanMax = "grpc: received message larger than max ("
+
 // checkPrefix judges the prefix of a message. The zero Status says that the message is welcome.
 func checkPrefix(flag byte, n uint32, limit int, encoding string, client bool) Status {
 	if uint64(n) > uint64(limit) {
-		return Status{ResourceExhausted, "grpc: received message larger than max (" +
+		text := ReceivedLargerThanMax
+		if client {
+			text = "spindle: an answer larger than max ("
+		}
+		return Status{ResourceExhausted, text +
 			strconv.FormatUint(uint64(n), 10) + " vs. " + strconv.Itoa(limit) + ")"}
 	}
 	switch flag {

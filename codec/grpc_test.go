@@ -73,6 +73,7 @@ func TestCheckPrefixTexts(t *testing.T) {
 	}{
 		{0, 10, "", false, Status{}},
 		{0, 11, "", false, Status{ResourceExhausted, "grpc: received message larger than max (11 vs. 10)"}},
+		{0, 11, "", true, Status{ResourceExhausted, "spindle: an answer larger than max (11 vs. 10)"}},
 		{1, 1, "", false, Status{Internal, "grpc: compressed flag set with identity or empty encoding"}},
 		{1, 1, "gzip", false, Status{}},
 		{1, 1, "odd", false, Status{Unimplemented, `grpc: Decompressor is not installed for grpc-encoding "odd"`}},

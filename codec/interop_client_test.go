@@ -243,7 +243,7 @@ func TestClientStreamHoldAndStatuses(t *testing.T) {
 		t.Errorf("%+v", end)
 	}
 	if _, end := c.unary("/t/Unary", make([]byte, 2<<20+1)); (end.st != Status{ResourceExhausted,
-		"grpc: received message larger than max (2097153 vs. 2097152)"}) {
+		"spindle: an answer larger than max (2097153 vs. 2097152)"}) {
 		t.Errorf("%+v", end)
 	}
 	r = c.open("/t/Hang", false, 0, nil)

@@ -54,5 +54,6 @@ var (
 	ErrTimeout         = Status{Unavailable, "etcdserver: request timed out"}
 	ErrNoLeader        = Status{Unavailable, "etcdserver: no leader"}
 	ErrStopped         = Status{Unavailable, "etcdserver: server stopped"}
+	ErrAuthNotEnabled  = Status{FailedPrecondition, "etcdserver: authentication is not enabled"}
 	ErrNotCapable      = Status{FailedPrecondition, "etcdserver: not capable"}
 )

@@ -33,6 +33,7 @@ type route struct {
 	op        shard.OpKind // of routeUnary
 	newStream NewStream    // of routeStream
 	path      string       // empty for the unknown
+	refusal   codec.Status // of routeRefused: what is said instead of "not built"
 
 	// Metrics, made when the route is, so that counting allocates nothing.
 	requests [codec.Unauthenticated + 1]*metrics.Counter
@@ -47,12 +48,14 @@ type service struct {
 
 // method is one RPC of a service. Without an op it is refused, unless HandleStream gives it a handler.
 type method struct {
-	name string
-	op   *shard.OpKind
+	name    string
+	op      *shard.OpKind
+	refusal codec.Status
 }
 
-func unary(name string, op shard.OpKind) method { return method{name, &op} }
-func notBuilt(name string) method               { return method{name: name} }
+func unary(name string, op shard.OpKind) method        { return method{name: name, op: &op} }
+func refused(name string, refusal codec.Status) method { return method{name: name, refusal: refusal} }
+func notBuilt(name string) method                      { return method{name: name} }
 
 // services is all that an etcd 3.7 server registers.
 var services = []service{
@@ -66,6 +69,7 @@ func newRoutes() routes {
 		t.services[s.name] = true
 		for _, m := range s.methods {
 			r := newRoute("/" + s.name + "/" + m.name)
+			r.refusal = m.refusal
 			if m.op != nil {
 				r.kind, r.op = routeUnary, *m.op
 			}
@@ -114,6 +118,8 @@ func (t *routes) refuse(r *route, path string) codec.Status {
 	st := codec.Status{Code: codec.Unimplemented}
 	service, name, ok := splitPath(path)
 	switch {
+	case r.refusal.Code != codec.OK:
+		return r.refusal
 	case r != t.unknown:
 		st.Msg = "spindle: " + strings.TrimPrefix(path, "/") + " is not built yet"
 	case !ok:

@@ -3,6 +3,8 @@ package server
 import (
 	"time"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"spindle/codec"
 	"spindle/shard"
 )
@@ -101,7 +103,7 @@ func (s *keepAliveStream) Message(msg []byte) {
 	var id int64
 	it := codec.Fields{Msg: msg}
 	for it.Next() {
-		if it.Field.Num == 1 {
+		if it.Field.Num == 1 && it.Field.Type == protowire.VarintType {
 			id = int64(it.Field.Val)
 		}
 	}

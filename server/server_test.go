@@ -184,6 +184,12 @@ func TestRefusals(t *testing.T) {
 				t.Fatal(err)
 			}
 			err = st.RecvMsg(&pb.RangeResponse{})
+			if m.refusal.Code != codec.OK {
+				if status.Code(err) != codes.Code(m.refusal.Code) || status.Convert(err).Message() != m.refusal.Msg {
+					t.Errorf("%s: %v, want %v", path, err, m.refusal)
+				}
+				continue
+			}
 			if status.Code(err) != codes.Unimplemented || !strings.Contains(err.Error(), sv.name+"/"+m.name) {
 				t.Errorf("%s: %v", path, err)
 			}

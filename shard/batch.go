@@ -95,8 +95,8 @@ type batchLimits struct {
 	bytes int // the member's --max-request-bytes
 }
 
-// batchOverhead is what guard and record add to a batch, in bytes and at most; deletes in the record
-// come on top.
+// batchOverhead is what guard and record add to a batch, in bytes and at most, without the deletes in the record
+// (Plan.Size counts them).
 const batchOverhead = 512
 
 // former forms batches from a queue. Its sets are reused.

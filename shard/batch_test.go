@@ -127,6 +127,28 @@ func TestFormBounds(t *testing.T) {
 	}
 }
 
+// TestFormCountsDeletesInTheRecord: deletes stand in a batch twice, by themselves and in its record.
+func TestFormCountsDeletesInTheRecord(t *testing.T) {
+	const limit = 1 << 20
+	var f former
+	var queue []*write
+	for i := range 100 {
+		key := append(bytes.Repeat([]byte("k"), 12<<10), byte(i))
+		queue = append(queue, &write{op: &Op{}, plan: planOf(t, OpDeleteRange, &etcdserverpb.DeleteRangeRequest{Key: key})})
+	}
+	batch, _ := f.form(queue, batchLimits{ops: 1024, bytes: limit}, false, nil, nil)
+	rec := &Record{First: 6, Kind: KindBatch}
+	for i, w := range batch {
+		w.rev, rec.Last = int64(6+i), int64(6+i)
+		w.plan.RecordDeletes(func(key, end []byte) {
+			rec.Deletes = append(rec.Deletes, RecordDelete{Rev: w.rev, Key: key, End: end})
+		})
+	}
+	if n := len(appendBatch(nil, &batchTxn{record: rec, mapMod: 5, floor: 4}, batch)); n > limit || n < limit*9/10 {
+		t.Fatalf("%d bytes in a batch of %d deletes; a member takes %d", n, len(batch), limit)
+	}
+}
+
 // TestBatchBytes reads a batch back with etcd's own protobuf code.
 func TestBatchBytes(t *testing.T) {
 	w := &write{op: &Op{}, plan: planOf(t, OpPut, &etcdserverpb.PutRequest{Key: []byte("a"), Value: []byte("v")}), rev: 7}

@@ -3,6 +3,8 @@ package shard
 import (
 	"time"
 
+	"google.golang.org/protobuf/encoding/protowire"
+
 	"spindle/codec"
 	"spindle/watchring"
 )
@@ -33,11 +35,12 @@ func (c *Core) submitCompact(op *Op) {
 	rev, physical := int64(0), false
 	it := codec.Fields{Msg: op.Msg}
 	for it.Next() {
-		switch it.Field.Num {
-		case 1:
-			rev = int64(it.Field.Val)
-		case 2:
-			physical = it.Field.Val != 0
+		switch f := &it.Field; {
+		case f.Type != protowire.VarintType:
+		case f.Num == 1:
+			rev = int64(f.Val)
+		case f.Num == 2:
+			physical = f.Val != 0
 		}
 	}
 	if it.Bad {

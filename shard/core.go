@@ -283,6 +283,8 @@ func (c *Core) Submit(op *Op) {
 		c.submitAlarm(op)
 	case OpMemberList:
 		c.submitMemberList(op)
+	case OpAuthStatus:
+		c.submitAuthStatus(op)
 	case OpLeaseGrant, OpLeaseRevoke, OpLeaseKeepAlive, OpLeaseTimeToLive, OpLeaseLeases:
 		c.submitLease(op)
 	default:

@@ -19,6 +19,7 @@ const (
 	OpStatus
 	OpAlarm
 	OpMemberList
+	OpAuthStatus
 	// The lease RPCs. OpLeaseKeepAlive is one message of a LeaseKeepAlive stream: Msg a LeaseKeepAliveRequest,
 	// Resp a LeaseKeepAliveResponse (TTL 0 for a lease that is gone). Answers may come in any order.
 	OpLeaseGrant

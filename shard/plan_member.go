@@ -258,8 +258,8 @@ const (
 	numberBytes = 2 + 10
 )
 
-// Size is an upper bound of the bytes that AppendRequestOp appends, the caller's tag and length around it
-// included.
+// Size is an upper bound of the bytes that the request takes in a batch: what AppendRequestOp appends, the caller's tag and
+// length around it included, and its deletes in the record.
 func (p *Plan) Size() int {
 	n := 2*levelBytes + 2*levelBytes
 	for i := range p.ops {
@@ -277,6 +277,9 @@ func (p *Plan) Size() int {
 		n += 2*(levelBytes+len(p.PutSlots[i].Key)) + 3*numberBytes
 	}
 	n += len(p.leases) * (2*(levelBytes+leaseKeySize) + 3*numberBytes)
+	for _, d := range p.Deletes {
+		n += len(d.Key) + len(d.End) + 3*numberBytes
+	}
 	for i := range p.guards {
 		g := &p.guards[i]
 		n += levelBytes + len(g.iv.Key) + len(g.iv.End) + 3*numberBytes

@@ -7,11 +7,12 @@ import (
 	"time"
 
 	"github.com/cespare/xxhash/v2"
+	"google.golang.org/protobuf/encoding/protowire"
 
 	"spindle/codec"
 )
 
-// This file answers what is asked about the whole: Maintenance.Status and Alarm, Cluster.MemberList.
+// This file answers what is asked about the whole: Maintenance.Status and Alarm, Cluster.MemberList, Auth.AuthStatus.
 
 // statusTimeout is how long a member may take to tell its status. kube-apiserver waits one second.
 const statusTimeout = 800 * time.Millisecond
@@ -76,6 +77,10 @@ func (m *memberStatus) parse(msg []byte) {
 // and the storage version the oldest, the term the highest; the proxy is its own leader. A member that
 // does not answer is named in errors.
 func (c *Core) submitStatus(op *Op) {
+	if !isMessage(op.Msg) {
+		c.finish(op, errUnmarshal)
+		return
+	}
 	c.gather(codec.MethodStatus, nil, func(replies [][]byte, errs []codec.Status) {
 		var sum memberStatus
 		answered := 0
@@ -122,7 +127,8 @@ func (c *Core) submitStatus(op *Op) {
 		b = codec.AppendInt(b, 9, sum.dbInUse)
 		b = codec.AppendString(b, 11, sum.storageVersion)
 		b = codec.AppendInt(b, 12, sum.quota)
-		op.Resp = b
+		b, m := codec.BeginMessage(b, 13) // DowngradeInfo: none under way; etcd always has it
+		op.Resp = codec.EndMessage(b, m)
 		c.finish(op, codec.Status{})
 	})
 }
@@ -146,18 +152,26 @@ func versionLess(a, b string) bool {
 // submitAlarm answers the alarms of all members. Alarms are raised and disarmed on the members
 // themselves; asking is what etcdctl's health check does.
 func (c *Core) submitAlarm(op *Op) {
+	action, alarm := int32(0), int32(0)
 	it := codec.Fields{Msg: op.Msg}
 	for it.Next() {
-		if it.Field.Num == 1 && it.Field.Val != 0 {
-			c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: alarms are activated and disarmed on the member clusters, not through the proxy"})
-			return
+		switch f := &it.Field; {
+		case f.Type != protowire.VarintType:
+		case f.Num == 1:
+			action = int32(f.Val)
+		case f.Num == 3:
+			alarm = int32(f.Val)
 		}
 	}
-	if it.Bad {
+	switch {
+	case it.Bad:
 		c.finish(op, errUnmarshal)
 		return
+	case action != 0:
+		c.finish(op, codec.Status{Code: codec.Unimplemented, Msg: "spindle: alarms are activated and disarmed on the member clusters, not through the proxy"})
+		return
 	}
-	c.gather(codec.MethodAlarm, nil, func(replies [][]byte, errs []codec.Status) {
+	c.gather(codec.MethodAlarm, codec.AppendInt(nil, 3, int64(alarm)), func(replies [][]byte, errs []codec.Status) {
 		hdr := c.hdr
 		hdr.Revision = c.clock.Log().N()
 		b := codec.AppendHeaderField(op.Resp[:0], &hdr)
@@ -180,6 +194,10 @@ func (c *Core) submitAlarm(op *Op) {
 
 // submitMemberList shows the proxy as the one member.
 func (c *Core) submitMemberList(op *Op) {
+	if !isMessage(op.Msg) {
+		c.finish(op, errUnmarshal)
+		return
+	}
 	hdr := c.hdr
 	b := codec.AppendHeaderField(op.Resp[:0], &hdr)
 	b, m := codec.BeginMessage(b, 2)
@@ -193,6 +211,26 @@ func (c *Core) submitMemberList(op *Op) {
 	}
 	op.Resp = codec.EndMessage(b, m)
 	c.finish(op, codec.Status{})
+}
+
+// submitAuthStatus says that there is no authentication, at revision 1 as an etcd that never had one.
+func (c *Core) submitAuthStatus(op *Op) {
+	if !isMessage(op.Msg) {
+		c.finish(op, errUnmarshal)
+		return
+	}
+	hdr := c.hdr
+	hdr.Revision = c.clock.Log().N()
+	op.Resp = codec.AppendInt(codec.AppendHeaderField(op.Resp[:0], &hdr), 3, 1)
+	c.finish(op, codec.Status{})
+}
+
+// isMessage says that msg is well-formed; of these requests' fields none is looked at.
+func isMessage(msg []byte) bool {
+	it := codec.Fields{Msg: msg}
+	for it.Next() {
+	}
+	return !it.Bad
 }
 
 // memberID derives a stable member ID from how the proxy is named and reached.

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"spindle/codec"
@@ -224,9 +225,14 @@ func definite(st codec.Status) bool {
 	case codec.InvalidArgument, codec.NotFound, codec.OutOfRange, codec.PermissionDenied, codec.Unauthenticated:
 		return true
 	case codec.ResourceExhausted:
-		return st.Msg == codec.ErrTooManyRequests.Msg
+		return st.Msg == codec.ErrTooManyRequests.Msg || tooLarge(st)
 	}
 	return false
+}
+
+// tooLarge says that the member's gRPC refused a request by its size, which is more than 512 KiB above what etcd accepts.
+func tooLarge(st codec.Status) bool {
+	return st.Code == codec.ResourceExhausted && strings.HasPrefix(st.Msg, codec.ReceivedLargerThanMax)
 }
 
 func (s *shardState) retry(b *batch) {
@@ -390,6 +396,9 @@ func (s *shardState) refused(b *batch, st codec.Status) {
 	}
 	s.dropBatch(b)
 	if len(b.writes) <= 1 {
+		if tooLarge(st) {
+			st = codec.ErrRequestTooLarge // to the client its own request is: Spindle's names some keys more often
+		}
 		for _, w := range b.writes {
 			if w != nil {
 				s.answer(w, st)

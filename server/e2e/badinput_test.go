@@ -13,7 +13,10 @@ import (
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
+
+	"spindle/codec"
 )
 
 // rawCodec sends bytes as they are.
@@ -240,6 +243,58 @@ func TestBadInput(t *testing.T) {
 	})
 }
 
+// A key may stand in what a member gets more often than in what the client sent. What then is too large for etcd, or even
+// for its gRPC, is refused at once with etcd's error, and holds nobody back.
+func TestLargeKeys(t *testing.T) {
+	t.Parallel()
+	spindle := dial(t, startSpindle(t, 1, 1, nil)[0].ClientURLs()[0])
+	refused := 0
+	for _, kib := range []int{400, 600, 750, 1100, 1500} {
+		key := bytes.Repeat([]byte("k"), kib<<10)
+		for _, req := range []proto.Message{
+			&pb.PutRequest{Key: key},
+			&pb.PutRequest{Key: key, PrevKv: true},
+			&pb.DeleteRangeRequest{Key: key},
+			&pb.TxnRequest{Success: []*pb.RequestOp{rangeOp(string(key), "")}},
+		} {
+			_, err := call(callContext(t), spindle, req)
+			switch {
+			case err == nil:
+			case kib > 400 && errText(err) == "InvalidArgument: etcdserver: request is too large":
+				refused++
+			default:
+				t.Errorf("%d KiB, %T: %v", kib, req, err)
+			}
+		}
+	}
+	if refused == 0 {
+		t.Error("nothing was refused: the test is out of date")
+	}
+	errs := make(chan error, 100)
+	for i := range cap(errs) { // so many that not all of them fit in one batch
+		go func() {
+			key := append(bytes.Repeat([]byte("k"), 24<<10), byte(i))
+			_, err := spindle.kv.DeleteRange(callContext(t), &pb.DeleteRangeRequest{Key: key})
+			errs <- err
+		}()
+	}
+	for range cap(errs) {
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// withoutHeader returns a response without its field 1.
+func withoutHeader(msg []byte) (rest []byte) {
+	for it := (codec.Fields{Msg: msg}); it.Next(); {
+		if it.Field.Num != 1 {
+			rest = append(rest, it.Field.Raw...)
+		}
+	}
+	return rest
+}
+
 // Bytes that are no message, and methods that do not exist.
 func TestBadCalls(t *testing.T) {
 	etcd := dial(t, startEtcd(t))
@@ -248,14 +303,25 @@ func TestBadCalls(t *testing.T) {
 		{0xff}, {0x0a}, {0x0a, 0x7f}, {0x0a, 0xff, 0xff, 0xff, 0xff, 0x0f}, {0x0b}, {0x0f, 1, 2, 3, 4},
 		bytes.Repeat([]byte{0x80}, 11), {0x1a, 0x03, 0x0a, 0x05, 'k'},
 	}
-	for _, method := range []string{"Range", "Put", "DeleteRange", "Txn", "Compact"} {
+	for _, method := range []string{"KV/Range", "KV/Put", "KV/DeleteRange", "KV/Txn", "KV/Compact", "Lease/LeaseGrant", "Lease/LeaseRevoke",
+		"Lease/LeaseTimeToLive", "Lease/LeaseLeases", "Maintenance/Status", "Maintenance/Alarm", "Cluster/MemberList"} {
 		for _, body := range garbage {
-			method := "/etcdserverpb.KV/" + method
+			method := "/etcdserverpb." + method
 			_, want := etcd.invoke(callContext(t), method, body)
 			_, got := spindle.invoke(callContext(t), method, body)
 			if status.Code(want) != status.Code(got) {
 				t.Errorf("%s %x:\netcd:    %v\nspindle: %v", method, body, want, got)
 			}
+		}
+	}
+	// A field of a wrong wire type is an unknown field: the revision, the ID and the action are 0.
+	wrong := protowire.AppendFixed64(protowire.AppendTag(nil, 1, protowire.Fixed64Type), 1)
+	for _, method := range []string{"KV/Range", "KV/Compact", "Lease/LeaseRevoke", "Lease/LeaseTimeToLive", "Lease/LeaseKeepAlive", "Maintenance/Alarm"} {
+		method := "/etcdserverpb." + method
+		a, want := etcd.invoke(callContext(t), method, wrong)
+		b, got := spindle.invoke(callContext(t), method, wrong)
+		if errText(want) != errText(got) || !bytes.Equal(withoutHeader(a), withoutHeader(b)) {
+			t.Errorf("%s with a field 1 of the wrong type:\netcd:    %v %x\nspindle: %v %x", method, want, a, got, b)
 		}
 	}
 	for _, method := range []string{
