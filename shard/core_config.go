@@ -113,6 +113,8 @@ type Sabotage struct {
 	// AheadUnsettled takes a batch whose reply was lost for void if another one is closed behind it; AheadUnread lets reads ignore the
 	// range of that one.
 	AheadUnsettled, AheadUnread bool
+	// BlindIsVoid takes a batch for void whose record may be among those that the stream skipped.
+	BlindIsVoid bool
 	// Doubt is no bug: every Txn that may fail with a read is read first. Nothing may be wrong with that.
 	Doubt bool
 	// TrustConnections uses connections to members without looking where they lead, and batches and reads take what clock they find.

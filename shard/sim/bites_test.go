@@ -132,6 +132,7 @@ func TestItBites(t *testing.T) {
 		}},
 		{"a lost reply is forgotten when another batch is closed behind", func(c *Config) { c.Sabotage.AheadUnsettled, c.Ahead = true, true }},
 		{"a read ignores the batch that is closed behind another", func(c *Config) { c.Sabotage.AheadUnread, c.Ahead = true, true }},
+		{"what the stream skipped was not there", func(c *Config) { aheads(c); c.Sabotage.BlindIsVoid = true }},
 		{"restored members are not looked at", func(c *Config) { restores(c); c.Sabotage.TrustConnections = true }},
 	} {
 		t.Run(bug.name, func(t *testing.T) {

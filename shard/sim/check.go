@@ -71,12 +71,8 @@ func (r *Run) check() error {
 		by := c
 		if r.loss != nil && o.st.Code == codec.OK && o.rev < c.from {
 			by = old
-		} else if r.loss != nil && o.st.Code == codec.OK {
-			if reads, late := c.readsLost(o); reads && late {
-				return fmt.Errorf("%s: what it reads is below the end of the loss, at %d", o, c.fenceEnd)
-			} else if reads {
-				continue // of other shards, and neither history is the one that it saw
-			}
+		} else if r.loss != nil && o.st.Code == codec.OK && c.readsLost(o) {
+			return fmt.Errorf("%s: what it reads is below the end of the loss, at %d, and recorded as compacted", o, c.fenceEnd)
 		}
 		err := by.answer(o)
 		if _, list := o.req.(*pb.RangeRequest); err != nil && by != c && list && o.end >= r.loss.fenced() {
@@ -506,8 +502,6 @@ func (c *checker) facts() error {
 				return fmt.Errorf("%v: nobody wrote this", f)
 			case o.st.Code == codec.OK && o.ended && o.rev > c.to:
 				continue // lost, and written again
-			case c.r.loss != nil && o.st.Code == codec.OK && o.ended && o.rev == f.rev && c.readLostInTime(o):
-				continue // it also read what neither history has any more, so its answer was not judged
 			case o.st.Code == codec.OK && o.ended:
 				return fmt.Errorf("%v: %s was told something else", f, o)
 			case !o.unknown():

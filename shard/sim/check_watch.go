@@ -126,27 +126,30 @@ func (c *checker) autoCompacted() (rev int64) {
 	return rev
 }
 
-// oldestRead is the oldest revision that o has read by its number; read stands for what it has read without one.
-func (o *op) oldestRead(read int64) int64 {
+// pastReads returns the ranges of o that named a revision and were answered.
+func (o *op) pastReads() (past []*pb.RangeRequest) {
 	switch q := o.req.(type) {
 	case *pb.RangeRequest:
 		if q.Revision > 0 {
-			read = q.Revision
+			past = append(past, q)
 		}
 	case *pb.TxnRequest:
 		if t, ok := o.resp.(*pb.TxnResponse); ok {
-			read = oldestRead(q, t, read)
+			past = pastReads(past, q, t)
 		}
 	}
-	return read
+	return past
 }
 
 // lateRead reports whether o was answered from history that had been compacted, with an answer, before o
 // began.
 func (c *checker) lateRead(o *op) *op {
-	read := o.oldestRead(math.MaxInt64)
-	if o.st.Code != codec.OK || read == math.MaxInt64 {
+	if o.st.Code != codec.OK {
 		return nil
+	}
+	read := int64(math.MaxInt64)
+	for _, q := range o.pastReads() {
+		read = min(read, q.Revision)
 	}
 	for _, k := range c.r.ops {
 		if z, ok := k.req.(*pb.CompactionRequest); ok && k.st.Code == codec.OK && k.ended && k.end < o.begin && read < z.Revision && !c.unrecorded(k) {
@@ -176,8 +179,8 @@ func oldest(t *pb.TxnRequest, rev int64) int64 {
 	return rev
 }
 
-// oldestRead returns the smallest revision that the ranges name which a transaction has answered.
-func oldestRead(t *pb.TxnRequest, resp *pb.TxnResponse, rev int64) int64 {
+// pastReads appends the ranges with a revision that a transaction has answered.
+func pastReads(past []*pb.RangeRequest, t *pb.TxnRequest, resp *pb.TxnResponse) []*pb.RangeRequest {
 	ops := t.Failure
 	if resp.Succeeded {
 		ops = t.Success
@@ -187,13 +190,13 @@ func oldestRead(t *pb.TxnRequest, resp *pb.TxnResponse, rev int64) int64 {
 			break // compared elsewhere
 		}
 		if q := o.GetRequestRange(); q != nil && q.Revision > 0 {
-			rev = min(rev, q.Revision)
+			past = append(past, q)
 		}
 		if n, r := o.GetRequestTxn(), resp.Responses[i].GetResponseTxn(); n != nil && r != nil {
-			rev = oldestRead(n, r, rev)
+			past = pastReads(past, n, r)
 		}
 	}
-	return rev
+	return past
 }
 
 // force is somebody's compaction of a member, at a local revision.

@@ -271,15 +271,33 @@ func (c *checker) overLoss(o *view1) error {
 	return nil
 }
 
-// readsLost reports whether o, which was told a revision behind the loss, has read the past that is gone. It began before nothing could be
-// read of it any more, or else the second result is true.
-func (c *checker) readsLost(o *op) (reads, late bool) {
-	read := o.oldestRead(c.fenceEnd)
-	return read < c.fenceEnd, o.begin > c.r.loss.over
+// readsLost reports whether o, which was told a revision behind the loss, has read the past that nobody may read any more. What lies on other
+// members is still there, and a proxy that was started without the lost one, or whose stream is late, shows it as it was until a read
+// finds the compaction's record on the member that is read. Who ended the loss may end before it has brought the record to all, and
+// a full member takes none (seed 51551, in its day): then that lasts.
+func (c *checker) readsLost(o *op) bool {
+	members := c.r.inMap()
+	for _, q := range o.pastReads() {
+		if q.Revision >= c.fenceEnd {
+			continue
+		}
+		for _, i := range c.r.part.AppendShards(nil, q.Key, q.RangeEnd) {
+			if at := members[i].recorded(c.fenceEnd); at > 0 && at < o.call {
+				return true
+			}
+		}
+	}
+	return false
 }
 
-// readLostInTime says that o has read the past that is gone while that was possible (seed 21000247: by a Txn that also wrote).
-func (c *checker) readLostInTime(o *op) bool {
-	reads, late := c.readsLost(o)
-	return reads && !late
+// recorded returns the event of the world by which a compaction at rev or above was recorded on a member, 0 if none was.
+func (c *Cluster) recorded(rev int64) int64 {
+	for _, ch := range c.Log() {
+		if string(ch.KV.Key) == shard.KeyCompact && !ch.Delete {
+			if at, ok := shard.ParseCompaction(ch.KV.Value); ok && at >= rev {
+				return ch.Seq
+			}
+		}
+	}
+	return 0
 }

@@ -154,10 +154,13 @@ func (r *Run) foreign() {
 }
 
 // memberOf returns the cluster on which key lies.
-func (r *Run) memberOf(key string) *Cluster {
+func (r *Run) memberOf(key string) *Cluster { return r.inMap()[r.part.ShardOf([]byte(key))] }
+
+// inMap returns the members in the order of the partition map.
+func (r *Run) inMap() []*Cluster {
 	ms := append([]*Cluster(nil), r.net.Members...)
 	sort.Slice(ms, func(i, j int) bool { return string(mapIdentity(ms[i])) < string(mapIdentity(ms[j])) })
-	return ms[r.part.ShardOf([]byte(key))]
+	return ms
 }
 
 // forceCompact compacts a member behind the proxies' backs.
