@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 	"spindle/shard"
 	"spindle/watchring"
 
@@ -265,10 +266,68 @@ func TestCompactionIsNoAcceptance(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossBesideRefusedMember: the loss of one member is accepted elsewhere while another one is refused, and the coordinator has its
+// data: that knows what the other one lacks, so nothing ends with what this proxy knows. It starts again, serves the first and refuses the second as
+// before. (Were it to stay until nothing is refused any more, the first one would wait for the second's operator.)
+func TestAcceptedLossBesideRefusedMember(t *testing.T) {
+	w := newWholeWorld(t)
+	p, q := w.proxies[0], w.proxies[1]
+	for range 2 {
+		for _, c := range w.net.Members {
+			w.last = w.put(p, w.keys[c])
+		}
+	}
+	w.pass(2 * time.Second) // the coordinator knows how far they are
+	lost, other := w.c, w.net.Members[2]
+	p.crash()
+	w.c = other
+	newest := other.Etcd
+	other.replace(newest.rewound(w.lastButOne()))
+	w.c = lost
+	lost.replace(lost.Etcd.rewound(w.lastButOne()))
+	w.wait("both refusals", func() bool { return w.refusals(q) == 2 })
+	life := q.life
+	w.Accept = []string{"m1"}
+	p.boot(0)
+	w.wait("the start", func() bool { return p.ready })
+	w.Accept = nil
+	w.wait("the other start", func() bool { return q.life != life && q.ready })
+	w.wait("the member whose loss is accepted", func() bool { return w.refusals(q) == 1 })
+	w.put(q, w.keys[lost])
+	w.c = other
+	w.wantAlone(q, "restored from an older backup")
+	other.replace(newest)
+	w.wantWhole(q)
+	if w.stats.Outdated != 1 {
+		t.Errorf("it has started again %d times", w.stats.Outdated)
+	}
+}
+
+// refusals counts the members that p refuses.
+func (w *absentWorld) refusals(p *proxy) (n int) {
+	for _, s := range p.core.Observe().Shards {
+		if s.Refused != "" {
+			n++
+		}
+	}
+	return n
+}
+
 // TestLastWhoKnowsStays: a proxy is to start again because a member that it refused is whole and was compacted meanwhile. Before it does, the
 // coordinator loses its data and the member is put back to an older state: a start would rebuild the one from the other, and revisions would go
-// back (seed 21000462 of TestAcceptedLosses). So it stays, and starts again when the member is what it was.
+// back (seed 21000462 of TestAcceptedLosses). So it stays, and starts again when the member is what it was. Nor does it go when the coordinator has an epoch of
+// this system again that nobody has believed, as a rebuild has left it that was cut short before its first fence, or another system's.
 func TestLastWhoKnowsStays(t *testing.T) {
+	for name, fill := range map[string]func(w *absentWorld){
+		"empty":                                func(*absentWorld) {},
+		"of an epoch that nobody has believed": func(w *absentWorld) { w.fillCoordinator(w.epoch(), false) },
+		"another system's":                     func(w *absentWorld) { w.fillCoordinator(revclock.ID{0xee, 1}, true) },
+	} {
+		t.Run("the coordinator is "+name, func(t *testing.T) { lastWhoKnows(t, fill) })
+	}
+}
+
+func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
 	w := newWholeWorld(t)
 	p, q := w.proxies[0], w.proxies[1]
 	for range 2 {
@@ -292,16 +351,39 @@ func TestLastWhoKnowsStays(t *testing.T) {
 	w.wait("the reason to start", func() bool { return q.core.Observe().Outdated != "" })
 	life := q.life
 	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	fill(w)
 	w.c.replace(newest.rewound(older))
 	w.pass(time.Minute)
 	if q.life != life {
 		t.Error("it has started again")
 	}
+	if w.c.Rev() != older {
+		t.Errorf("somebody wrote to the older state: L%d, was L%d", w.c.Rev(), older)
+	}
+	w.net.Coord.Wipe(w.net.Coord.ClusterID) // a start goes nowhere with another system's
 	w.c.replace(newest)
 	w.wait("the start", func() bool { return q.life != life })
 	w.awaitReturn(q)
 	w.wantWhole(q)
 	if rev := w.put(q, w.keys[w.c]); rev < 1<<20 {
 		t.Errorf("a put at %d behind a rebuild", rev)
+	}
+}
+
+// epoch returns an epoch of this system that nobody knows.
+func (w *absentWorld) epoch() (id revclock.ID) {
+	first, _ := shard.ParseIdentity(firstIdentity(w.net.Members))
+	copy(id[:8], first[:])
+	id[8]++
+	return id
+}
+
+// fillCoordinator puts an epoch into an empty coordinator, as a rebuild does, and a tick of it, if somebody is to have believed it.
+func (w *absentWorld) fillCoordinator(epoch revclock.ID, tick bool) {
+	put := func(k string, v []byte) { w.net.Coord.Put(&pb.PutRequest{Key: []byte(k), Value: v}) }
+	put("e", revclock.AppendEpoch(nil, epoch))
+	put("s", revclock.AppendSnapshot(nil, &revclock.Snapshot{Rev: 2, N: 1 << 21, Shards: make([]revclock.SnapshotShard, len(w.net.Members))}))
+	if tick {
+		put("t", revclock.AppendTick(nil, &revclock.Tick{}))
 	}
 }
