@@ -328,7 +328,7 @@ func (s *shardState) ban(why string) {
 	s.touch()
 }
 
-// explainRefusals says which shards are refused, for Ready.
+// explainRefusals says which shards are refused, for Ready, and if this proxy must not end for their sake.
 func (c *Core) explainRefusals() {
 	c.refusals = ""
 	for _, s := range c.shards {
@@ -336,7 +336,7 @@ func (c *Core) explainRefusals() {
 			c.refusals += "member cluster " + s.name + " is refused: " + s.banned + "\n"
 		}
 	}
-	c.refusals = strings.TrimSuffix(c.refusals, "\n")
+	c.refusals = strings.TrimSuffix(c.refusals+c.staying, "\n")
 }
 
 // wentBack is told that an answer has shown a clock below what was known when its request was sent.

@@ -33,9 +33,15 @@ func newAbsentWorld(t *testing.T, idle time.Duration) *absentWorld {
 // newWholeWorld is an absentWorld whose proxies run, and whose members are empty.
 func newWholeWorld(t *testing.T) *absentWorld {
 	t.Helper()
+	return newTracedWorld(t, nil)
+}
+
+// newTracedWorld is a newWholeWorld that tells trace all that happens.
+func newTracedWorld(t *testing.T, trace func(line string)) *absentWorld {
+	t.Helper()
 	w := &absentWorld{keys: map[*Cluster]string{}}
 	w.script = newScript(t, Config{Seed: 1, Shards: 3, Proxies: 2, Keys: 8, Base: time.Millisecond, RingSize: 1 << 10, MaxTxnOps: 128,
-		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100})
+		MaxRequestBytes: defaultMaxRequestBytes, Window: 250 * time.Millisecond, Timeout: 5 * time.Second, SnapshotEvery: 100, Trace: trace})
 	for i := range 64 {
 		k := keyName(i)
 		if leaseOf([]byte(k)) == 0 {

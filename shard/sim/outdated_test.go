@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -328,7 +329,12 @@ func TestLastWhoKnowsStays(t *testing.T) {
 }
 
 func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
-	w := newWholeWorld(t)
+	told := 0
+	w := newTracedWorld(t, func(line string) {
+		if strings.Contains(line, "level=ERROR") && strings.Contains(line, stays) && strings.Contains(line, "shards=[m1]") {
+			told++
+		}
+	})
 	p, q := w.proxies[0], w.proxies[1]
 	for range 2 {
 		w.last = w.put(p, w.keys[w.c])
@@ -355,13 +361,23 @@ func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
 	w.c.replace(newest.rewound(older))
 	w.pass(time.Minute)
 	if q.life != life {
-		t.Error("it has started again")
+		t.Fatal("it has started again")
+	}
+	if ok, why := q.core.Ready(); ok || !strings.Contains(why, stays) || !strings.Contains(why, "(m1)") || told != 1 {
+		t.Errorf("ready: %v %q; the log was told %d times", ok, why, told)
 	}
 	if w.c.Rev() != older {
 		t.Errorf("somebody wrote to the older state: L%d, was L%d", w.c.Rev(), older)
 	}
 	w.net.Coord.Wipe(w.net.Coord.ClusterID) // a start goes nowhere with another system's
+	away := q.host.Link(w.net.Members[2].ID)
+	away.Deaf, away.Mute = true, true
 	w.c.replace(newest)
+	w.pass(10 * time.Second)
+	if _, why := q.core.Ready(); q.life != life || strings.Contains(why, stays) {
+		t.Errorf("it only waits for another member now: %q", why)
+	}
+	away.heal()
 	w.wait("the start", func() bool { return q.life != life })
 	w.awaitReturn(q)
 	w.wantWhole(q)
@@ -369,6 +385,9 @@ func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
 		t.Errorf("a put at %d behind a rebuild", rev)
 	}
 }
+
+// stays is what an operator is told while a proxy stays for what it knows.
+const stays = "do not stop this proxy, and start no other one"
 
 // epoch returns an epoch of this system that nobody knows.
 func (w *absentWorld) epoch() (id revclock.ID) {
