@@ -19,8 +19,8 @@ import (
 // at a connection (verify.go) reads the compaction record, and if this proxy has not seen that, the clock where it was put:
 //
 //   - A member that does not hold what is known was accepted if the fence is at or above that, and the clock at or above the
-//     floor: else something was lost once more. Without the fence it stays refused. A later compaction takes the fence's place; then
-//     the operator has to start the proxy.
+//     floor: else something was lost once more. From then on the fence is what the member has to hold. Without it the member stays
+//     refused. A later compaction takes the fence's place; where this proxy has not seen it before, the operator has to start the proxy.
 //   - A member that holds what is known may have lost what others know: so it is the fence that counts, too. If it was refused before,
 //     and has been compacted since, the fence may be gone: a start decides, which costs little.
 //
@@ -43,6 +43,9 @@ const (
 	whyAccepted  = "another proxy has accepted what it had lost"
 	whyCompacted = "it was refused, and has been compacted since"
 )
+
+// mended says that a start is all that it takes, where a shard is refused for a reason.
+func mended(why string) bool { return why == whyAccepted || why == whyCompacted }
 
 const (
 	// outdateWithin is the time within which the proxies that have noticed the same start again, each at a moment of its own.
@@ -167,7 +170,7 @@ func (c *Core) believedOnce(f *revclock.Found) bool {
 // lacking names the shards that are refused because they lack something which nobody has accepted.
 func (c *Core) lacking() (names []string) {
 	for _, s := range c.shards {
-		if s.banned != "" && s.banned != whyAccepted && s.banned != whyCompacted {
+		if s.banned != "" && !mended(s.banned) {
 			names = append(names, s.name)
 		}
 	}
@@ -228,14 +231,20 @@ func (k *Check) sawFence(resp []byte, st codec.Status) bool {
 	kv, found := firstKV(t.resps[0])
 	rec, ok := ParseRecord(kv.Value)
 	if found && ok && kv.ModRevision == k.compactAt && rec.Last == k.compact {
-		k.why = whyAccepted
+		k.why, k.fence = whyAccepted, point{rec.First, rec.Last, k.compactAt}
 	}
 	return true
 }
 
+// lossEndedAt has the fence of an accepted loss count as what is known of a shard, in the place of what is lost: if it holds that, nothing but an
+// accepted loss is what it is refused for, also when the compaction record is of a later compaction.
+func (s *shardState) lossEndedAt(fence point) {
+	s.lossSeen, s.known = true, fence
+}
+
 // endsLoss says that a group is the fence of another proxy that has accepted a loss under this one, which has not noticed. Nothing of
 // it counts, and the shard is refused.
-func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
+func (s *shardState) endsLoss(rec *Record, local int64, events [][]byte) bool {
 	c := s.c
 	if rec.Kind != KindFence || rec.Proxy == c.cfg.Proxy || rec.Last <= s.compactOf || c.state != stateReady {
 		return false
@@ -248,7 +257,7 @@ func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
 	}) {
 		return false
 	}
-	s.lossSeen = true
+	s.lossEndedAt(point{rec.First, rec.Last, local})
 	s.outdate(whyAccepted)
 	t.Distrust(s.cluster)
 	s.reopen()

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -384,6 +385,73 @@ func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
 	if rev := w.put(q, w.keys[w.c]); rev < 1<<20 {
 		t.Errorf("a put at %d behind a rebuild", rev)
 	}
+}
+
+// TestAcceptedLossCompactedLater: a proxy has seen that the loss of a member was accepted, and cannot start yet, for another member does not answer it. Somebody
+// compacts, so that the fence is the compaction record no more. The proxy goes on to know what it has seen. (It took the member for one that lacks something
+// again, and once the coordinator had lost its data it stayed for good.) But if the member is put back to before the fence, that is another loss.
+func TestAcceptedLossCompactedLater(t *testing.T) {
+	for name := range lossesUnder {
+		for _, again := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, and lost again: %v", name, again), func(t *testing.T) {
+				w := newWholeWorld(t)
+				p, q := w.proxies[0], w.proxies[1]
+				for range 12 { // more than is there when somebody compacts
+					w.last = w.put(p, w.keys[w.c])
+				}
+				cut := w.loseUnder(name, p, q)
+				older := w.c.Rev()
+				if cut != nil {
+					cut.heal()
+				}
+				w.pass(time.Second)
+				away := q.host.Link(w.net.Members[2].ID)
+				away.Deaf, away.Mute = true, true
+				w.Accept = []string{"m1"}
+				p.boot(0)
+				w.wait("the start", func() bool { return p.ready })
+				w.Accept = nil
+				life := q.life
+				refusal := func() string { return q.core.Observe().Shards[w.shardOf(q)].Refused }
+				const accepted = "another proxy has accepted"
+				w.wait("the reason to start", func() bool { return strings.HasPrefix(refusal(), accepted) })
+				w.last = w.put(p, w.keys[w.c])
+				if _, st := w.ask(p, shard.OpCompact, &pb.CompactionRequest{Revision: w.last}); st.Code != codec.OK {
+					t.Fatal(st)
+				}
+				for i := range 24 {
+					w.last = w.put(p, w.keys[w.c])
+					w.pass(300 * time.Millisecond)
+					if why := refusal(); !strings.HasPrefix(why, accepted) {
+						t.Fatalf("refused, behind %d puts: %s", i, why)
+					}
+				}
+				p.crash()
+				w.net.Coord.Wipe(w.net.Coord.ClusterID)
+				newest := w.c.Etcd
+				if again {
+					w.c.replace(newest.rewound(older))
+					w.wait("the other refusal", func() bool { return strings.Contains(refusal(), "restored from an older backup") })
+				}
+				away.heal()
+				if again {
+					w.pass(time.Minute)
+					if q.life != life || w.c.Rev() != older {
+						t.Fatalf("it has started again: %v; L%d, was L%d", q.life != life, w.c.Rev(), older)
+					}
+					w.c.replace(newest)
+				}
+				w.wait("the other start", func() bool { return q.life != life })
+				w.awaitReturn(q)
+				w.wantWhole(q)
+			})
+		}
+	}
+}
+
+// shardOf is the index of w.c in the map.
+func (w *absentWorld) shardOf(p *proxy) int {
+	return slices.IndexFunc(p.core.Observe().Shards, func(s shard.ShardObservation) bool { return s.Cluster == w.c.ID })
 }
 
 // stays is what an operator is told while a proxy stays for what it knows.
