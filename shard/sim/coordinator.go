@@ -23,6 +23,9 @@ func (r *Run) wipeCoordinator(down time.Duration) {
 	r.wiped = w.now
 	w.tracef("coord: loses its data, back in %v", down)
 	r.stats.Wipes++
+	if r.restored() && r.believed() {
+		r.stats.Both++
+	}
 	c.Wipe(c.ClusterID)
 	c.Pause()
 	w.After(down, func() {
