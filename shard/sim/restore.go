@@ -109,8 +109,8 @@ func (r *Run) restore(c *Cluster, d time.Duration) {
 	r.net.After(d, func() { r.unrestore(c) })
 }
 
-// starting reports whether a proxy starts and has not believed an epoch yet, or starts again by itself, once an answer is here that is on its way. It has
-// forgotten all that it knew: if the coordinator is lost and a member in an older state before it has learned anything, it rebuilds the one from the other,
+// starting reports whether a proxy starts and has not believed an epoch yet, or starts again by itself once answers are here that may be on their way. It has
+// forgotten all that it knew then: if the coordinator is lost and a member in an older state before it has learned anything, it rebuilds the one from the other,
 // and nobody tells it: documented.
 func (r *Run) starting() bool {
 	return slices.ContainsFunc(r.proxies, func(p *proxy) bool {
