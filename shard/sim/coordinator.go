@@ -17,7 +17,7 @@ import (
 func (r *Run) wipeCoordinator(down time.Duration) {
 	w := r.net
 	c := w.Coord
-	if c.paused || r.losing() || r.restored() && r.starting() {
+	if c.paused || r.losing() && !r.loss.marked() || r.restored() && r.starting() {
 		return
 	}
 	r.wiped = w.now

@@ -95,7 +95,7 @@ func (r *Run) mischief() {
 			}
 		}},
 		{ev.Foreign && r.part != nil, r.foreign},
-		{ev.Wipe && r.stats.Wipes < maxWipes && !r.losing(), func() { r.wipeCoordinator(min(long, time.Second)) }},
+		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
 		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
 		{ev.Cut && p.up, func() { r.cut(p) }},
 		{ev.Die && r.stats.Deaths < maxDeaths, func() { r.die(w.cluster(id), w.Between(100*time.Millisecond, 12*time.Second)) }},
