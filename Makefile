@@ -94,7 +94,7 @@ attack: ## Every attack on the server for ATTACK=3s: what was sent, what the pro
 
 .PHONY: sim
 sim: ## The simulation of the protocol, SEEDS=20000 of each kind of run
-	SPINDLE_SIM_SEEDS=$(SEEDS) $(GO) test -count 1 -v -timeout 24h -run '^Test(Simulation|Rebuild|Faults|ContendedSwaps|AcceptedLosses|Ahead)$$' ./shard/sim
+	SPINDLE_SIM_SEEDS=$(SEEDS) $(GO) test -count 1 -v -timeout 24h -run '^Test(Simulation|Rebuild|Faults|ContendedSwaps|AcceptedLosses|Ahead|ForgottenMembers)$$' ./shard/sim
 
 .PHONY: fuzz
 fuzz: ## Every fuzz target for FUZZTIME=30s; a crash, a hang or more than FUZZMEM KiB fails

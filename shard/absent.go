@@ -178,6 +178,7 @@ func (c *Core) beginReturned() {
 				return
 			}
 			s.rec = p
+			c.ring.RaiseTail(p.last) // a compaction may be above the tail
 			if p.last > from {
 				c.noteTorn(p.last) // somebody compacted the member meanwhile, and what is gone was not seen
 			}

@@ -78,15 +78,19 @@ func (b *bootstrap) compareClocks() {
 			}
 			kv, _ := firstKV(t.resps[0])
 			rec, ok := ParseRecord(slices.Clone(kv.Value))
+			at := point{rec.First, rec.Last, kv.ModRevision}
+			if ok {
+				s.saw(at)
+			}
 			switch {
 			case !ok:
 				c.fail(fmt.Errorf("member cluster %s has lost its clock key, or holds one that this version of spindle cannot read", s.name))
 			case s.lossy && s.mark.Rev >= seen: // somebody else was faster
-				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.clocks[i], s.rec = rec.Last, at
 				b.compareClocks()
 			case rec.Last < seen && slices.Contains(c.cfg.AcceptDataLoss, c.cfg.Names[s.cluster]):
 				c.log.Warn("a member cluster has lost data, which is accepted", "shard", s.name, "revision", rec.Last, "was", seen)
-				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.clocks[i], s.rec = rec.Last, at
 				s.markLoss(kv.ModRevision, LossMark{c.m.Epoch, max(seen, c.clock.Log().N())}, func() {
 					if b.live(round) {
 						b.compareClocks()
@@ -96,7 +100,7 @@ func (b *bootstrap) compareClocks() {
 				s.leave(fmt.Sprintf("it is at revision %d, but has been at %d: it was restored from an older backup", rec.Last, seen))
 				b.compareClocks()
 			default:
-				b.clocks[i], s.rec = rec.Last, point{rec.First, rec.Last, kv.ModRevision}
+				b.clocks[i], s.rec = rec.Last, at
 				b.compareClocks()
 			}
 		}))

@@ -395,6 +395,7 @@ func (c *Core) restartStreamAt(s *shardState, local int64) {
 		}
 		if rec.Last > s.rec.last {
 			s.rec = point{rec.First, rec.Last, kv.ModRevision}
+			s.saw(s.rec)
 			s.points = append(s.points[:0], s.rec)
 			c.noteTorn(rec.Last)
 			c.clock.Log().SetClock(s.idx, rec.Last)

@@ -28,7 +28,8 @@ type Core struct {
 	refusals string
 	boot     *bootstrap
 	outdated string // why this proxy is to be started again
-	leaving  bool   // all clusters have answered since: now
+	leaving  leaveStep
+	staying  string // why it must not end, "" if it may, or if that was not asked yet
 
 	connecting *connecting // nil while the coordinator is believed
 	knownN     int64       // the largest N that a believed coordinator has shown
@@ -170,10 +171,13 @@ func (c *Core) Start() {
 // tells which shards are refused, a line for each.
 func (c *Core) Ready() (bool, string) {
 	if c.state == stateReady {
-		if c.connecting != nil {
-			return false, c.connecting.waitingFor()
+		switch {
+		case c.connecting == nil:
+			return true, c.refusals
+		case c.staying != "":
+			return false, c.connecting.waitingFor() + "; " + c.staying
 		}
-		return true, c.refusals
+		return false, c.connecting.waitingFor()
 	}
 	if c.state == stateStarting && c.boot != nil {
 		return false, c.boot.waitingFor()

@@ -16,6 +16,10 @@ type Observation struct {
 	Connecting bool
 	// Outdated is why this proxy starts again as soon as that can be done, "" if it does not.
 	Outdated string
+	// Believed says that this proxy has believed an epoch since it began, and so knows what the coordinator knew.
+	Believed bool
+	// Leaving is set from when no more than answers keeps it from starting again: by the last looks nothing is lacking, or the coordinator is asked.
+	Leaving  bool
 	Revision int64 // N: the last revision handed out, as folded here
 	Frontier int64 // of all shards
 	Compact  int64
@@ -64,6 +68,7 @@ type ShardObservation struct {
 func (c *Core) Observe() Observation {
 	o := Observation{Core: c.stats, Clock: c.clock.Stats(), Compact: c.compacted, Memory: c.cfg.Memory.Used()}
 	o.Ready, o.Reason = c.Ready()
+	o.Believed, o.Leaving = c.state == stateReady || c.boot != nil && c.boot.started, c.leaving != leaveLater || c.outdated != "" && len(c.lacking()) == 0
 	l := c.clock.Log()
 	o.Revision = l.N()
 	if c.ring == nil {

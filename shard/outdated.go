@@ -2,6 +2,7 @@ package shard
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"spindle/codec"
@@ -18,8 +19,8 @@ import (
 // at a connection (verify.go) reads the compaction record, and if this proxy has not seen that, the clock where it was put:
 //
 //   - A member that does not hold what is known was accepted if the fence is at or above that, and the clock at or above the
-//     floor: else something was lost once more. Without the fence it stays refused. A later compaction takes the fence's place; then
-//     the operator has to start the proxy.
+//     floor: else something was lost once more. From then on the fence is what the member has to hold. Without it the member stays
+//     refused. A later compaction takes the fence's place; where this proxy has not seen it before, the operator has to start the proxy.
 //   - A member that holds what is known may have lost what others know: so it is the fence that counts, too. If it was refused before,
 //     and has been compacted since, the fence may be gone: a start decides, which costs little.
 //
@@ -43,6 +44,9 @@ const (
 	whyCompacted = "it was refused, and has been compacted since"
 )
 
+// mended says that a start is all that it takes, where a shard is refused for a reason.
+func mended(why string) bool { return why == whyAccepted || why == whyCompacted }
+
 const (
 	// outdateWithin is the time within which the proxies that have noticed the same start again, each at a moment of its own.
 	outdateWithin = time.Second
@@ -52,7 +56,7 @@ const (
 
 // Outdated says why this proxy is to be started again now, "" if it is not. It serves what it can until then.
 func (c *Core) Outdated() string {
-	if !c.leaving {
+	if c.leaving != leaveNow {
 		return ""
 	}
 	return c.outdated
@@ -67,31 +71,35 @@ func (s *shardState) outdate(why string) {
 	}
 }
 
+// leaveStep is how far a proxy has come that is to be started again.
+type leaveStep uint8
+
+const (
+	leaveLater leaveStep = iota
+	leaveAsks            // every member cluster has answered; the coordinator is asked
+	leaveNow
+)
+
 // leaveWhenAllAnswer asks every cluster for something, as a start does, which waits for each of them: begun while one is away it would
 // make nothing served of one shard that is refused. A shard that is refused has answered the look that says so; they go on.
-//
-// A start knows of a member only what the coordinator says. While that has lost its data it would rebuild it from a member that this proxy
-// refuses for good reason, so what this proxy knows must not end then: it stays until the coordinator has an epoch again, or the member is
-// refused for nothing but what a start is to mend.
 func (c *Core) leaveWhenAllAnswer() {
 	if c.state != stateReady {
 		return
 	}
+	if len(c.lacking()) == 0 {
+		c.stay(nil)
+	}
 	open, all := 1, true
 	answered := func(ok bool) {
 		all = all && ok
-		if open--; open > 0 {
-			return
-		}
-		if c.leaving = all; !all {
+		switch open--; {
+		case open > 0:
+		case all:
+			c.leaveUnlessLast()
+		default:
 			c.after(c.jitter(outdateRetry), c.leaveWhenAllAnswer)
 		}
 	}
-	open++
-	c.tr.Call(codec.Coordinator, codec.MethodTxn, revclock.AppendFoundTxn(nil), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
-		f, ok := revclock.ParseFound(resp)
-		answered(st.Code == codec.OK && ok && (c.believedOnce(&f) || !c.lacking()))
-	}))
 	for _, s := range c.shards {
 		if s.banned == "" {
 			open++
@@ -105,17 +113,68 @@ func (c *Core) leaveWhenAllAnswer() {
 	answered(true)
 }
 
+// leaveUnlessLast asks the coordinator, last of all, so that what it says is as young as it can be when it counts.
+//
+// A start knows of a member only what the coordinator says. While that has lost its data it would rebuild it from a member that this proxy
+// refuses for good reason, so what this proxy knows must not end then: it stays until the coordinator has an epoch again, or the member is
+// refused for nothing but what a start is to mend.
+func (c *Core) leaveUnlessLast() {
+	if c.state != stateReady {
+		return
+	}
+	c.leaving = leaveAsks
+	c.tr.Call(codec.Coordinator, codec.MethodTxn, revclock.AppendFoundTxn(nil), c.cfg.ShardTimeout, completion(func(resp []byte, st codec.Status, _ bool) {
+		c.leaving = leaveLater
+		if c.state != stateReady {
+			return
+		}
+		if f, ok := revclock.ParseFound(resp); st.Code == codec.OK && ok {
+			lacking := c.lacking()
+			if len(lacking) == 0 || c.believedOnce(&f) {
+				c.leaving = leaveNow
+				return
+			}
+			c.stay(lacking)
+		}
+		c.after(c.jitter(outdateRetry), c.leaveWhenAllAnswer)
+	}))
+}
+
+// What an operator has to know while this proxy stays.
+const (
+	stayWhy  = "do not stop this proxy, and start no other one: the coordinator does not hold this system's data any more, and nobody who starts now can know what a refused member cluster lacks"
+	stayHelp = "give the member cluster its newest state, and this proxy goes on by itself; if that is gone for good, see Restored members in the README"
+)
+
+// stay tells the operator, once, that this proxy must not end while shards lack something; none says that it may.
+func (c *Core) stay(lacking []string) {
+	why := ""
+	if len(lacking) > 0 {
+		why = stayWhy + " (" + strings.Join(lacking, ", ") + "); " + stayHelp
+	}
+	if why == c.staying {
+		return
+	}
+	if c.staying = why; why != "" {
+		c.log.Error(stayWhy+". To go on: "+stayHelp, "shards", lacking)
+	}
+	c.explainRefusals()
+}
+
 // believedOnce says that the coordinator has an epoch of this system which somebody has believed.
 func (c *Core) believedOnce(f *revclock.Found) bool {
 	epoch, err := revclock.ParseEpoch(f.Epoch)
 	return err == nil && f.Believed && c.made(epoch)
 }
 
-// lacking says that a shard is refused because it lacks something which nobody has accepted.
-func (c *Core) lacking() bool {
-	return slices.ContainsFunc(c.shards, func(s *shardState) bool {
-		return s.banned != "" && s.banned != whyAccepted && s.banned != whyCompacted
-	})
+// lacking names the shards that are refused because they lack something which nobody has accepted.
+func (c *Core) lacking() (names []string) {
+	for _, s := range c.shards {
+		if s.banned != "" && !mended(s.banned) {
+			names = append(names, s.name)
+		}
+	}
+	return names
 }
 
 // readCompaction takes the mark and the compaction record. It returns what the shard is refused for, "" for nothing.
@@ -172,14 +231,20 @@ func (k *Check) sawFence(resp []byte, st codec.Status) bool {
 	kv, found := firstKV(t.resps[0])
 	rec, ok := ParseRecord(kv.Value)
 	if found && ok && kv.ModRevision == k.compactAt && rec.Last == k.compact {
-		k.why = whyAccepted
+		k.why, k.fence = whyAccepted, point{rec.First, rec.Last, k.compactAt}
 	}
 	return true
 }
 
+// lossEndedAt has the fence of an accepted loss count as what is known of a shard, in the place of what is lost: if it holds that, nothing but an
+// accepted loss is what it is refused for, also when the compaction record is of a later compaction.
+func (s *shardState) lossEndedAt(fence point) {
+	s.lossSeen, s.known = true, fence
+}
+
 // endsLoss says that a group is the fence of another proxy that has accepted a loss under this one, which has not noticed. Nothing of
 // it counts, and the shard is refused.
-func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
+func (s *shardState) endsLoss(rec *Record, local int64, events [][]byte) bool {
 	c := s.c
 	if rec.Kind != KindFence || rec.Proxy == c.cfg.Proxy || rec.Last <= s.compactOf || c.state != stateReady {
 		return false
@@ -192,7 +257,7 @@ func (s *shardState) endsLoss(rec *Record, events [][]byte) bool {
 	}) {
 		return false
 	}
-	s.lossSeen = true
+	s.lossEndedAt(point{rec.First, rec.Last, local})
 	s.outdate(whyAccepted)
 	t.Distrust(s.cluster)
 	s.reopen()

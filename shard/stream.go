@@ -81,7 +81,7 @@ type shardState struct {
 
 	compactRec int64 // this shard's compaction record, -1 for none
 	compactOf  int64 // the one with which it was taken into use: a loss that was accepted since has a larger one
-	lossSeen   bool  // its stream has shown that: it is refused until this proxy starts again
+	lossSeen   bool  // the fence of that was seen: it is refused until this proxy starts again
 
 	// The stream.
 	handle         codec.WatchHandle
@@ -344,7 +344,7 @@ func (s *shardState) group(local int64, events [][]byte) bool {
 		s.c.leases.streamMoved(s)
 		return true
 	}
-	if s.endsLoss(&rec, events) {
+	if s.endsLoss(&rec, local, events) {
 		return true
 	}
 	if at := (point{first: rec.First, last: rec.Last}); !s.roomFor(at) && !(s.jumpTo(rec.First) && s.roomFor(at)) {

@@ -58,6 +58,7 @@ type Check struct {
 	step      lookStep
 	lacks     string // why the shard is not what it was
 	compactAt int64  // local revision of the compaction record
+	fence     point  // of an accepted loss, if that is what the record is of
 }
 
 // checking is a Transport that looks at each new connection before it is used.
@@ -158,8 +159,11 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 		return CheckPassed
 	}
 	banned := s.refuse(k.why)
-	if (k.why == whyAccepted || k.why == whyCompacted) && (banned || k.lacks == "") {
-		s.outdate(k.why) // but not for a copy that some endpoint leads to, beside the shard
+	if mended(k.why) && (banned || k.lacks == "") { // not for a copy that some endpoint leads to, beside the shard
+		if k.fence.local > 0 && s.absent == "" {
+			s.lossEndedAt(k.fence)
+		}
+		s.outdate(k.why)
 	}
 	return CheckRefused
 }
@@ -243,7 +247,7 @@ func (k *Check) differs(resp []byte) string {
 
 // saw notes a record of the shard and its place, from whatever has shown it.
 func (s *shardState) saw(p point) {
-	if p.local > s.known.local && s.absent == "" {
+	if p.local > s.known.local && s.absent == "" && !s.lossSeen { // then an answer may be of the lost time, and come late
 		s.known = p
 		if s.lossy && s.c.connecting == nil && p.last >= s.c.clock.Log().C(s.idx) {
 			s.lossy = false // its clock is at least where it has been
@@ -318,7 +322,7 @@ func (s *shardState) refuse(why string) bool {
 // ban fails the shard's requests.
 func (s *shardState) ban(why string) {
 	c := s.c
-	if s.banned == "" && why != whyAccepted && why != whyCompacted { // of those, outdate tells
+	if (s.banned == "" || mended(s.banned)) && !mended(why) { // of what a start mends, outdate tells
 		c.log.Error("a member cluster is refused; requests for it fail, others go on. Restore its newest state; or, to accept what is lost, stop every proxy and start one with --accept-data-loss="+c.cfg.Names[s.cluster],
 			"shard", s.name, "why", why)
 	}
@@ -328,7 +332,7 @@ func (s *shardState) ban(why string) {
 	s.touch()
 }
 
-// explainRefusals says which shards are refused, for Ready.
+// explainRefusals says which shards are refused, for Ready, and if this proxy must not end for their sake.
 func (c *Core) explainRefusals() {
 	c.refusals = ""
 	for _, s := range c.shards {
@@ -336,7 +340,7 @@ func (c *Core) explainRefusals() {
 			c.refusals += "member cluster " + s.name + " is refused: " + s.banned + "\n"
 		}
 	}
-	c.refusals = strings.TrimSuffix(c.refusals, "\n")
+	c.refusals = strings.TrimSuffix(c.refusals+c.staying, "\n")
 }
 
 // wentBack is told that an answer has shown a clock below what was known when its request was sent.

@@ -20,3 +20,17 @@ func TestFloorWhileConnecting(t *testing.T) {
 		}
 	}
 }
+
+// Where the fence of an accepted loss was seen, an answer of the lost time that is read late does not take its place, though it was given at a larger
+// local revision.
+func TestLateAnswerOfLostTime(t *testing.T) {
+	r := newStreamRig(t, 1)
+	s := r.c.shards[0]
+	s.saw(point{3, 3, 50})
+	fence := point{1000, 1001, 7}
+	s.lossEndedAt(fence)
+	s.saw(point{4, 4, 51})
+	if s.known != fence {
+		t.Errorf("what is known is at %+v", s.known)
+	}
+}

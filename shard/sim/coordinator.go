@@ -17,12 +17,15 @@ import (
 func (r *Run) wipeCoordinator(down time.Duration) {
 	w := r.net
 	c := w.Coord
-	if c.paused || r.losing() || r.restored() && r.starting() {
+	if c.paused || r.losing() && !r.loss.marked() || r.restored() && r.starting() {
 		return
 	}
 	r.wiped = w.now
 	w.tracef("coord: loses its data, back in %v", down)
 	r.stats.Wipes++
+	if r.restored() && r.believed() {
+		r.stats.Both++
+	}
 	c.Wipe(c.ClusterID)
 	c.Pause()
 	w.After(down, func() {

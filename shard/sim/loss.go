@@ -71,6 +71,12 @@ func (r *Run) lose() {
 	w.After(time.Second, r.operate)
 }
 
+// marked reports whether the member has the mark of its loss, or the fence that has ended that: then the coordinator is not all that knows of it.
+func (l *loss) marked() bool {
+	first, _ := l.fence()
+	return first > 0 || l.c.at([]byte(shard.KeyLoss), l.c.Rev()) != nil
+}
+
 // coordinatorKnows reports whether the coordinator has been what the members believe in for a while. What it has lost nobody
 // knows when all proxies stop: documented.
 func (r *Run) coordinatorKnows() bool {

@@ -95,12 +95,12 @@ func (r *Run) mischief() {
 			}
 		}},
 		{ev.Foreign && r.part != nil, r.foreign},
-		{ev.Wipe && r.stats.Wipes < maxWipes && !r.losing(), func() { r.wipeCoordinator(min(long, time.Second)) }},
+		{ev.Wipe && r.stats.Wipes < maxWipes, func() { r.wipeCoordinator(min(long, time.Second)) }},
 		{ev.Stall && r.stats.Stalls < maxStalls, func() { r.stall(p, min(long, 3*time.Second)) }},
 		{ev.Cut && p.up, func() { r.cut(p) }},
 		{ev.Die && r.stats.Deaths < maxDeaths, func() { r.die(w.cluster(id), w.Between(100*time.Millisecond, 12*time.Second)) }},
 		{ev.Full && id >= 0, func() { r.fill(w.cluster(id), max(long, 50*time.Millisecond)) }},
-		{ev.Restore && id >= 0 && r.stats.Restores < maxRestores && !(ev.Wipe && ev.Crash) && r.loss == nil, func() { r.restore(w.cluster(id), long) }},
+		{ev.Restore && id >= 0 && r.stats.Restores < maxRestores && r.loss == nil, func() { r.restore(w.cluster(id), long) }},
 		{ev.Mistake && p.ready && r.stats.Mistakes < maxMistakes && !r.losing(), func() { r.mistake(p, long) }},
 	}
 	if ev.Compact && id >= 0 && w.Chance(0.3) {

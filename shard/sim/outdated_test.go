@@ -2,10 +2,13 @@ package sim
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"spindle/codec"
+	"spindle/revclock"
 	"spindle/shard"
 	"spindle/watchring"
 
@@ -265,11 +268,74 @@ func TestCompactionIsNoAcceptance(t *testing.T) {
 	}
 }
 
+// TestAcceptedLossBesideRefusedMember: the loss of one member is accepted elsewhere while another one is refused, and the coordinator has its
+// data: that knows what the other one lacks, so nothing ends with what this proxy knows. It starts again, serves the first and refuses the second as
+// before. (Were it to stay until nothing is refused any more, the first one would wait for the second's operator.)
+func TestAcceptedLossBesideRefusedMember(t *testing.T) {
+	w := newWholeWorld(t)
+	p, q := w.proxies[0], w.proxies[1]
+	for range 2 {
+		for _, c := range w.net.Members {
+			w.last = w.put(p, w.keys[c])
+		}
+	}
+	w.pass(2 * time.Second) // the coordinator knows how far they are
+	lost, other := w.c, w.net.Members[2]
+	p.crash()
+	w.c = other
+	newest := other.Etcd
+	other.replace(newest.rewound(w.lastButOne()))
+	w.c = lost
+	lost.replace(lost.Etcd.rewound(w.lastButOne()))
+	w.wait("both refusals", func() bool { return w.refusals(q) == 2 })
+	life := q.life
+	w.Accept = []string{"m1"}
+	p.boot(0)
+	w.wait("the start", func() bool { return p.ready })
+	w.Accept = nil
+	w.wait("the other start", func() bool { return q.life != life && q.ready })
+	w.wait("the member whose loss is accepted", func() bool { return w.refusals(q) == 1 })
+	w.put(q, w.keys[lost])
+	w.c = other
+	w.wantAlone(q, "restored from an older backup")
+	other.replace(newest)
+	w.wantWhole(q)
+	if w.stats.Outdated != 1 {
+		t.Errorf("it has started again %d times", w.stats.Outdated)
+	}
+}
+
+// refusals counts the members that p refuses.
+func (w *absentWorld) refusals(p *proxy) (n int) {
+	for _, s := range p.core.Observe().Shards {
+		if s.Refused != "" {
+			n++
+		}
+	}
+	return n
+}
+
 // TestLastWhoKnowsStays: a proxy is to start again because a member that it refused is whole and was compacted meanwhile. Before it does, the
 // coordinator loses its data and the member is put back to an older state: a start would rebuild the one from the other, and revisions would go
-// back (seed 21000462 of TestAcceptedLosses). So it stays, and starts again when the member is what it was.
+// back (seed 21000462 of TestAcceptedLosses). So it stays, and starts again when the member is what it was. Nor does it go when the coordinator has an epoch of
+// this system again that nobody has believed, as a rebuild has left it that was cut short before its first fence, or another system's.
 func TestLastWhoKnowsStays(t *testing.T) {
-	w := newWholeWorld(t)
+	for name, fill := range map[string]func(w *absentWorld){
+		"empty":                                func(*absentWorld) {},
+		"of an epoch that nobody has believed": func(w *absentWorld) { w.fillCoordinator(w.epoch(), false) },
+		"another system's":                     func(w *absentWorld) { w.fillCoordinator(revclock.ID{0xee, 1}, true) },
+	} {
+		t.Run("the coordinator is "+name, func(t *testing.T) { lastWhoKnows(t, fill) })
+	}
+}
+
+func lastWhoKnows(t *testing.T, fill func(w *absentWorld)) {
+	told := 0
+	w := newTracedWorld(t, func(line string) {
+		if strings.Contains(line, "level=ERROR") && strings.Contains(line, stays) && strings.Contains(line, "shards=[m1]") {
+			told++
+		}
+	})
 	p, q := w.proxies[0], w.proxies[1]
 	for range 2 {
 		w.last = w.put(p, w.keys[w.c])
@@ -292,16 +358,119 @@ func TestLastWhoKnowsStays(t *testing.T) {
 	w.wait("the reason to start", func() bool { return q.core.Observe().Outdated != "" })
 	life := q.life
 	w.net.Coord.Wipe(w.net.Coord.ClusterID)
+	fill(w)
 	w.c.replace(newest.rewound(older))
 	w.pass(time.Minute)
 	if q.life != life {
-		t.Error("it has started again")
+		t.Fatal("it has started again")
 	}
+	if ok, why := q.core.Ready(); ok || !strings.Contains(why, stays) || !strings.Contains(why, "(m1)") || told != 1 {
+		t.Errorf("ready: %v %q; the log was told %d times", ok, why, told)
+	}
+	if w.c.Rev() != older {
+		t.Errorf("somebody wrote to the older state: L%d, was L%d", w.c.Rev(), older)
+	}
+	w.net.Coord.Wipe(w.net.Coord.ClusterID) // a start goes nowhere with another system's
+	away := q.host.Link(w.net.Members[2].ID)
+	away.Deaf, away.Mute = true, true
 	w.c.replace(newest)
+	w.pass(10 * time.Second)
+	if _, why := q.core.Ready(); q.life != life || strings.Contains(why, stays) {
+		t.Errorf("it only waits for another member now: %q", why)
+	}
+	away.heal()
 	w.wait("the start", func() bool { return q.life != life })
 	w.awaitReturn(q)
 	w.wantWhole(q)
 	if rev := w.put(q, w.keys[w.c]); rev < 1<<20 {
 		t.Errorf("a put at %d behind a rebuild", rev)
+	}
+}
+
+// TestAcceptedLossCompactedLater: a proxy has seen that the loss of a member was accepted, and cannot start yet, for another member does not answer it. Somebody
+// compacts, so that the fence is the compaction record no more. The proxy goes on to know what it has seen. (It took the member for one that lacks something
+// again, and once the coordinator had lost its data it stayed for good.) But if the member is put back to before the fence, that is another loss.
+func TestAcceptedLossCompactedLater(t *testing.T) {
+	for name := range lossesUnder {
+		for _, again := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, and lost again: %v", name, again), func(t *testing.T) {
+				w := newWholeWorld(t)
+				p, q := w.proxies[0], w.proxies[1]
+				for range 12 { // more than is there when somebody compacts
+					w.last = w.put(p, w.keys[w.c])
+				}
+				cut := w.loseUnder(name, p, q)
+				older := w.c.Rev()
+				if cut != nil {
+					cut.heal()
+				}
+				w.pass(time.Second)
+				away := q.host.Link(w.net.Members[2].ID)
+				away.Deaf, away.Mute = true, true
+				w.Accept = []string{"m1"}
+				p.boot(0)
+				w.wait("the start", func() bool { return p.ready })
+				w.Accept = nil
+				life := q.life
+				refusal := func() string { return q.core.Observe().Shards[w.shardOf(q)].Refused }
+				const accepted = "another proxy has accepted"
+				w.wait("the reason to start", func() bool { return strings.HasPrefix(refusal(), accepted) })
+				w.last = w.put(p, w.keys[w.c])
+				if _, st := w.ask(p, shard.OpCompact, &pb.CompactionRequest{Revision: w.last}); st.Code != codec.OK {
+					t.Fatal(st)
+				}
+				for i := range 24 {
+					w.last = w.put(p, w.keys[w.c])
+					w.pass(300 * time.Millisecond)
+					if why := refusal(); !strings.HasPrefix(why, accepted) {
+						t.Fatalf("refused, behind %d puts: %s", i, why)
+					}
+				}
+				p.crash()
+				w.net.Coord.Wipe(w.net.Coord.ClusterID)
+				newest := w.c.Etcd
+				if again {
+					w.c.replace(newest.rewound(older))
+					w.wait("the other refusal", func() bool { return strings.Contains(refusal(), "restored from an older backup") })
+				}
+				away.heal()
+				if again {
+					w.pass(time.Minute)
+					if q.life != life || w.c.Rev() != older {
+						t.Fatalf("it has started again: %v; L%d, was L%d", q.life != life, w.c.Rev(), older)
+					}
+					w.c.replace(newest)
+				}
+				w.wait("the other start", func() bool { return q.life != life })
+				w.awaitReturn(q)
+				w.wantWhole(q)
+			})
+		}
+	}
+}
+
+// shardOf is the index of w.c in the map.
+func (w *absentWorld) shardOf(p *proxy) int {
+	return slices.IndexFunc(p.core.Observe().Shards, func(s shard.ShardObservation) bool { return s.Cluster == w.c.ID })
+}
+
+// stays is what an operator is told while a proxy stays for what it knows.
+const stays = "do not stop this proxy, and start no other one"
+
+// epoch returns an epoch of this system that nobody knows.
+func (w *absentWorld) epoch() (id revclock.ID) {
+	first, _ := shard.ParseIdentity(firstIdentity(w.net.Members))
+	copy(id[:8], first[:])
+	id[8]++
+	return id
+}
+
+// fillCoordinator puts an epoch into an empty coordinator, as a rebuild does, and a tick of it, if somebody is to have believed it.
+func (w *absentWorld) fillCoordinator(epoch revclock.ID, tick bool) {
+	put := func(k string, v []byte) { w.net.Coord.Put(&pb.PutRequest{Key: []byte(k), Value: v}) }
+	put("e", revclock.AppendEpoch(nil, epoch))
+	put("s", revclock.AppendSnapshot(nil, &revclock.Snapshot{Rev: 2, N: 1 << 21, Shards: make([]revclock.SnapshotShard, len(w.net.Members))}))
+	if tick {
+		put("t", revclock.AppendTick(nil, &revclock.Tick{}))
 	}
 }

@@ -32,6 +32,7 @@ type proxy struct {
 	pump     bool // the hub has something to do
 	skew     int64
 	still    time.Duration // for how long it stood still, all times together
+	left     bool          // it starts again by itself, and has not begun yet
 	accept   bool          // this life was, or the next one is, started with the flag that accepts the loss
 	born     int64         // when this life began, ns
 }
@@ -39,11 +40,19 @@ type proxy struct {
 // createEntries is more than the keys of a run: each life of a proxy makes a cache, and the default one is large.
 const createEntries = 1 << 10
 
-// boot starts a new life of p after d.
+// bootPause is the pause until it is looked again whether a proxy may be started.
+const bootPause = 20 * time.Millisecond
+
+// boot starts a new life of p after d, or once somebody can know what members lack.
 func (p *proxy) boot(d time.Duration) {
 	r := p.r
 	r.net.After(d, func() {
+		if !p.left && r.forgotten() {
+			p.boot(bootPause)
+			return
+		}
 		p.life++
+		p.left = false
 		p.born = r.net.now
 		base := r.Base
 		if p.idx == r.Proxies-1 {
@@ -145,6 +154,7 @@ func (p *proxy) turn() {
 		r.net.tracef("%s: starts again: %s", p.host.Name, why)
 		r.stats.Outdated++
 		p.crash()
+		p.left = true
 		p.boot(r.net.Between(0, 100*time.Millisecond))
 		return
 	}

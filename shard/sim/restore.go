@@ -100,17 +100,31 @@ func (r *Run) restore(c *Cluster, d time.Duration) {
 		return
 	}
 	r.stats.Restores++
+	if !r.restored() && !r.believed() {
+		r.stats.Both++
+	}
 	r.net.tracef("%s: is restored to L%d for %v, was at L%d", c, rev, d, c.Rev())
 	c.newest = c.Etcd
 	c.replace(c.Etcd.rewound(rev))
 	r.net.After(d, func() { r.unrestore(c) })
 }
 
-// starting reports whether a proxy starts, or is about to start again by itself. It forgets all that it knows: if the coordinator is lost
-// and a member in an older state then, it rebuilds the one from the other, and nobody tells it: documented.
+// starting reports whether a proxy starts and has not believed an epoch yet, or starts again by itself once answers are here that may be on their way. It has
+// forgotten all that it knew then: if the coordinator is lost and a member in an older state before it has learned anything, it rebuilds the one from the other,
+// and nobody tells it: documented.
 func (r *Run) starting() bool {
-	return slices.ContainsFunc(r.proxies, func(p *proxy) bool { return !p.ready || p.core.Observe().Outdated != "" })
+	return slices.ContainsFunc(r.proxies, func(p *proxy) bool {
+		if !p.up {
+			return p.left
+		}
+		o := p.core.Observe()
+		return !o.Believed || o.Leaving
+	})
 }
+
+// forgotten reports whether a start could not know what a member lacks: the coordinator is lost and a member in an older state. Nobody starts
+// a proxy then that has crashed.
+func (r *Run) forgotten() bool { return r.restored() && !r.believed() }
 
 // unrestore puts the newest state back.
 func (r *Run) unrestore(c *Cluster) {

@@ -73,6 +73,8 @@ type Stats struct {
 	// Restores counts members that were restored to an older state, Losses those that did not get their newest one back.
 	// Cut counts starts that were to accept that and ended early.
 	Restores, Losses, Cut int
+	// Both counts how often the coordinator was lost while a member had an older state, or a member got one while the coordinator was lost.
+	Both int
 	// Outdated counts proxies that started again because a loss was accepted.
 	Outdated int
 	// Streams counts RangeStreams that ended well, Chunks the chunks of all.
