@@ -54,9 +54,9 @@ type Core struct {
 	histories  []*History
 	large      largeReads
 	gates      []*listGate
-	gatesOpen  bool // one of them has room again
-	gatesArmed bool // a timer will look whose time is over
-	gatesLook  bool // a timer will open them
+	gatesOpen  bool  // one of them has room again
+	gatesAt    int64 // when a timer will look whose time is over, 0: none is set
+	gatesLook  bool  // a timer will open them
 	leases     leases
 
 	timers   timerHeap

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"cmp"
 	"slices"
 	"sync/atomic"
 
@@ -40,7 +41,7 @@ type Client struct {
 // SetHeld says how many bytes the client makes this process hold. On any goroutine.
 func (cl *Client) SetHeld(n int64) { cl.held.Store(n) }
 
-// listGate lets lists through, a few at a time: those of each client in their order, and clients by turns.
+// listGate lets lists through, a few at a time: those of each client in the order in which they arrived, and clients by turns.
 type listGate struct {
 	of    gateKey
 	out   int
@@ -54,7 +55,7 @@ type listGate struct {
 // gateLine is the lists of one client that wait.
 type gateLine struct {
 	client *Client
-	ops    []*Op // the oldest first
+	ops    []*Op // the one whose time is over first, which is the oldest, first
 	head   int
 	next   *gateLine
 }
@@ -114,14 +115,17 @@ func (c *Core) enterList(op *Op) bool {
 	return false
 }
 
-// armGates looks at a time at the lists whose time is over.
+// armGates looks at a time, if not sooner, at the lists whose time is over.
 func (c *Core) armGates(at int64) {
-	if c.gatesArmed {
+	if c.gatesAt != 0 && c.gatesAt <= at {
 		return
 	}
-	c.gatesArmed = true
+	c.gatesAt = at
 	c.at(at, func() {
-		c.gatesArmed = false
+		if c.gatesAt != at {
+			return // another one looks sooner, or has looked
+		}
+		c.gatesAt = 0
 		next := int64(0)
 		for i := 0; i < len(c.gates); i++ { // an answer may bring another request, and with it a gate more
 			for _, op := range c.gates[i].late(c.cfg.Now(), &next) {
@@ -210,7 +214,8 @@ func newListGate(of gateKey) *listGate { return &listGate{of: of, lines: make(ma
 // width is how many may be under way.
 func (g *listGate) width() int { return int(min(max(gatePages/max(g.page, 1), minLists), maxLists)) }
 
-// add puts op at the end of its client's line, which is line if there is one.
+// add puts op into its client's line, which is line if there is one: behind all that arrived before. Most arrive now, but a
+// Txn may have waited for a batch before it was found to be doomed.
 func (g *listGate) add(line *gateLine, op *Op) {
 	g.n++
 	if line == nil {
@@ -227,7 +232,10 @@ func (g *listGate) add(line *gateLine, op *Op) {
 		line.ops = append(line.ops[:0], line.ops[line.head:]...)
 		line.head = 0
 	}
-	line.ops = append(line.ops, op)
+	at, _ := slices.BinarySearchFunc(line.ops[line.head:], op.core.gateUntil+1, func(op *Op, until int64) int {
+		return cmp.Compare(op.core.gateUntil, until)
+	})
+	line.ops = slices.Insert(line.ops, line.head+at, op)
 }
 
 // take takes the oldest of the next client who may; nil: none may.

@@ -127,6 +127,35 @@ func TestListGateDeadline(t *testing.T) {
 	}
 }
 
+// TestListGateDeadlineOfDoomed: a Txn that is found to be doomed has waited for a batch before it comes to the gate, so its time is over
+// before that of lists which came there earlier, its own client's and others'. (It was answered with them: up to 1.9 timeouts after it
+// arrived.)
+func TestListGateDeadlineOfDoomed(t *testing.T) {
+	r := newLeaseRig(t, 1)
+	timeout := r.c.cfg.ShardTimeout
+	r.c.creates.Learn([]byte("a"), 2, 2, 2)
+	r.c.gates = []*listGate{newListGate(gateKey{})}
+	r.c.gates[0].out = maxLists // lists that do not end
+	swap := swapIf("a", 2)
+	swap.Failure = append(swap.Failure, requestRange("a", "z"))
+	doomed := r.submit(OpTxn, swap)
+	r.tick(timeout * 9 / 10)
+	list := r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+	r.c.creates.Learn([]byte("a"), 2, 2, 8)
+	r.c.shards[0].divertDoomed()
+	if g := r.c.gates[0]; g.n != 2 {
+		t.Fatalf("%d wait at the gate", g.n)
+	}
+	r.tick(timeout / 10)
+	if !doomed.done || doomed.st != codec.ErrTimeout || list.done {
+		t.Errorf("the Txn: %+v, the list: %+v", doomed, list)
+	}
+	r.tick(timeout * 9 / 10)
+	if !list.done || list.st != codec.ErrTimeout {
+		t.Errorf("the list: %+v", list)
+	}
+}
+
 // TestListThatWaitsForMemoryLeavesTheGate: others may be small.
 func TestListThatWaitsForMemoryLeavesTheGate(t *testing.T) {
 	r := gateRig(t, 1)

@@ -1,6 +1,7 @@
 package shard
 
 import (
+	"cmp"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -11,7 +12,7 @@ import (
 	"spindle/codec"
 )
 
-// TestListGateLines compares a gate with what it is to be: each client's lists in their order, clients by turns, and none
+// TestListGateLines compares a gate with what it is to be: each client's lists in the order of their arrival, clients by turns, and none
 // of whom may not.
 func TestListGateLines(t *testing.T) {
 	seed := rand.Uint64()
@@ -28,8 +29,12 @@ func TestListGateLines(t *testing.T) {
 		case k < 5:
 			op := &Op{Client: clients[rnd.IntN(len(clients))]}
 			op.core.gateUntil = now + 30
+			if rnd.IntN(4) == 0 { // it arrived earlier
+				op.core.gateUntil -= rnd.Int64N(30)
+			}
 			g.add(g.lines[op.Client], op)
 			waiting[op.Client] = append(waiting[op.Client], op)
+			slices.SortStableFunc(waiting[op.Client], func(a, b *Op) int { return cmp.Compare(a.core.gateUntil, b.core.gateUntil) })
 			n++
 		case k < 9:
 			barred := clients[rnd.IntN(len(clients))]
