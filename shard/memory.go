@@ -12,7 +12,7 @@ import (
 // counted may pass it by what one turn of a loop brings. What it decides is what comes next:
 //
 //   - lists that are larger than largeAnswer wait for room, then get etcd's "too many requests";
-//   - over it, reads of some size are answered with that, too;
+//   - over it, reads of some size are answered with that, too, and streams whose pages are;
 //   - near the limit (Pressed) a client that already holds much is refused further requests, watches get no more events
 //     than their clients take, messages in parts have to fit into little, and of the clients that take little
 //     the one that holds most is dropped.
@@ -186,6 +186,25 @@ func (r *pagedRead) grownTo(n int64) bool {
 	return true
 }
 
+// countPages brings up to date what Memory counts of a stream: its pages, those that are on their way as they are expected, and its chunk.
+// false: there is no room for that.
+func (r *pagedRead) countPages() bool {
+	m := r.c.cfg.Memory
+	if m == nil || r.stream == nil {
+		return true
+	}
+	n := int64(cap(r.out))
+	for i := range r.parts {
+		p := &r.parts[i]
+		n += int64(cap(p.page) + cap(p.ahead))
+		if p.inFlight {
+			n += p.expected()
+		}
+	}
+	r.keep(n - r.held)
+	return n <= largeAnswer || !m.Over()
+}
+
 // release gives back what r held.
 func (r *pagedRead) release() {
 	if r.op != nil && r.waiting {
@@ -193,7 +212,9 @@ func (r *pagedRead) release() {
 	}
 	if r.held > 0 {
 		r.keep(-r.held)
-		r.c.large.out--
+		if r.stream == nil {
+			r.c.large.out--
+		}
 	}
 }
 
