@@ -296,7 +296,7 @@ func (c *Core) Cancel(op *Op) { op.canceled = true }
 
 // finish answers op with st. Resp must be complete when st is OK.
 func (c *Core) finish(op *Op, st codec.Status) {
-	c.leaveList(op)
+	c.listEnds(op, st)
 	op.Status = st
 	op.Done(op)
 }

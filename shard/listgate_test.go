@@ -156,6 +156,53 @@ func TestListGateDeadlineOfDoomed(t *testing.T) {
 	}
 }
 
+// TestListsWaitForEachOther: as long as lists of a gate end, others wait for their turn, for longer than the shard timeout, too; once none has
+// ended for that time nobody waits any more. (Of eight lists of 100 MB at once some had waited for too long.) Those that end without
+// success, as all do when a shard is dead, keep nobody waiting.
+func TestListsWaitForEachOther(t *testing.T) {
+	for _, st := range []codec.Status{{}, codec.ErrTimeout} {
+		r := newLeaseRig(t, 1)
+		timeout := r.c.cfg.ShardTimeout
+		r.c.gates = []*listGate{newListGate(gateKey{})}
+		r.c.gates[0].out = maxLists + 3
+		list := r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+		ends := r.now + int64(timeout)
+		for range 3 {
+			r.tick(timeout * 2 / 3)
+			op := &Op{Done: func(*Op) {}}
+			op.core.gate = 1
+			r.c.finish(op, st)
+			if st.Code == codec.OK {
+				ends = r.now + int64(timeout)
+			}
+		}
+		r.tick(time.Duration(ends - r.now - 1))
+		if list.done && st.Code == codec.OK {
+			t.Errorf("%v: it does not wait for others", list.st)
+		}
+		r.tick(1 + gateLook)
+		if !list.done || list.st != codec.ErrTimeout {
+			t.Errorf("others end with %v: it waits for what is dead: %+v", st, list)
+		}
+	}
+}
+
+// TestCanceledListLeavesTheGate: nobody waits for its answer, so it does not wait for its turn either, however long others get on.
+func TestCanceledListLeavesTheGate(t *testing.T) {
+	r := newLeaseRig(t, 1)
+	r.c.gates = []*listGate{newListGate(gateKey{})}
+	r.c.gates[0].out = maxLists
+	var ended []codec.Status
+	op := &Op{Kind: OpRange, Msg: mustMarshal(t, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")}), Done: func(op *Op) { ended = append(ended, op.Status) }}
+	r.c.Submit(op)
+	r.c.Cancel(op)
+	r.c.gates[0].moved = r.now + int64(r.c.cfg.ShardTimeout)
+	r.tick(r.c.cfg.ShardTimeout)
+	if len(ended) != 1 || ended[0] != statusCanceled || r.c.gates[0].n != 0 {
+		t.Errorf("%v, %d wait", ended, r.c.gates[0].n)
+	}
+}
+
 // TestListThatWaitsForMemoryLeavesTheGate: others may be small.
 func TestListThatWaitsForMemoryLeavesTheGate(t *testing.T) {
 	r := gateRig(t, 1)

@@ -451,6 +451,9 @@ func (p *pagePart) take(resp []byte, sum pageSum) bool {
 	if last.bad || last.more && last.n == 0 {
 		return false
 	}
+	if op := p.r.op; op.admitted {
+		p.r.c.listMoves(op)
+	}
 	if !p.counted {
 		p.counted, p.total = true, last.count
 		p.r.c.listPage(p.r.op, len(resp))
