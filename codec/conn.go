@@ -60,6 +60,10 @@ type Stream struct {
 	// Spared says that a message on the stream is kept whatever Full and MaxPartialBytes say, up to MaxSparedBytes: for
 	// streams that have to begin again, and ask for it all again, when a message is refused. The owner's, set after Open.
 	Spared bool
+	// Reserved is how many bytes the owner has set aside for the message that comes: Partial does not count it again, and it
+	// comes also when Full. One that is longer ends the stream with ResourceExhausted, before any of it is kept. 0: nothing was set
+	// aside. The owner's, set after Open.
+	Reserved int
 
 	stream streamState
 }

@@ -480,3 +480,58 @@ func TestSparedStreams(t *testing.T) {
 		t.Errorf("an answer of 3 MiB: %v", m.ended)
 	}
 }
+
+// Room that was set aside for an answer: a longer one is refused as soon as its length is here; one that fits comes also when memory is
+// short, and is not counted a second time. The next stream has none.
+func TestReservedMessage(t *testing.T) {
+	const frame, room = 16 << 10, 1 << 20
+	m := &member{ended: map[uint32]Status{}, got: map[uint32]int{}}
+	c := NewClientConn(ConnConfig{StreamWindow: 4 << 20, ConnWindow: 16 << 20, MaxMessageBytes: 512 << 20,
+		Full: func() bool { return true }, FullBytes: frame}, "x", m)
+	feed := func(p []byte) {
+		t.Helper()
+		if err := c.Feed(p); err != nil {
+			t.Fatal(err)
+		}
+		c.Flushed()
+	}
+	feed(appendFrameHeader(nil, 0, frameSettings, 0, 0))
+	begin := func(reserved, size int) (*Stream, uint32) {
+		s := c.Open("/x", false, 0)
+		if s.Reserved != 0 {
+			t.Error("a new stream has room")
+		}
+		id := s.ID
+		s.Reserved = reserved
+		feed(appendHeaders(nil, id, false, responseHeaders))
+		feed(appendPrefix(appendFrameHeader(nil, prefixLen, frameData, 0, id), size))
+		return s, id
+	}
+	if _, id := begin(room, room+1); m.ended[id].Code != ResourceExhausted || m.got[id] != 0 {
+		t.Errorf("a message beyond its room: %v", m.ended)
+	}
+	s, id := begin(room, room)
+	for sent := 0; sent < room; sent += frame {
+		if n := c.Partial(); n != 0 {
+			t.Fatalf("%d bytes are counted twice", n)
+		}
+		feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
+	}
+	if m.got[id] != 1 || m.ended[id].Code != OK {
+		t.Errorf("a message that has room: %d came, %v", m.got[id], m.ended)
+	}
+	c.Reset(s)
+	s, _ = begin(room, room)
+	feed(append(appendFrameHeader(nil, frame, frameData, 0, s.ID), make([]byte, frame)...))
+	c.Reset(s)
+	if c.assembling != 0 || c.reserved != 0 {
+		t.Errorf("%d bytes, %d reserved, after the last stream", c.assembling, c.reserved)
+	}
+	if _, id := begin(0, 4*frame); m.ended[id].Code == OK {
+		feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
+		feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
+		if m.ended[id].Code != ResourceExhausted {
+			t.Errorf("an answer without room: %v", m.ended)
+		}
+	}
+}

@@ -56,6 +56,7 @@ type Conn struct {
 	peerStreams uint32
 	whole       *buffer // of the message that is being delivered, if it may be kept
 	assembling  int     // capacity of the buffers of messages received in part
+	reserved    int     // of these, what streams with Reserved have
 
 	// Writing (conn_send.go).
 	out     []byte
@@ -348,8 +349,8 @@ func (c *Conn) Close() {
 	c.free = nil
 }
 
-// Partial returns the bytes that messages received in part take.
-func (c *Conn) Partial() int { return c.assembling }
+// Partial returns the bytes that messages received in part take, without those for which room was Reserved.
+func (c *Conn) Partial() int { return c.assembling - c.reserved }
 
 // GoneAway says that GoAway was called, or the peer's GOAWAY was here.
 func (c *Conn) GoneAway() bool { return c.goneAway }

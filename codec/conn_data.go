@@ -136,6 +136,10 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 				return nil
 			}
 			size := binary.BigEndian.Uint32(st.prefix[1:])
+			if s.Reserved > 0 && uint64(size) > uint64(s.Reserved) {
+				c.abort(s, Status{ResourceExhausted, "the message is larger than what was set aside for it"})
+				return nil
+			}
 			if bad := checkPrefix(st.prefix[0], size, c.cfg.MaxMessageBytes, st.encoding, c.client); bad.Code != OK {
 				if bad.Code == ResourceExhausted {
 					c.hit(LimitMessage)
@@ -165,7 +169,7 @@ func (c *Conn) consume(s *Stream, p []byte) error {
 			// The handler may end s, which would give the buffer back: take it first.
 			whole := st.msg
 			st.msg = nil
-			c.assembling -= cap(whole.b)
+			c.assemble(s, -cap(whole.b))
 			plain := st.prefix[0] == 0
 			if plain {
 				c.whole = whole
@@ -225,14 +229,14 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 		}
 		switch {
 		case s.Spared && st.msgLen <= MaxSparedBytes:
-		case c.assembling+size > c.cfg.MaxPartialBytes, much > c.cfg.FullBytes && c.cfg.Full != nil && c.cfg.Full():
+		case c.assembling+size > c.cfg.MaxPartialBytes, much > c.cfg.FullBytes && s.Reserved == 0 && c.cfg.Full != nil && c.cfg.Full():
 			return false
 		}
 		b := getBuffer(size)
-		c.assembling += cap(b.b)
+		c.assemble(s, cap(b.b))
 		if old := st.msg; old != nil {
 			b.b = append(b.b, old.b...)
-			c.assembling -= cap(old.b)
+			c.assemble(s, -cap(old.b))
 			putBuffer(old)
 		}
 		st.msg = b
@@ -245,10 +249,18 @@ func (c *Conn) keep(s *Stream, p []byte) bool {
 	return true
 }
 
+// assemble counts n bytes more of buffers, or fewer, for the message that s receives.
+func (c *Conn) assemble(s *Stream, n int) {
+	c.assembling += n
+	if s.Reserved > 0 {
+		c.reserved += n
+	}
+}
+
 // dropPartial forgets a message received in part.
 func (c *Conn) dropPartial(s *Stream) {
 	if b := s.stream.msg; b != nil {
-		c.assembling -= cap(b.b)
+		c.assemble(s, -cap(b.b))
 		putBuffer(b)
 		s.stream.msg = nil
 	}

@@ -79,9 +79,12 @@ type Completion interface {
 	Complete(resp []byte, st Status, sent bool)
 }
 
-// Rewriting is a Completion whose reply may be rewritten as it comes.
-type Rewriting interface {
+// Receiving is a Completion that says how its reply is received.
+type Receiving interface {
 	Completion
+	// Reserved is what was set aside for the reply, in bytes: a longer one ends the call with ResourceExhausted. 0: nothing was. A
+	// Transport that counts no memory need not call it.
+	Reserved() int
 	// Rewriter is called before each sending of the request, and begins anew. nil: the reply is to stay as it is. A
 	// Transport need not call it, and a short reply stays as it is anyway.
 	Rewriter() Rewriter

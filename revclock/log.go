@@ -73,12 +73,12 @@ func (l *Log) Load(snapshot []byte, now int64) error {
 		sh, from := &l.shards[i], &s.Shards[i]
 		seen := l.Frontier(i)
 		sh.a, sh.holder, sh.c = from.A, from.Holder, from.C
-		if sh.holder != l.self {
-			sh.other = now
-		}
 		clear(sh.open)
 		sh.open = sh.open[:0]
 		if sh.a > seen {
+			if sh.holder != l.self {
+				sh.other = now
+			}
 			sh.open = append(sh.open, Range{
 				First: seen + 1, Last: sh.a, Holder: sh.holder, Rev: s.Rev, Seen: now, Filter: FilterAll, Merged: true,
 			})

@@ -134,6 +134,21 @@ func TestLogLoad(t *testing.T) {
 	if b.Frontier(0) != 5 || b.Frontier(1) != 1 {
 		t.Fatal(b.Frontier(0))
 	}
+	if own, other := b.LastOther(0), b.LastOther(1); own != 0 || other != 77 {
+		t.Errorf("another proxy was given a range at %d, %d", own, other)
+	}
+	// A start that finds nothing open has learned of no other proxy: not from shards that never had a tick either.
+	fresh := NewLog(ID{4}, 3)
+	fresh.SetClock(0, 9)
+	fresh.SetClock(1, 10)
+	if err := fresh.Load(AppendSnapshot(nil, &Snapshot{Rev: 13, N: 10, Shards: []SnapshotShard{{A: 9, Holder: ID{2}}, {A: 10, Holder: ID{3}}, {}}}), 77); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 3 {
+		if at := fresh.LastOther(i); at != 0 {
+			t.Errorf("shard %d: another proxy was given a range at %d", i, at)
+		}
+	}
 	// Records inside it cut it, and count as overtaken by nobody.
 	if b.Committed(1, 10, 10, ID{3}) != 0 || b.Frontier(1) != 10 {
 		t.Fatal(b.Frontier(1))

@@ -93,15 +93,14 @@ func (c *clientConn) look() (slow bool) {
 const patience = 3
 
 // relieve closes clients that hold much and take next to nothing, if memory is short: the one of them that holds the most, and
-// as many of those that have been slow for longer as bring the memory down to three quarters.
+// as many of those that have been slow for longer as bring the memory down to three quarters, or to half if lists wait for room.
 func (l *Loop) relieve(slow []*clientConn) {
 	m := l.eng.cfg.Memory
-	if len(slow) == 0 || !m.Pressed() {
-		return
-	}
+	pressed := m.Pressed()
 	slices.SortFunc(slow, func(a, b *clientConn) int { return b.charged - a.charged })
 	for i, c := range slow {
-		if i > 0 && (c.slow < patience || !m.Above(3, 4)) {
+		most, long := pressed && i == 0, pressed && m.Above(3, 4) || m.Awaited() && m.Above(1, 2)
+		if !most && (c.slow < patience || !long) {
 			continue
 		}
 		c.drop(limitMemory, "memory is short, and this client holds much and takes next to nothing")

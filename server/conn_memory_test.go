@@ -104,8 +104,26 @@ func TestSlowClientsGoBusyOnesStay(t *testing.T) {
 		r.greet(1 << 30)
 		return r
 	}
-	hits := limitHits[limitMemory].Get()
+	// Lists wait for room that it has: it is dropped, but not at once, also when memory is not short otherwise.
+	for _, waiting := range []bool{false, true} {
+		idle := open(100)
+		m := idle.loop.eng.cfg.Memory
+		m.Add(-6 << 26)
+		if waiting {
+			m.Await(1)
+		}
+		idle.sock.waiting = held
+		for i := range 6 {
+			if idle.pass(time.Second); idle.conn.closed && i < patience {
+				t.Fatalf("dropped after %d s", i)
+			}
+		}
+		if idle.conn.closed != waiting {
+			t.Errorf("lists wait: %v, dropped: %v", waiting, idle.conn.closed)
+		}
+	}
 
+	hits := limitHits[limitMemory].Get()
 	slow := open(100)
 	slow.sock.waiting = held
 	for range 5 {

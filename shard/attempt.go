@@ -110,14 +110,20 @@ func (s *shardState) attempt(m codec.Method, req []byte, more time.Duration, don
 	c.tr.Call(s.cluster, m, req, min(p.get(c.cfg.Now(), limit)+more, limit), a)
 }
 
-// Rewriter implements codec.Rewriting.
+// Rewriter implements codec.Receiving.
 func (a *attempt) Rewriter() codec.Rewriter {
-	if a.large {
-		if r, ok := a.done.(codec.Rewriting); ok {
-			return r.Rewriter()
-		}
+	if r, ok := a.done.(codec.Receiving); ok && a.large {
+		return r.Rewriter()
 	}
 	return nil
+}
+
+// Reserved implements codec.Receiving.
+func (a *attempt) Reserved() int {
+	if r, ok := a.done.(codec.Receiving); ok && a.large {
+		return r.Reserved()
+	}
+	return 0
 }
 
 // Complete implements codec.Completion.

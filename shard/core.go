@@ -55,9 +55,9 @@ type Core struct {
 	histories  []*History
 	large      largeReads
 	gates      []*listGate
-	gatesOpen  bool // one of them has room again
-	gatesArmed bool // a timer will look whose time is over
-	gatesLook  bool // a timer will open them
+	gatesOpen  bool  // one of them has room again
+	gatesAt    int64 // when a timer will look whose time is over, 0: none is set
+	gatesLook  bool  // a timer will open them
 	leases     leases
 
 	timers   timerHeap
@@ -302,7 +302,7 @@ func (c *Core) Cancel(op *Op) { op.canceled = true }
 
 // finish answers op with st. Resp must be complete when st is OK.
 func (c *Core) finish(op *Op, st codec.Status) {
-	c.leaveList(op)
+	c.listEnds(op, st)
 	op.Status = st
 	op.Done(op)
 }

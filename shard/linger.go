@@ -30,8 +30,8 @@ func (s *shardState) lingerBehind(n int, sentAt int64) {
 	s.linger.until = now + min((now-sentAt)/lingerPart, int64(maxLinger))
 }
 
-// lingers says whether the next batch waits for more writes.
-func (s *shardState) lingers() bool {
+// holdBack holds the next batch back while more writes are to come, until a timer touches the shard, and says whether it does.
+func (s *shardState) holdBack() bool {
 	l := &s.linger
 	if s.wantFence || len(s.queue) >= l.writes || s.c.cfg.Now() >= l.until {
 		l.until = 0

@@ -32,10 +32,10 @@ func TestLinger(t *testing.T) {
 		s.lingerBehind(x.answered, now-x.away)
 		s.queue, s.wantFence = make([]*write, x.queue), x.fence
 		now += x.since
-		if got := s.lingers(); got != x.want {
+		if got := s.holdBack(); got != x.want {
 			t.Errorf("%s: waits %v", x.name, got)
 		}
-		if s.lingers(); !x.want {
+		if s.holdBack(); !x.want {
 			if len(c.timers) > 0 {
 				t.Errorf("%s: a timer", x.name)
 			}
@@ -46,10 +46,10 @@ func TestLinger(t *testing.T) {
 			continue
 		}
 		now = c.timers[0].at
-		if c.timers[0].f(); !c.dirty || s.lingers() {
+		if c.timers[0].f(); !c.dirty || s.holdBack() {
 			t.Errorf("%s: when its time is over it still waits", x.name)
 		}
-		if s.lingers() {
+		if s.holdBack() {
 			t.Errorf("%s: it waits twice behind one batch", x.name)
 		}
 	}

@@ -3,6 +3,7 @@ package shard
 import (
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"spindle/codec"
 )
@@ -24,6 +25,8 @@ const (
 	// that is more: beyond, "etcdserver: too many requests".
 	maxListsWaiting = 8192
 	listsWhenBusy   = 32
+	// gateLook is how soon the lists that wait are looked through again: there may be thousands, each with a time of its own.
+	gateLook = 20 * time.Millisecond
 	// clientShare is the part of Memory's limit up to which a client may hold answers that it has not taken and still have
 	// lists begun, once half of the limit is used. Who holds more, or has a list that waits for room, waits until that is over.
 	clientShare = 64
@@ -35,6 +38,7 @@ type Client struct {
 	held    atomic.Int64 // bytes that it makes this process hold
 	room    int          // of its lists, those that wait for room in Memory
 	granted int64        // bytes of room that its lists have, answers not yet handed out
+	moved   int64        // ns; when there was more room last, if that is what its lists wait for
 }
 
 // SetHeld says how many bytes the client makes this process hold. On any goroutine.
@@ -44,6 +48,7 @@ func (cl *Client) SetHeld(n int64) { cl.held.Store(n) }
 type listGate struct {
 	of    gateKey
 	out   int
+	moved int64 // ns; when one of those got a page for which it had room, or ended well, last
 	n     int   // that wait
 	page  int64 // bytes of a page of one shard, averaged; see listPage
 	lines map[*Client]*gateLine
@@ -114,24 +119,63 @@ func (c *Core) enterList(op *Op) bool {
 	return false
 }
 
-// armGates looks at a time at the lists whose time is over.
+// waitsUntil is until when op may wait at g: for the shard timeout, and as long again whenever others get on. So lists wait for each
+// other, however many come at once, and nobody for what is dead. A Txn that may write has the time that writes have.
+func (c *Core) waitsUntil(g *listGate, op *Op) int64 {
+	if op.core.since != 0 {
+		return op.core.gateUntil
+	}
+	moved := g.moved
+	if op.Client != nil {
+		moved = max(moved, op.Client.moved)
+	}
+	return max(op.core.gateUntil, moved+int64(c.cfg.ShardTimeout))
+}
+
+// armGates looks at a time, if not sooner, at the lists whose time is over.
 func (c *Core) armGates(at int64) {
-	if c.gatesArmed {
+	if c.gatesAt != 0 && c.gatesAt <= at {
 		return
 	}
-	c.gatesArmed = true
+	c.gatesAt = at
 	c.at(at, func() {
-		c.gatesArmed = false
-		next := int64(0)
+		if c.gatesAt != at {
+			return // another one looks sooner, or has looked
+		}
+		c.gatesAt = 0
+		now, next := c.cfg.Now(), int64(0)
 		for i := 0; i < len(c.gates); i++ { // an answer may bring another request, and with it a gate more
-			for _, op := range c.gates[i].late(c.cfg.Now(), &next) {
-				c.finish(op, codec.ErrTimeout)
+			g := c.gates[i]
+			late := g.drop(func(op *Op) bool {
+				at := c.waitsUntil(g, op)
+				if op.canceled || at <= now {
+					return true
+				}
+				if next == 0 || at < next {
+					next = at
+				}
+				return false
+			})
+			for _, op := range late {
+				if op.canceled {
+					c.finish(op, statusCanceled)
+				} else {
+					c.finish(op, codec.ErrTimeout)
+				}
 			}
 		}
 		if next > 0 {
-			c.armGates(next)
+			c.armGates(max(next, now+int64(gateLook)))
 		}
 	})
+}
+
+// listEnds is told of each op that ends.
+func (c *Core) listEnds(op *Op, st codec.Status) {
+	if gate := op.core.gate; gate > 0 && st.Code == codec.OK {
+		c.gates[gate-1].moved = c.cfg.Now()
+	}
+	c.leaveList(op)
 }
 
 // leaveList makes room for the next list, which begins at the end of the turn.
@@ -151,10 +195,23 @@ func (c *Core) listPage(op *Op, bytes int) {
 	}
 }
 
+// listMoves is told that op, a list that has room, got a page. (One that has none may have got its only one: if a shard is dead, the others
+// answer the first pages of each list.)
+func (c *Core) listMoves(op *Op) {
+	c.large.moved = c.cfg.Now()
+	if gate := op.core.gate; gate > 0 {
+		c.gates[gate-1].moved = c.large.moved
+	}
+}
+
 // mayList says that a list of cl may begin: it takes its answers, or there is room for all.
 func (c *Core) mayList(cl *Client) bool {
 	m := c.cfg.Memory
-	return cl == nil || m == nil || m.half() || cl.room == 0 && cl.held.Load()+cl.granted <= max(m.limit/clientShare, largeAnswer)
+	if cl == nil || m == nil || m.half() || cl.room == 0 && cl.held.Load()+cl.granted <= max(m.limit/clientShare, largeAnswer) {
+		return true
+	}
+	cl.moved = c.large.moved
+	return false
 }
 
 // startLists begins what has room now. What was canceled while it waited, or waited for longer than the shard timeout, is
@@ -171,7 +228,7 @@ func (c *Core) startLists() {
 			switch {
 			case op.canceled:
 				c.finish(op, statusCanceled)
-			case c.cfg.Now() >= op.core.gateUntil:
+			case c.cfg.Now() >= c.waitsUntil(g, op):
 				c.finish(op, codec.ErrTimeout)
 			case c.state != stateReady:
 				c.finish(op, codec.ErrStopped)
@@ -192,7 +249,10 @@ func (c *Core) startLists() {
 func (c *Core) lookAgain() {
 	if !c.gatesLook {
 		c.gatesLook = true
-		c.after(largeRetry, func() { c.gatesLook, c.gatesOpen = false, true })
+		c.after(largeRetry, func() {
+			c.gatesLook, c.gatesOpen = false, true
+			c.lookAtRoom()
+		})
 	}
 }
 
@@ -253,44 +313,46 @@ func (g *listGate) pop(before, line *gateLine) *Op {
 	line.ops[line.head] = nil
 	line.head++
 	g.n--
-	if line.len() > 0 {
-		return op
-	}
-	delete(g.lines, line.client)
-	switch {
-	case line == before:
-		g.last = nil
-	default:
-		before.next = line.next
-		if g.last == line {
-			g.last = before
-		}
+	if line.len() == 0 {
+		g.remove(before, line)
 	}
 	return op
 }
 
-// late takes all whose time is over, and makes next the time of the first that remains, if that is earlier (or next is 0).
-func (g *listGate) late(now int64, next *int64) (late []*Op) {
-	for before := g.last; before != nil; {
+// remove takes line away, which is the one behind before.
+func (g *listGate) remove(before, line *gateLine) {
+	delete(g.lines, line.client)
+	before.next = line.next
+	switch {
+	case line == before:
+		g.last = nil
+	case line == g.last:
+		g.last = before
+	}
+}
+
+// drop takes out all of which over says so, in the order in which their clients have turns.
+func (g *listGate) drop(over func(*Op) bool) (out []*Op) {
+	before := g.last
+	for n := len(g.lines); n > 0; n-- {
 		line := before.next
-		final := line == g.last
-		for g.lines[line.client] == line {
-			if at := line.ops[line.head].core.gateUntil; at > now {
-				if *next == 0 || at < *next {
-					*next = at
-				}
-				break
+		keep := line.ops[:0]
+		for _, op := range line.ops[line.head:] {
+			if over(op) {
+				out = append(out, op)
+			} else {
+				keep = append(keep, op)
 			}
-			late = append(late, g.pop(before, line))
 		}
-		if final || g.last == nil {
-			break
-		}
-		if g.lines[line.client] == line {
+		clear(line.ops[len(keep):])
+		if line.ops, line.head = keep, 0; len(keep) == 0 {
+			g.remove(before, line)
+		} else {
 			before = line
 		}
 	}
-	return late
+	g.n -= len(out)
+	return out
 }
 
 func (l *gateLine) len() int { return len(l.ops) - l.head }

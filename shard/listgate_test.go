@@ -127,6 +127,83 @@ func TestListGateDeadline(t *testing.T) {
 	}
 }
 
+// TestListGateDeadlineOfDoomed: a Txn that is found to be doomed has waited for a batch before it comes to the gate, so its time is over
+// before that of lists which came there earlier, its own client's and others'. (It was answered with them: up to 1.9 timeouts after it
+// arrived.)
+func TestListGateDeadlineOfDoomed(t *testing.T) {
+	r := newLeaseRig(t, 1)
+	timeout := r.c.cfg.ShardTimeout
+	r.c.creates.Learn([]byte("a"), 2, 2, 2)
+	r.c.gates = []*listGate{newListGate(gateKey{})}
+	r.c.gates[0].out = maxLists // lists that do not end
+	swap := swapIf("a", 2)
+	swap.Failure = append(swap.Failure, requestRange("a", "z"))
+	doomed := r.submit(OpTxn, swap)
+	r.tick(timeout * 9 / 10)
+	list := r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+	r.c.gates[0].moved = r.now // lists wait for others; who may write has a time of its own
+	r.c.creates.Learn([]byte("a"), 2, 2, 8)
+	r.c.shards[0].divertDoomed()
+	if g := r.c.gates[0]; g.n != 2 {
+		t.Fatalf("%d wait at the gate", g.n)
+	}
+	r.tick(timeout / 10)
+	if !doomed.done || doomed.st != codec.ErrTimeout || list.done {
+		t.Errorf("the Txn: %+v, the list: %+v", doomed, list)
+	}
+	r.tick(timeout * 9 / 10)
+	if !list.done || list.st != codec.ErrTimeout {
+		t.Errorf("the list: %+v", list)
+	}
+}
+
+// TestListsWaitForEachOther: as long as lists of a gate end, others wait for their turn, for longer than the shard timeout, too; once none has
+// ended for that time nobody waits any more. (Of eight lists of 100 MB at once some had waited for too long.) Those that end without
+// success, as all do when a shard is dead, keep nobody waiting.
+func TestListsWaitForEachOther(t *testing.T) {
+	for _, st := range []codec.Status{{}, codec.ErrTimeout} {
+		r := newLeaseRig(t, 1)
+		timeout := r.c.cfg.ShardTimeout
+		r.c.gates = []*listGate{newListGate(gateKey{})}
+		r.c.gates[0].out = maxLists + 3
+		list := r.submit(OpRange, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")})
+		ends := r.now + int64(timeout)
+		for range 3 {
+			r.tick(timeout * 2 / 3)
+			op := &Op{Done: func(*Op) {}}
+			op.core.gate = 1
+			r.c.finish(op, st)
+			if st.Code == codec.OK {
+				ends = r.now + int64(timeout)
+			}
+		}
+		r.tick(time.Duration(ends - r.now - 1))
+		if list.done && st.Code == codec.OK {
+			t.Errorf("%v: it does not wait for others", list.st)
+		}
+		r.tick(1 + gateLook)
+		if !list.done || list.st != codec.ErrTimeout {
+			t.Errorf("others end with %v: it waits for what is dead: %+v", st, list)
+		}
+	}
+}
+
+// TestCanceledListLeavesTheGate: nobody waits for its answer, so it does not wait for its turn either, however long others get on.
+func TestCanceledListLeavesTheGate(t *testing.T) {
+	r := newLeaseRig(t, 1)
+	r.c.gates = []*listGate{newListGate(gateKey{})}
+	r.c.gates[0].out = maxLists
+	var ended []codec.Status
+	op := &Op{Kind: OpRange, Msg: mustMarshal(t, &pb.RangeRequest{Key: []byte("a"), RangeEnd: []byte("z")}), Done: func(op *Op) { ended = append(ended, op.Status) }}
+	r.c.Submit(op)
+	r.c.Cancel(op)
+	r.c.gates[0].moved = r.now + int64(r.c.cfg.ShardTimeout)
+	r.tick(r.c.cfg.ShardTimeout)
+	if len(ended) != 1 || ended[0] != statusCanceled || r.c.gates[0].n != 0 {
+		t.Errorf("%v, %d wait", ended, r.c.gates[0].n)
+	}
+}
+
 // TestListThatWaitsForMemoryLeavesTheGate: others may be small.
 func TestListThatWaitsForMemoryLeavesTheGate(t *testing.T) {
 	r := gateRig(t, 1)

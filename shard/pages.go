@@ -41,17 +41,19 @@ type pagedRead struct {
 	emitted  bool
 	over     bool
 	merging  bool
-	cut      bool       // the limit is reached and there is more: only the count is missing
-	deadline int64      // for the state to be fixed
-	held     int64      // bytes in Memory
-	waiting  bool       // for room in Memory
-	admitted bool       // its answer may be put together: it is small, or has room
-	expected int64      // bytes of the answer, while it waits
-	ends     [][]byte   // ascending; places where pages end, see pages_ends.go
-	looking  bool       // a look for more of them is under way
-	shape    *listShape // what the range was like, nil if that is not remembered
-	known    int        // ends that come from it: the first ones
-	draft    shapeDraft // what it is like now
+	cut      bool  // the limit is reached and there is more: only the count is missing
+	deadline int64 // for the state to be fixed
+	held     int64 // bytes in Memory
+	waiting  bool  // for room in Memory
+	admitted bool  // its answer may be put together: it is small, or has room
+	expected int64 // bytes of the answer, while it waits
+	// roomUntil is until when it may wait for room in any case, ns
+	roomUntil int64
+	ends      [][]byte   // ascending; places where pages end, see pages_ends.go
+	looking   bool       // a look for more of them is under way
+	shape     *listShape // what the range was like, nil if that is not remembered
+	known     int        // ends that come from it: the first ones
+	draft     shapeDraft // what it is like now
 
 	gathering bool  // all pages are kept, for a List
 	gathered  int64 // bytes of them

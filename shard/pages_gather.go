@@ -44,7 +44,7 @@ func (r *pagedRead) gather() {
 		r.gathered += int64(cap(p.first))
 		waiting = waiting || p.full
 	}
-	if !r.grownTo(r.gathered) {
+	if !r.grownTo(r.gathered, 0) {
 		return
 	}
 	for i := range r.parts {
@@ -120,5 +120,5 @@ func (p *pagePart) keepGathered(page []byte, sum pageSum) bool {
 	}
 	p.pages = append(p.pages, page)
 	r.gathered += int64(cap(page))
-	return r.grownTo(r.gathered)
+	return r.grownTo(r.gathered, 0)
 }

@@ -19,8 +19,11 @@ const (
 	pageGrowth = 4
 	// pageShrink is how much smaller a page is asked for that turned out to be too large for one answer.
 	pageShrink = 8
+	// pageRoom is how many times what it aims at a page of a stream or a long list may be: a longer one is not kept, and asked for
+	// anew, with fewer keys.
+	pageRoom = 2
 	// maxPageKeys and maxPageBytes are what a page of a stream aims at, minPageBytes what it aims at when
-	// many streams share pageBudget: the bytes that the pages of all streams may hold. Those and wholePageBytes are
+	// many streams share pageBudget, the bytes that the pages of all streams may hold, or when memory is short. Those and wholePageBytes are
 	// a little less than a power of two, which is what the codec's buffers have.
 	maxPageKeys  = 4 << 10
 	maxPageBytes = 15 << 18
@@ -121,15 +124,19 @@ func (p *pagePart) pageLimit() int64 {
 
 // fullPage is how many keys like those of the last page a page may have in the end.
 func (p *pagePart) fullPage() int64 {
-	r := p.r
-	aim, most := r.c.pageBytes(len(r.parts)), int64(maxPageKeys)
-	if r.whole() && r.c.cfg.PageKeys >= firstPageKeys {
-		aim, most = wholePageBytes, wholePageKeys
-		if r.gathering {
-			aim = gatherPageBytes
-		}
-	}
+	aim, most := p.r.pageAim()
 	return min(aim/p.bytesPerKey(), most)
+}
+
+// pageAim is what r's pages aim at in the end, in bytes, and how many keys they have at most.
+func (r *pagedRead) pageAim() (bytes, keys int64) {
+	switch {
+	case !r.whole() || r.c.cfg.PageKeys < firstPageKeys:
+		return r.c.pageBytes(len(r.parts)), maxPageKeys
+	case r.gathering:
+		return gatherPageBytes, wholePageKeys
+	}
+	return wholePageBytes, wholePageKeys
 }
 
 // shareOf is what one of n shards is asked for when limit keys are wanted: most likely enough of it.
@@ -147,6 +154,9 @@ func (c *Core) shareOf(limit int64, n int) int64 {
 
 // pageBytes is what a page of a stream over n shards aims at. Each part holds two pages.
 func (c *Core) pageBytes(n int) int64 {
+	if c.cfg.Memory.Pressed() {
+		return minPageBytes
+	}
 	return min(max(pageBudget/int64(2*n*max(c.rangeStreams, 1)), minPageBytes), maxPageBytes)
 }
 
@@ -172,6 +182,7 @@ func (p *pagePart) fetch() {
 // ask asks for the page.
 func (p *pagePart) ask() {
 	p.upTo = p.nextEnd()
+	p.r.countPages()
 	(&pageCall{p: p, gen: p.r.gen, deadline: p.r.c.deadline()}).send()
 }
 
@@ -185,7 +196,25 @@ type pageCall struct {
 	asItIs   bool // the reply is not to be rewritten: it could not be
 }
 
-// Rewriter implements codec.Rewriting: pages of whole lists become what clients get.
+// Reserved implements codec.Receiving: what Memory counts already of pages that are on their way.
+func (q *pageCall) Reserved() int {
+	p := q.p
+	if r := p.r; p.limit <= 1 || r.spec.countOnly || r.stream == nil && !r.gathering {
+		return 0
+	}
+	aim, _ := p.r.pageAim()
+	return int(pageRoom * max(aim, p.expected()))
+}
+
+// expected is how many bytes the page that is asked for will have if its keys are like those of the last one; 0 if that is not known.
+func (p *pagePart) expected() int64 {
+	if p.perKey == 0 || p.r.spec.countOnly {
+		return 0
+	}
+	return min(p.limit, maxEstimate/p.perKey) * p.perKey
+}
+
+// Rewriter implements codec.Receiving: pages of whole lists become what clients get.
 func (q *pageCall) Rewriter() codec.Rewriter {
 	r := q.p.r
 	if !r.gathering && (r.stream == nil || r.spec.limit > 0 || r.spec.keysOnly || r.spec.countOnly) || q.txn() || q.asItIs {
@@ -200,10 +229,7 @@ func (q *pageCall) send() {
 	p := q.p
 	c := p.r.c
 	body := c.scratch[:0]
-	size := int64(0)
-	if p.perKey > 0 && !p.r.spec.countOnly {
-		size = min(p.limit, maxEstimate/p.perKey) * p.perKey
-	}
+	size := p.expected()
 	switch {
 	case p.inside:
 		for _, local := range [2]int64{p.local, p.local - 1} {
@@ -305,6 +331,11 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 			return
 		}
 		p.full, p.replied = true, true
+		if !r.countPages() {
+			r.c.stats.LargeRefused++
+			r.end(codec.ErrTooManyRequests)
+			return
+		}
 		r.decide()
 		r.merge()
 	}
@@ -419,6 +450,9 @@ func (p *pagePart) take(resp []byte, sum pageSum) bool {
 	p.aheadSum.end.key = nil // it lies in the reply
 	if last.bad || last.more && last.n == 0 {
 		return false
+	}
+	if op := p.r.op; op.admitted {
+		p.r.c.listMoves(op)
 	}
 	if !p.counted {
 		p.counted, p.total = true, last.count

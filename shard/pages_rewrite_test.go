@@ -154,7 +154,7 @@ func TestGatheredPageIsRewritten(t *testing.T) {
 			done := tr.calls[0]
 			tr.calls = tr.calls[1:]
 			resp := bytes.Clone(page)
-			if w := done.(codec.Rewriting).Rewriter(); rewrite {
+			if w := done.(codec.Receiving).Rewriter(); rewrite {
 				dst := w.Rewrite(make([]byte, 0, len(page)), page[:500])
 				resp = w.Rewrite(dst, page[500:])
 				if how == "spoiled" {
@@ -165,7 +165,7 @@ func TestGatheredPageIsRewritten(t *testing.T) {
 		}
 		if how == "spoiled" {
 			reply(true)
-			if len(tr.calls) != 1 || tr.calls[0].(codec.Rewriting).Rewriter() != nil || len(p.pages) != 1 {
+			if len(tr.calls) != 1 || tr.calls[0].(codec.Receiving).Rewriter() != nil || len(p.pages) != 1 {
 				t.Fatalf("seed %d: a spoiled page is not asked for as it is: %d calls, %d pages", seed, len(tr.calls), len(p.pages))
 			}
 			reply(false)
@@ -193,7 +193,7 @@ func TestGatheredPageBeginsAnew(t *testing.T) {
 	r.parts[1].inFlight = true // so that the list is not complete
 	p := &r.parts[0]
 	p.fetch()
-	done := tr.calls[0].(codec.Rewriting)
+	done := tr.calls[0].(codec.Receiving)
 	done.Rewriter().Rewrite(make([]byte, 0, len(page)), page[:len(page)/2])
 	w := done.Rewriter()
 	resp := w.Rewrite(w.Rewrite(make([]byte, 0, len(page)), page[:500]), page[500:])

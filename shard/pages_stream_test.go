@@ -77,7 +77,7 @@ func streamOfPages(t *testing.T, seed uint64, some int) (all []byte, keys int) {
 		page := pages[i][next[i]]
 		next[i]++
 		if some == 2 || some == 1 && choice.IntN(2) == 0 {
-			page = rewriteAll(choice, call.(codec.Rewriting).Rewriter().(*pageRewriter), page)
+			page = rewriteAll(choice, call.(codec.Receiving).Rewriter().(*pageRewriter), page)
 		} else {
 			page = bytes.Clone(page)
 		}

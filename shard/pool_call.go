@@ -79,8 +79,8 @@ func (p *Pool) open(c *poolCall, req []byte, now int64) bool {
 	}
 	c.link, c.stream, c.begun = l, s, now
 	s.User = c
-	if r, ok := c.done.(codec.Rewriting); ok {
-		s.Rewriter = r.Rewriter()
+	if r, ok := c.done.(codec.Receiving); ok {
+		s.Rewriter, s.Reserved = r.Rewriter(), r.Reserved()
 	}
 	l.opened(s)
 	l.conn.Send(s, req) // an end that this causes is reported from the codec's Output

@@ -148,7 +148,7 @@ func (s *shardState) flushWrites() {
 	if s.cur != nil && !s.mayCloseAhead() {
 		return
 	}
-	if s.cur == nil && (len(s.queue) == 0 && !s.wantFence || s.lingers()) {
+	if s.cur == nil && (len(s.queue) == 0 && !s.wantFence || s.holdBack()) {
 		return
 	}
 	c := s.c

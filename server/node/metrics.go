@@ -71,9 +71,17 @@ func writeObservation(w io.Writer, o *shard.Observation) {
 	counter(`spindle_ticks_total`, o.Clock.Ticks)
 	counter(`spindle_ticks_fast_total`, o.Clock.FastTicks)
 	counter(`spindle_ticks_lost_total`, o.Clock.LostTicks)
+	counter(`spindle_ticks_repeated_total`, o.Clock.Reticks)
 	counter(`spindle_ticks_folded_total`, o.Clock.Folded)
+	counter(`spindle_ranges_granted_total`, o.Clock.Granted)
+	counter(`spindle_ranges_orphaned_total`, o.Clock.Orphans)
 	counter(`spindle_now_reads_total`, o.Clock.NowReads)
+	counter(`spindle_nows_total`, o.Clock.Nows)
 	counter(`spindle_coordinator_errors_total`, o.Clock.CallErrors)
+	counter(`spindle_coordinator_watches_total`, o.Clock.Watches)
+	counter(`spindle_coordinator_watches_stalled_total`, o.Clock.Stalls)
+	counter(`spindle_coordinator_reloads_total`, o.Clock.Reloads)
+	counter(`spindle_coordinator_snapshots_total`, o.Clock.Snapshots)
 
 	for i := range o.Shards {
 		s := &o.Shards[i]

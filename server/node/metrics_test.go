@@ -9,18 +9,24 @@ import (
 	"spindle/shard"
 )
 
-// TestEveryCounterOfTheCoreIsShown: whatever the Core counts is on /metrics. (Doomed was not.)
-func TestEveryCounterOfTheCoreIsShown(t *testing.T) {
+// TestEveryCounterIsShown: whatever the Core and its Clock count is on /metrics. (Doomed was not, nor half of the Clock's.)
+func TestEveryCounterIsShown(t *testing.T) {
 	o := &shard.Observation{}
-	v := reflect.ValueOf(&o.Core).Elem()
-	for i := range v.NumField() {
-		v.Field(i).SetUint(uint64(7000001 + i))
+	counts := map[string]reflect.Value{"Core": reflect.ValueOf(&o.Core).Elem(), "Clock": reflect.ValueOf(&o.Clock).Elem()}
+	value := uint64(7000000)
+	for _, v := range counts {
+		for i := range v.NumField() {
+			value++
+			v.Field(i).SetUint(value)
+		}
 	}
 	var b bytes.Buffer
 	writeObservation(&b, o)
-	for i := range v.NumField() {
-		if n := bytes.Count(b.Bytes(), fmt.Appendf(nil, " %d\n", v.Field(i).Uint())); n != 1 {
-			t.Errorf("%s is shown %d times", v.Type().Field(i).Name, n)
+	for of, v := range counts {
+		for i := range v.NumField() {
+			if n := bytes.Count(b.Bytes(), fmt.Appendf(nil, " %d\n", v.Field(i).Uint())); n != 1 {
+				t.Errorf("%s.%s is shown %d times", of, v.Type().Field(i).Name, n)
+			}
 		}
 	}
 }
