@@ -27,6 +27,8 @@ const (
 	listsWhenBusy   = 32
 	// gateLook is how soon the lists that wait are looked through again: there may be thousands, each with a time of its own.
 	gateLook = 20 * time.Millisecond
+	// maxListWaits is how many shard timeouts a list waits, at a gate or for room, however many others get on.
+	maxListWaits = 12
 	// clientShare is the part of Memory's limit up to which a client may hold answers that it has not taken and still have
 	// lists begun, once half of the limit is used. Who holds more, or has a list that waits for room, waits until that is over.
 	clientShare = 64
@@ -48,7 +50,7 @@ func (cl *Client) SetHeld(n int64) { cl.held.Store(n) }
 type listGate struct {
 	of    gateKey
 	out   int
-	moved int64 // ns; when one of those got a page for which it had room, or ended well, last
+	moved int64 // ns; when one of those got a page behind its first ones, or ended well, last
 	n     int   // that wait
 	page  int64 // bytes of a page of one shard, averaged; see listPage
 	lines map[*Client]*gateLine
@@ -119,17 +121,23 @@ func (c *Core) enterList(op *Op) bool {
 	return false
 }
 
-// waitsUntil is until when op may wait at g: for the shard timeout, and as long again whenever others get on. So lists wait for each
-// other, however many come at once, and nobody for what is dead. A Txn that may write has the time that writes have.
+// waitsUntil is until when op may wait at g. So lists wait for each other, however many come at once, and nobody for what is dead.
 func (c *Core) waitsUntil(g *listGate, op *Op) int64 {
-	if op.core.since != 0 {
-		return op.core.gateUntil
-	}
 	moved := g.moved
 	if op.Client != nil {
 		moved = max(moved, op.Client.moved)
 	}
-	return max(op.core.gateUntil, moved+int64(c.cfg.ShardTimeout))
+	return c.patience(op, op.core.gateUntil, moved)
+}
+
+// patience is until when a list waits that may wait until then in any case: for the shard timeout behind the moment at which others got on,
+// but not for ever. A Txn that may write has the time that writes have, and one that has read some of its ranges holds memory.
+func (c *Core) patience(op *Op, then, moved int64) int64 {
+	if op.core.since != 0 || op.part {
+		return then
+	}
+	timeout := int64(c.cfg.ShardTimeout)
+	return min(max(then, moved+timeout), then+(maxListWaits-1)*timeout)
 }
 
 // armGates looks at a time, if not sooner, at the lists whose time is over.
@@ -172,8 +180,13 @@ func (c *Core) armGates(at int64) {
 
 // listEnds is told of each op that ends.
 func (c *Core) listEnds(op *Op, st codec.Status) {
-	if gate := op.core.gate; gate > 0 && st.Code == codec.OK {
-		c.gates[gate-1].moved = c.cfg.Now()
+	if st.Code == codec.OK {
+		if op.admitted {
+			c.large.moved = c.cfg.Now()
+		}
+		if gate := op.core.gate; gate > 0 {
+			c.gates[gate-1].moved = c.cfg.Now()
+		}
 	}
 	c.leaveList(op)
 }
@@ -195,8 +208,8 @@ func (c *Core) listPage(op *Op, bytes int) {
 	}
 }
 
-// listMoves is told that op, a list that has room, got a page. (One that has none may have got its only one: if a shard is dead, the others
-// answer the first pages of each list.)
+// listMoves is told that op, a list that has room, got a page behind its first ones. (If a shard is dead, the others answer the first
+// pages of each list.)
 func (c *Core) listMoves(op *Op) {
 	c.large.moved = c.cfg.Now()
 	if gate := op.core.gate; gate > 0 {

@@ -91,7 +91,7 @@ type largeReads struct {
 	waiting []*pagedRead
 	out     int // lists that hold room
 	armed   bool
-	moved   int64 // ns; when one of those was given room or got a page, or clients took answers, last
+	moved   int64 // ns; when one of those got a page behind its first ones or ended well, or clients took answers, last
 	used    int64 // of Memory, at the highest since then
 }
 
@@ -100,7 +100,7 @@ type largeReads struct {
 func (r *pagedRead) admit() bool {
 	m := r.c.cfg.Memory
 	if m == nil || r.held > 0 {
-		r.admitted = true
+		r.admitted, r.op.admitted = true, true
 		return true
 	}
 	size := r.estimate()
@@ -182,7 +182,6 @@ func (r *pagedRead) hold(size int64) {
 		r.op.admitted = true
 	}
 	r.c.large.out++
-	r.c.large.moved = r.c.cfg.Now()
 	r.keep(size)
 }
 
@@ -217,7 +216,7 @@ func (r *pagedRead) grownTo(n, spare int64) bool {
 	return true
 }
 
-// countPages brings up to date what Memory counts of a stream: its pages, those that are on their way as they are expected, and its chunk.
+// countPages brings up to date what Memory counts of a stream: its pages, beside those that are on their way (pageCall), and its chunk.
 // false: there is no room for that.
 func (r *pagedRead) countPages() bool {
 	m := r.c.cfg.Memory
@@ -228,9 +227,6 @@ func (r *pagedRead) countPages() bool {
 	for i := range r.parts {
 		p := &r.parts[i]
 		n += int64(cap(p.page) + cap(p.ahead))
-		if p.inFlight {
-			n += p.expected()
-		}
 	}
 	r.keep(n - r.held)
 	return n <= largeAnswer || !m.Over()
@@ -241,7 +237,13 @@ func (r *pagedRead) release() {
 	if r.op != nil && r.waiting {
 		r.await(false)
 	}
+	for i := range r.parts {
+		if q := r.parts[i].call; q != nil {
+			q.setAside()
+		}
+	}
 	if r.held > 0 {
+		r.c.large.used -= r.held // no client has taken that
 		r.keep(-r.held)
 		if r.stream == nil {
 			r.c.large.out--
@@ -279,11 +281,13 @@ func (c *Core) retryLarge() {
 		case r.over:
 		case r.op.canceled:
 			r.end(statusCanceled)
+		case c.state != stateReady:
+			r.end(codec.ErrStopped)
 		case len(left) == 0 && c.roomFor(r.expected):
 			r.await(false)
 			r.hold(r.expected)
 			r.rise()
-		case now >= max(r.roomUntil, l.moved+int64(c.cfg.ShardTimeout)):
+		case now >= c.patience(r.op, r.roomUntil, l.moved):
 			c.stats.LargeRefused++
 			r.end(codec.ErrTooManyRequests)
 		default:
@@ -300,12 +304,12 @@ func (c *Core) retryLarge() {
 func (r *pagedRead) rise() {
 	r.watchStart()
 	switch {
+	case !r.latest: // whoever names a revision, serializable or not
+		r.lookAt(r.rev, r.h)
 	case r.op.core.plan.Serializable():
 		f := r.c.frontierOf(r.shards)
 		r.lookAt(f, f)
-	case r.latest:
-		r.begin()
 	default:
-		r.lookAt(r.rev, r.h)
+		r.begin()
 	}
 }

@@ -60,6 +60,7 @@ type Op struct {
 	User any
 
 	canceled bool
+	part     bool   // a range of somebody's Txn, which has its own time
 	admitted bool   // its answer got room in Memory before it was put together
 	core     coreOp // what the Core keeps with a request
 }

@@ -239,7 +239,9 @@ func (k *Check) sawFence(resp []byte, st codec.Status) bool {
 // lossEndedAt has the fence of an accepted loss count as what is known of a shard, in the place of what is lost: if it holds that, nothing but an
 // accepted loss is what it is refused for, also when the compaction record is of a later compaction.
 func (s *shardState) lossEndedAt(fence point) {
-	s.lossSeen, s.known = true, fence
+	if s.lossSeen = true; fence.last >= s.known.last { // else it is from behind the fence
+		s.known = fence
+	}
 }
 
 // endsLoss says that a group is the fence of another proxy that has accepted a loss under this one, which has not noticed. Nothing of

@@ -62,8 +62,9 @@ type pagePart struct {
 	from     []byte // the next key to ask for
 	more     bool   // there may be keys at or behind it
 	inFlight bool
-	limit    int64 // keys of the last page asked for
-	perKey   int64 // bytes, in the last page
+	call     *pageCall // that asks for it, while its answer is awaited
+	limit    int64     // keys of the last page asked for
+	perKey   int64     // bytes, in the last page
 
 	it      partIter  // over page
 	was     []pageEnd // of a page from which foreign values were taken out, as the member sent it
@@ -193,7 +194,17 @@ type pageCall struct {
 	deadline int64
 	sum      pageSum // of the reply, but inside a batch
 	rewrite  *pageRewriter
-	asItIs   bool // the reply is not to be rewritten: it could not be
+	asItIs   bool  // the reply is not to be rewritten: it could not be
+	room     int64 // counted in Memory for the reply until it is here
+}
+
+// setAside counts the reply in Memory before it comes. What a list of one answer has room for counts its pages; once it is given up, they still come.
+func (q *pageCall) setAside() {
+	if q.room == 0 && q.Reserved() > 0 {
+		aim, _ := q.p.r.pageAim()
+		q.room = max(aim, q.p.expected())
+		q.p.r.c.cfg.Memory.Add(q.room)
+	}
 }
 
 // Reserved implements codec.Receiving: what Memory counts already of pages that are on their way.
@@ -228,6 +239,10 @@ func (q *pageCall) Rewriter() codec.Rewriter {
 func (q *pageCall) send() {
 	p := q.p
 	c := p.r.c
+	p.call = q
+	if p.r.stream != nil {
+		q.setAside()
+	}
 	body := c.scratch[:0]
 	size := p.expected()
 	switch {
@@ -281,9 +296,12 @@ func (q *pageCall) Complete(resp []byte, st codec.Status, sent bool) {
 	p := q.p
 	r := p.r
 	c := r.c
+	c.cfg.Memory.Add(-q.room)
+	q.room = 0
 	if r.over || r.gen != q.gen {
 		return
 	}
+	p.call = nil
 	switch {
 	case r.op.canceled:
 		r.end(statusCanceled)
@@ -451,8 +469,8 @@ func (p *pagePart) take(resp []byte, sum pageSum) bool {
 	if last.bad || last.more && last.n == 0 {
 		return false
 	}
-	if op := p.r.op; op.admitted {
-		p.r.c.listMoves(op)
+	if p.counted && p.r.op.admitted {
+		p.r.c.listMoves(p.r.op)
 	}
 	if !p.counted {
 		p.counted, p.total = true, last.count

@@ -156,6 +156,9 @@ func (m *shapeMember) stream(c *Core, iv Interval) []byte {
 			call()
 		}
 	}
+	for _, call := range m.calls { // what was on its way comes anyway
+		call()
+	}
 	m.calls = nil
 	return got
 }

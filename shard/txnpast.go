@@ -89,7 +89,7 @@ func (c *Core) readPast(p *Plan, ops []int32, upTo int64, f func(codec.Status)) 
 		default:
 			waiting++
 			in := AcquireOp()
-			in.Kind = OpRange
+			in.Kind, in.part = OpRange, true
 			in.Msg = r.appendClient(in.Msg[:0], o.interval())
 			in.Done = func(in *Op) {
 				if errs[k] = in.Status; in.Status.Code == codec.OK {

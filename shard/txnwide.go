@@ -148,7 +148,7 @@ func (w *wideTxn) ask() {
 		spec.rev = 0
 	}
 	r := AcquireOp()
-	r.Kind = OpRange
+	r.Kind, r.part = OpRange, true
 	r.Msg = spec.appendClient(r.Msg[:0], o.interval())
 	r.Done = func(r *Op) {
 		ok := r.Status.Code == codec.OK

@@ -160,7 +160,7 @@ func (k *Check) Judge(resp []byte, st codec.Status) Verdict {
 	}
 	banned := s.refuse(k.why)
 	if mended(k.why) && (banned || k.lacks == "") { // not for a copy that some endpoint leads to, beside the shard
-		if k.fence.local > 0 && s.absent == "" {
+		if banned && k.fence.local > 0 && s.absent == "" {
 			s.lossEndedAt(k.fence)
 		}
 		s.outdate(k.why)
@@ -247,7 +247,7 @@ func (k *Check) differs(resp []byte) string {
 
 // saw notes a record of the shard and its place, from whatever has shown it.
 func (s *shardState) saw(p point) {
-	if p.local > s.known.local && s.absent == "" && !s.lossSeen { // then an answer may be of the lost time, and come late
+	if p.local > s.known.local && s.absent == "" && (!s.lossSeen || p.last > s.known.last) { // then an answer may be of the lost time, and come late
 		s.known = p
 		if s.lossy && s.c.connecting == nil && p.last >= s.c.clock.Log().C(s.idx) {
 			s.lossy = false // its clock is at least where it has been

@@ -2,6 +2,7 @@ package shard
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -198,7 +199,7 @@ func (b *batch) Complete(resp []byte, st codec.Status, sent bool) {
 		}
 	case !sent, st == codec.ErrTooManyRequests && !b.unknown:
 		s.retry(b)
-	case (definite(st) || c.cfg.Sabotage.NoSpaceUnapplied && st == codec.ErrNoSpace) && !b.unknown:
+	case (definite(st) || b.tooLarge(st) || c.cfg.Sabotage.NoSpaceUnapplied && st == codec.ErrNoSpace) && !b.unknown:
 		s.refused(b, st)
 	default:
 		if st == codec.ErrNoSpace {
@@ -225,14 +226,16 @@ func definite(st codec.Status) bool {
 	case codec.InvalidArgument, codec.NotFound, codec.OutOfRange, codec.PermissionDenied, codec.Unauthenticated:
 		return true
 	case codec.ResourceExhausted:
-		return st.Msg == codec.ErrTooManyRequests.Msg || tooLarge(st)
+		return st.Msg == codec.ErrTooManyRequests.Msg
 	}
 	return false
 }
 
-// tooLarge says that the member's gRPC refused a request by its size, which is more than 512 KiB above what etcd accepts.
-func tooLarge(st codec.Status) bool {
-	return st.Code == codec.ResourceExhausted && strings.HasPrefix(st.Msg, codec.ReceivedLargerThanMax)
+// tooLarge says that the member's gRPC refused b by its size, which is more than 512 KiB above what etcd accepts. The text names the size: a proxy
+// in between says the same of an answer, and then b is applied.
+func (b *batch) tooLarge(st codec.Status) bool {
+	size, ok := strings.CutPrefix(st.Msg, codec.ReceivedLargerThanMax)
+	return ok && st.Code == codec.ResourceExhausted && strings.HasPrefix(size, strconv.Itoa(len(b.body))+" ")
 }
 
 func (s *shardState) retry(b *batch) {
@@ -394,11 +397,11 @@ func (s *shardState) refused(b *batch, st codec.Status) {
 	} else {
 		s.wantFence = true
 	}
+	if b.tooLarge(st) && len(b.writes) <= 1 {
+		st = codec.ErrRequestTooLarge // to the client its own request is: Spindle's names some keys more often
+	}
 	s.dropBatch(b)
 	if len(b.writes) <= 1 {
-		if tooLarge(st) {
-			st = codec.ErrRequestTooLarge // to the client its own request is: Spindle's names some keys more often
-		}
 		for _, w := range b.writes {
 			if w != nil {
 				s.answer(w, st)

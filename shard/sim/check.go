@@ -52,6 +52,9 @@ func (r *Run) check() error {
 		if c.lost, err = lostFacts(was, h, c.from); err != nil {
 			return err
 		}
+		if m := r.unrecorded(c.fenceEnd); m != nil {
+			return fmt.Errorf("%s: the compaction that ends the loss, at %d, is not recorded there at the end", m, c.fenceEnd)
+		}
 		old = &checker{r: r, h: was, writer: c.writer, owner: map[*fact]*op{}, to: c.from - 1, fenceEnd: c.fenceEnd}
 	}
 	for _, o := range r.ops {

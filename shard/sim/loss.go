@@ -296,6 +296,16 @@ func (c *checker) readsLost(o *op) bool {
 	return false
 }
 
+// unrecorded returns a member on which no compaction at rev or above is recorded, nil if there is none.
+func (r *Run) unrecorded(rev int64) *Cluster {
+	for _, c := range r.net.Members {
+		if c.recorded(rev) == 0 {
+			return c
+		}
+	}
+	return nil
+}
+
 // recorded returns the event of the world by which a compaction at rev or above was recorded on a member, 0 if none was.
 func (c *Cluster) recorded(rev int64) int64 {
 	for _, ch := range c.Log() {

@@ -227,6 +227,10 @@ func (r *Run) drive() error {
 	// What waits for a record gets one, and every frontier reaches now, without further traffic. What is
 	// late arrives first.
 	r.until(MaxLate+3*time.Second, func() bool { return false })
+	if l := r.loss; l != nil { // a proxy that has nothing else to do sees to that in a while
+		_, end := l.fence()
+		r.until(time.Minute, func() bool { return r.unrecorded(end) == nil })
+	}
 	if r.fault != nil {
 		return r.fault
 	}
