@@ -146,7 +146,9 @@ func (p *proxy) turn() {
 			r.fail("%s gave up: %s", p.host.Name, why)
 			return
 		}
+		last := p.ready // and whoever runs it starts it again at once, whatever is lost
 		p.crash()
+		p.left = last
 		p.boot(r.net.Between(0, 100*time.Millisecond))
 		return
 	}
