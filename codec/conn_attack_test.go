@@ -527,11 +527,11 @@ func TestReservedMessage(t *testing.T) {
 	if c.assembling != 0 || c.reserved != 0 {
 		t.Errorf("%d bytes, %d reserved, after the last stream", c.assembling, c.reserved)
 	}
-	if _, id := begin(0, 4*frame); m.ended[id].Code == OK {
+	_, id = begin(0, 4*frame)
+	for i := 0; i < 2 && m.ended[id].Code == OK; i++ {
 		feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
-		feed(append(appendFrameHeader(nil, frame, frameData, 0, id), make([]byte, frame)...))
-		if m.ended[id].Code != ResourceExhausted {
-			t.Errorf("an answer without room: %v", m.ended)
-		}
+	}
+	if m.ended[id].Code != ResourceExhausted {
+		t.Errorf("an answer without room: %v", m.ended)
 	}
 }

@@ -44,6 +44,9 @@ func TwoStep(ctx context.Context, spec Spec, coordinator string) (*Result, error
 	if t.coord, err = (&run{spec: at, ctx: r.ctx}).connect(0); err != nil {
 		return nil, err
 	}
+	r.connMu.Lock()
+	r.conns = append(r.conns, t.coord)
+	r.connMu.Unlock()
 	r.watching.begin(2)
 	for _, c := range []*client.Conn{t.coord, t.g.conn} {
 		(&feed{run: r, conn: c}).open(0, 1, 2, []byte{0}, []byte{0})

@@ -4,10 +4,11 @@ import (
 	"context"
 	be "encoding/binary"
 	"errors"
+	"fmt"
+	"maps"
 	"slices"
 	"sort"
 	"sync"
-	"testing"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -196,96 +197,133 @@ type rawChange struct {
 	value []byte
 }
 
-// memberLog collects all changes of all members.
+// memberLog collects the changes of one member.
 type memberLog struct {
 	mu   sync.Mutex
-	keys map[string][]rawChange
+	keys map[string][]rawChange // a key that was met stays here, also without changes
 	errs []error
-	late bool // a watch of a member was overtaken by a compaction: this process had no time for it
+	// lost is the revision of Spindle up to which changes may be missing: this process had no time for the watch, and a compaction
+	// that was asked for has overtaken it. What came before the gap is dropped.
+	lost int64
 }
 
 // watchMembers watches the members directly, beside Spindle.
-func watchMembers(t *testing.T, urls []string) *memberLog {
-	m := &memberLog{keys: map[string][]rawChange{}}
+func (s *soak) watchMembers(urls []string) (logs []*memberLog) {
 	for _, u := range urls {
+		c := client(s.t, u)
 		ctx, cancel := context.WithCancel(context.Background())
-		t.Cleanup(cancel)
-		w := client(t, u).Watch(ctx, soakPrefix, clientv3.WithPrefix(), clientv3.WithRev(1))
+		s.t.Cleanup(cancel)
+		m := &memberLog{keys: map[string][]rawChange{}}
+		logs = append(logs, m)
 		go func() {
-			for resp := range w {
-				m.mu.Lock()
-				switch err := resp.Err(); {
-				case errors.Is(err, rpctypes.ErrCompacted):
-					m.late = true
-				case err != nil && ctx.Err() == nil:
-					m.errs = append(m.errs, err)
-				}
-				for _, e := range resp.Events {
-					k := string(e.Kv.Key)
-					c := rawChange{del: e.Type == clientv3.EventTypeDelete}
-					if !c.del && len(e.Kv.Value) > 8 {
-						c.rev = be.BigEndian.Uint64(e.Kv.Value)
-						_, n := be.Uvarint(e.Kv.Value[8:])
-						c.value = e.Kv.Value[8+max(n, 0):]
+			for from := int64(1); from > 0; {
+				w := c.Watch(ctx, soakPrefix, clientv3.WithPrefix(), clientv3.WithRev(from))
+				from = 0
+				for resp := range w {
+					if resp.CompactRevision > 0 { // the last one, then
+						from = resp.CompactRevision + 1
 					}
-					m.keys[k] = append(m.keys[k], c)
+					m.took(resp, s.compacted.Load())
 				}
-				m.mu.Unlock()
 			}
 		}()
 	}
-	return m
+	return logs
 }
 
-func (m *memberLog) overtaken() bool {
+// took takes what a watch brought; asked is up to where a compaction was asked for.
+func (m *memberLog) took(resp clientv3.WatchResponse, asked int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.late
+	if err := resp.Err(); errors.Is(err, rpctypes.ErrCompacted) {
+		m.lost = asked
+		for k := range m.keys {
+			m.keys[k] = nil
+		}
+	} else if err != nil {
+		m.errs = append(m.errs, err)
+	}
+	for _, e := range resp.Events {
+		k := string(e.Kv.Key)
+		c := rawChange{del: e.Type == clientv3.EventTypeDelete}
+		if !c.del && len(e.Kv.Value) > 8 {
+			c.rev = be.BigEndian.Uint64(e.Kv.Value)
+			_, n := be.Uvarint(e.Kv.Value[8:])
+			c.value = e.Kv.Value[8+max(n, 0):]
+		}
+		m.keys[k] = append(m.keys[k], c)
+	}
 }
 
 // checkMembers: the members, whose stamps are described in docs/formats.md, tell the same history of every
-// key.
-func (s *soak) checkMembers(h *soakHistory, m *memberLog) {
-	count := func() (n int) {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		for _, c := range m.keys {
-			n += len(c)
-		}
-		return n
+// key, but for what a compaction took before it was read here.
+func (s *soak) checkMembers(h *soakHistory, logs []*memberLog) {
+	events := map[string][]soakEvent{}
+	for _, e := range h.events {
+		events[e.key] = append(events[e.key], e)
 	}
 	deadline := time.Now().Add(readyTimeout)
-	for count() < len(h.events) && !m.overtaken() && time.Now().Before(deadline) {
+	wrong := s.compareMembers(events, logs)
+	for len(wrong) > 0 && time.Now().Before(deadline) {
 		s.pauseAfterLoad()
+		wrong = s.compareMembers(events, logs)
 	}
-	if m.overtaken() {
-		s.t.Log("the members' own histories were compacted before they were read: not compared")
-		return
+	for _, w := range wrong {
+		s.t.Error(w)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, err := range m.errs {
-		s.t.Errorf("a watch of a member: %v", err)
-	}
-	at := map[string]int{}
-	for _, e := range h.events {
-		raw := m.keys[e.key]
-		i := at[e.key]
-		at[e.key]++
-		if i >= len(raw) {
-			s.t.Errorf("%s: the member has %d changes only, none for revision %d", e.key, len(raw), e.rev)
-			return
+	for i, m := range logs {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for _, err := range m.errs {
+			s.t.Errorf("the watch of member %d: %v", i, err)
 		}
+		if m.lost > 0 {
+			s.t.Logf("member %d was compacted up to revision %d before it was read: what is older is not compared", i, m.lost)
+		}
+	}
+}
+
+// compareMembers returns what is wrong with the first key of each member that is not as the history (by key) has it.
+func (s *soak) compareMembers(events map[string][]soakEvent, logs []*memberLog) (wrong []string) {
+	left := maps.Clone(events)
+	lost := int64(0)
+	for i, m := range logs {
+		m.mu.Lock()
+		lost = max(lost, m.lost)
+		said := len(wrong)
+		for key, raw := range m.keys {
+			if _, ok := left[key]; !ok {
+				wrong = append(wrong, fmt.Sprintf("member %d: %s is elsewhere, too, or not in the history", i, key))
+			} else if w := s.compareKey(events[key], raw, m.lost); w != "" && len(wrong) == said {
+				wrong = append(wrong, fmt.Sprintf("member %d: %s: %s", i, key, w))
+			}
+			delete(left, key)
+		}
+		m.mu.Unlock()
+	}
+	for key, want := range left {
+		if w := s.compareKey(want, nil, lost); w != "" {
+			return append(wrong, fmt.Sprintf("no member: %s: %s", key, w))
+		}
+	}
+	return wrong
+}
+
+// compareKey holds what a member has told of a key against the history. What is missing up to lost is missing at its begin.
+func (s *soak) compareKey(events []soakEvent, raw []rawChange, lost int64) string {
+	missing := len(events) - len(raw)
+	if missing < 0 {
+		return fmt.Sprintf("%d changes in the history, %d on the member", len(events), len(raw))
+	}
+	if missing > 0 && events[missing-1].rev > lost {
+		return fmt.Sprintf("the member has %d changes only, of %d; revisions up to %d may be missing", len(raw), len(events), lost)
+	}
+	for i, e := range events[missing:] {
 		if c := raw[i]; c.del != e.del || !c.del && (c.rev != uint64(e.rev) || s.sum(c.value) != e.value) {
-			s.t.Errorf("%s: change %d is of revision %d (delete: %v), on the member of %d (delete: %v)", e.key, i, e.rev, e.del, c.rev, c.del)
-			return
+			return fmt.Sprintf("change %d is of revision %d (delete: %v), on the member of %d (delete: %v)", missing+i, e.rev, e.del, c.rev, c.del)
 		}
 	}
-	for k, raw := range m.keys {
-		if at[k] != len(raw) {
-			s.t.Errorf("%s: %d changes in the history, %d on the member", k, at[k], len(raw))
-		}
-	}
+	return ""
 }
 
 // pauseAfterLoad gives a member's watch time to bring more.

@@ -116,7 +116,7 @@ func TestSoak(t *testing.T) {
 	}
 	last := s.conns[len(s.conns)-1] // the proxy with the large ring
 	s.alike = sameShard(t, last, s.keys)
-	raw := watchMembers(t, members.Shards)
+	raw := s.watchMembers(members.Shards)
 	truth := openWatch(t, last, soakPrefix, 1)
 
 	rss := newRSS(t, procs)

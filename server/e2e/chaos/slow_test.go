@@ -14,6 +14,13 @@ import (
 // slowTurns is how often TestSlowDisk may compare: the machine may have had other things to do while one shard was slow.
 const slowTurns = 3
 
+// failuresForgiven is how many requests for other shards may fail in TestSlowDisk: a busy machine may keep one for the whole shard
+// timeout. Those that fail while this process stands still for standstill do not count.
+const (
+	failuresForgiven = 2
+	standstill       = shardTimeout / 4
+)
+
 // What TestSlowDisk tells apart: by whose shard it is, and what it was.
 var slowGroups = []string{"writes, others", "gets, others", "writes, slow shard", "gets, slow shard", "lists of everything"}
 
@@ -85,6 +92,14 @@ func TestSlowDisk(t *testing.T) {
 			}
 		})
 	}
+	var stood [][2]time.Duration // from when to when this process stood still; ours once the load has finished
+	l.clients.Go(func() {
+		for last := l.rec.now(); l.pause(think); last = l.rec.now() {
+			if now := l.rec.now(); now-last > think+standstill {
+				stood = append(stood, [2]time.Duration{last, now})
+			}
+		}
+	})
 	r := newRand(seed, 0)
 	slow := r.IntN(shards)
 	t.Logf("the slow one is %s", shardNames[slow])
@@ -152,7 +167,7 @@ func TestSlowDisk(t *testing.T) {
 		last = e.heard
 	}
 	// What is asked of the slow shard, or of all, may take longer than the shard timeout.
-	late, failed, all := 0, 0, 0
+	late, failed := 0, 0
 	for _, q := range l.rec.requests {
 		key, get := strings.CutPrefix(q.what, "get ")
 		switch {
@@ -160,15 +175,15 @@ func TestSlowDisk(t *testing.T) {
 		case q.shard < 0 && !get, q.shard == slow, get && l.sys.shardOf(key) == slow:
 			late++
 		default:
-			failed++
-			t.Logf("a request for another shard failed: %v", q)
-		}
-		if q.shard >= 0 && q.shard != slow {
-			all++
+			still := slices.ContainsFunc(stood, func(s [2]time.Duration) bool { return s[0] < q.ret && s[1] > q.call })
+			if !still {
+				failed++
+			}
+			t.Logf("a request for another shard failed (this process stood still: %v): %v", still, q)
 		}
 	}
-	if failed > all/100 { // one that a busy machine kept for the whole shard timeout is no sign
-		t.Errorf("%d requests for other shards failed, of %d", failed, all)
+	if failed > failuresForgiven {
+		t.Errorf("%d requests for other shards failed", failed)
 	}
 	t.Logf("%d requests for the slow shard timed out; the watch of everything paused %v at most", late, ms(gap))
 	for _, w := range l.rec.check().wrong {
