@@ -125,7 +125,7 @@ func (r *pagedRead) admit() bool {
 }
 
 // waitForRoom lets go of all that r has read. It is read anew when there is room for size bytes, and all who waited before it have
-// had their turn. When nobody gets on for the shard timeout it ends: "too many requests".
+// had their turn. When that takes longer than its patience it ends: "too many requests".
 func (r *pagedRead) waitForRoom(size int64) {
 	c := r.c
 	if len(c.large.waiting) >= maxLargeWaiting {

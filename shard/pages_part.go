@@ -207,7 +207,7 @@ func (q *pageCall) setAside() {
 	}
 }
 
-// Reserved implements codec.Receiving: what Memory counts already of pages that are on their way.
+// Reserved implements codec.Receiving: a page is taken up to pageRoom times what Memory counts for it before it is here.
 func (q *pageCall) Reserved() int {
 	p := q.p
 	if r := p.r; p.limit <= 1 || r.spec.countOnly || r.stream == nil && !r.gathering {

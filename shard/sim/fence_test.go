@@ -16,19 +16,7 @@ import (
 func TestFenceForgetsNothingBehindIt(t *testing.T) {
 	for name, byLook := range map[string]bool{"stream": false, "look": true} {
 		t.Run(name, func(t *testing.T) {
-			w := newWholeWorld(t)
-			p, q := w.proxies[0], w.proxies[1]
-			for _, c := range w.net.Members {
-				w.last = w.put(p, w.keys[c])
-			}
-			w.pass(time.Second)
-			cut, coord := q.host.Link(w.c.ID), q.host.Link(codec.Coordinator)
-			cut.Deaf, cut.Mute, coord.Deaf, coord.Mute = true, true, true, true
-			before := w.c.Rev()
-			w.last = w.put(p, w.keys[w.c])
-			w.pass(2 * time.Second)
-			p.crash()
-			w.c.replace(w.c.Etcd.rewound(before))
+			w, p, q, cut, coord := newLossBehind(t)
 			cut.heal()
 			w.pass(2 * time.Second) // q misses nothing that it knows of
 			cut.StreamHole = true

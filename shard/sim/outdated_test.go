@@ -131,25 +131,32 @@ func TestAcceptedLossStartsOthersAgain(t *testing.T) {
 	}
 }
 
+// newLossBehind makes a world in which m1 has lost a write that q knows nothing of: q cannot reach m1 and the coordinator (cut and coord), and p,
+// which wrote it (at w.last), has ended.
+func newLossBehind(t *testing.T) (w *absentWorld, p, q *proxy, cut, coord *Link) {
+	w = newWholeWorld(t)
+	p, q = w.proxies[0], w.proxies[1]
+	for _, c := range w.net.Members {
+		w.last = w.put(p, w.keys[c])
+	}
+	w.pass(time.Second)
+	cut, coord = q.host.Link(w.c.ID), q.host.Link(codec.Coordinator)
+	cut.Deaf, cut.Mute, coord.Deaf, coord.Mute = true, true, true, true
+	before := w.c.Rev()
+	w.last = w.put(p, w.keys[w.c])
+	w.pass(2 * time.Second)
+	p.crash()
+	w.c.replace(w.c.Etcd.rewound(before))
+	return w, p, q, cut, coord
+}
+
 // TestAcceptedLossSeenOnStream: a proxy lacks only what others know, and was content with the member before its loss was marked. Parted from
 // the coordinator it does not hear of the revisions that are gone. Its stream shows the fence: it starts again, and no watch is led past
 // what is missing. (It took the fence as history.)
 func TestAcceptedLossSeenOnStream(t *testing.T) {
 	for _, early := range []bool{true, false} {
 		t.Run(fmt.Sprintf("it has the member back before that: %v", early), func(t *testing.T) {
-			w := newWholeWorld(t)
-			p, q := w.proxies[0], w.proxies[1]
-			for _, c := range w.net.Members {
-				w.last = w.put(p, w.keys[c])
-			}
-			w.pass(time.Second)
-			cut, coord := q.host.Link(w.c.ID), q.host.Link(codec.Coordinator)
-			cut.Deaf, cut.Mute, coord.Deaf, coord.Mute = true, true, true, true
-			before := w.c.Rev()
-			w.last = w.put(p, w.keys[w.c])
-			w.pass(2 * time.Second)
-			p.crash()
-			w.c.replace(w.c.Etcd.rewound(before))
+			w, p, q, cut, coord := newLossBehind(t)
 			v := q.newViewer()
 			lost := v.watch(&watchring.Watcher{Key: w.keys[w.c], Start: w.last})
 			q.turn()
